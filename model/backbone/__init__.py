@@ -1,0 +1,6 @@
+"""Frozen image encoders and the base learner built on them."""
+
+from model.backbone.base_learner import BaseLearner
+from model.backbone.encoder import Encoder, build_encoder, hub_state
+
+__all__ = ["BaseLearner", "Encoder", "build_encoder", "hub_state"]

@@ -1,0 +1,185 @@
+"""Image encoders at stride 8: ResNet with deep stem, VGG-16-BN, any timm CNN, behind one interface.
+
+An encoder normalises its own input (the statistics it was trained with are its buffers) and returns the maps of stages 0..4.
+"""
+
+from collections.abc import Mapping
+
+import timm
+import torch
+from timm.models.resnet import Bottleneck, ResNet
+from torch import Tensor, nn
+
+from util.errors import UserError
+
+Statistic = tuple[float, float, float]
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class Encoder(nn.Module):
+    """What all encoders share. Subclasses give `maps` (normalised image -> stage maps) and `translate`.
+
+    Attributes:
+        channels: output channels of stages 0..4.
+        hub: the timm model whose ImageNet weights fit.
+    """
+
+    def __init__(self, channels: tuple[int, ...], hub: str, mean: Statistic = IMAGENET_MEAN, std: Statistic = IMAGENET_STD):
+        super().__init__()
+        self.channels = channels
+        self.hub = hub
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1) * 255, persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1) * 255, persistent=False)
+
+    def forward(self, images: Tensor, mask: Tensor | None = None, last: int = 4) -> list[Tensor]:
+        """Runs stages 0..last.
+
+        Args:
+            images: B 3 S S RGB 0..255.
+            mask: optional B 1 S S in {0, 1}, multiplied onto the *normalised* image (HDMNet's masked support).
+        Returns:
+            maps of stages 0..last; stages 2..4 have stride 8 (VGG: stage 2 stride 8, stages 3 and 4 stride 16).
+        """
+        x = (images.to(self.mean.dtype) - self.mean) / self.std
+        return self.maps(x if mask is None else x * mask, last)
+
+    def maps(self, x: Tensor, last: int) -> list[Tensor]:
+        raise NotImplementedError
+
+    def translate(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """ImageNet classifier weights under our names; keys we have no use for may stay in."""
+        raise NotImplementedError
+
+    def load_imagenet(self, state: Mapping[str, Tensor], name: str) -> None:
+        """Loads a classifier's weights (its head is left out).
+
+        Raises:
+            UserError: a tensor of the encoder is missing or has another shape.
+        """
+        found, own = self.translate(state), self.state_dict()
+        wanted = [key for key in own if not key.endswith("num_batches_tracked")]
+        missing = [key for key in wanted if key not in found]
+        wrong = [key for key in wanted if key in found and found[key].shape != own[key].shape]
+        if missing or wrong:
+            raise UserError(f"Method.backbone_weight: {name} does not fit this backbone: {len(missing)} tensors missing "
+                            f"({', '.join(missing[:3])}), {len(wrong)} of another shape ({', '.join(wrong[:3])})")
+        self.load_state_dict(own | {key: found[key] for key in wanted})
+
+
+class _Staged(Encoder):
+    """Stages that run one after the other; stops after the last one asked for."""
+
+    def __init__(self, stages: list[nn.Module], channels: tuple[int, ...], hub: str):
+        super().__init__(channels, hub)
+        self.stages = nn.ModuleList(stages)
+
+    def maps(self, x: Tensor, last: int) -> list[Tensor]:
+        out = []
+        for stage in self.stages[: last + 1]:
+            x = stage(x)
+            out.append(x)
+        return out
+
+
+class ResNetEncoder(_Staged):
+    """ResNet-50/101 with semseg's deep stem (3x3/2, 3x3, 3x3), stage 3 dilated by 2 and stage 4 by 4.
+
+    Every 3x3 of a dilated stage has the full rate, the first block too (timm's own rule leaves that one behind).
+    """
+
+    def __init__(self, depths: tuple[int, ...], width: int, hub: str):
+        channels = tuple(width * 2**i for i in range(4))
+        net = ResNet(Bottleneck, depths, stem_type="deep", stem_width=width, channels=channels, zero_init_last=False)
+        for stage, rate in ((net.layer3, 2), (net.layer4, 4)):
+            for block in stage:
+                block.conv2.stride, block.conv2.dilation, block.conv2.padding = (1, 1), (rate, rate), (rate, rate)
+                if block.downsample is not None:
+                    block.downsample[0].stride = (1, 1)
+        stem = nn.Sequential(*net.conv1, net.bn1, net.act1, net.maxpool)
+        super().__init__([stem, net.layer1, net.layer2, net.layer3, net.layer4], (2 * width, *(4 * c for c in channels)), hub)
+
+    def translate(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if "conv1.0.weight" in state:  # timm
+            stem = {f"conv1.{i}": f"0.{i}" for i in (0, 1, 3, 4, 6)} | {"bn1": "0.7"}
+        else:  # semseg's resnet50_v2.pth
+            stem = {"conv1": "0.0", "bn1": "0.1", "conv2": "0.3", "bn2": "0.4", "conv3": "0.6", "bn3": "0.7"}
+        found = {}
+        for key, value in state.items():
+            module, _, leaf = key.rpartition(".")
+            found[f"stages.{stem[module]}.{leaf}" if module in stem else key.replace("layer", "stages.", 1)] = value
+        return found
+
+
+class VGGEncoder(_Staged):
+    """VGG-16-BN cut after each pooling layer; stage 4 ends before the last one."""
+
+    SPLITS = ((0, 7), (7, 14), (14, 24), (24, 34), (34, 43))
+
+    def __init__(self, hub: str):
+        layers = timm.create_model("vgg16_bn", num_classes=0).features
+        super().__init__([layers[start:stop] for start, stop in self.SPLITS], (64, 128, 256, 512, 512), hub)
+        for stage in range(5):  # slicing keeps timm's numbers: count from 0 in each stage
+            self.stages[stage] = nn.Sequential(*self.stages[stage])
+
+    def translate(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        place = {i: f"stages.{s}.{i - start}" for s, (start, stop) in enumerate(self.SPLITS) for i in range(start, stop)}
+        found = {}
+        for key, value in state.items():
+            part = key.split(".")
+            if part[0] == "features" and int(part[1]) in place:
+                found[f"{place[int(part[1])]}.{part[2]}"] = value
+        return found
+
+
+class TimmEncoder(Encoder):
+    """Any timm CNN with five feature levels, dilated to stride 8."""
+
+    def __init__(self, name: str):
+        try:
+            body = timm.create_model(name, features_only=True, output_stride=8)
+        except Exception as error:  # timm raises many kinds: unknown name, no features, no dilation
+            near = timm.list_models(f"*{name.split('_')[0]}*")[:5]
+            raise UserError(f"Method.backbone = 'timm:{name}': timm cannot build it with features at stride 8 ({error}); "
+                            f"near names: {', '.join(near) or 'none'}") from error
+        channels = tuple(body.feature_info.channels())
+        if len(channels) != 5:
+            raise UserError(f"Method.backbone = 'timm:{name}' has {len(channels)} feature levels, five are needed")
+        super().__init__(channels, name, body.pretrained_cfg["mean"], body.pretrained_cfg["std"])
+        self.body = body
+
+    def maps(self, x: Tensor, last: int) -> list[Tensor]:
+        return self.body(x)[: last + 1]
+
+    def translate(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {f"body.{key}": value for key, value in state.items()}
+
+
+def build_encoder(backbone: str, width: int = 64) -> Encoder:
+    """`resnet50`, `resnet101` (of any base width; 64 is the published one), `vgg16_bn` or `timm:NAME`.
+
+    Raises:
+        UserError: unknown name.
+    """
+    if backbone == "resnet50":
+        return ResNetEncoder((3, 4, 6, 3), width, hub="resnet50s.gluon_in1k")
+    if backbone == "resnet101":
+        return ResNetEncoder((3, 4, 23, 3), width, hub="resnet101s.gluon_in1k")
+    if backbone == "vgg16_bn":
+        return VGGEncoder(hub="vgg16_bn.tv_in1k")
+    if backbone.startswith("timm:"):
+        return TimmEncoder(backbone.removeprefix("timm:"))
+    raise UserError(f"Method.backbone = {backbone!r}: choose resnet50, resnet101, vgg16_bn or timm:NAME")
+
+
+def hub_state(encoder: Encoder) -> dict[str, Tensor]:
+    """ImageNet weights of this encoder from timm's hub (downloaded once into the hub's own cache).
+
+    Raises:
+        UserError: the hub cannot be reached.
+    """
+    try:
+        return timm.create_model(encoder.hub, pretrained=True).state_dict()
+    except Exception as error:  # network, hub and file errors of several libraries
+        raise UserError(f"Method.backbone_weight=hub: timm could not fetch {encoder.hub} ({error}). Without network, give "
+                        "a file (Method.backbone_weight=initmodel/resnet50_v2.pth) or train from scratch (=none)") from error

@@ -1,0 +1,160 @@
+"""Where CLIP weights come from: a local file, a folder, or a hub name."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import open_clip
+import torch
+from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
+from open_clip.transformer import VisionTransformer
+from torch import Tensor, nn
+
+from model.clip.text import TextEncoder
+from model.clip.trunk import ClipTrunk
+from util.errors import UserError
+from util.files import load_state
+
+# The one TorchScript archive we open: OpenAI's ViT-B-16.pt. Such archives carry code, so any other is refused.
+OPENAI_VIT_B_16 = "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f"
+HUB_NAME = "ViT-B-16-quickgelu/openai"
+_WHERE = (
+    f"Put OpenAI's ViT-B-16.pt there (sha256 {OPENAI_VIT_B_16[:12]}...), or set CLIP.clip_path={HUB_NAME} to download the "
+    "same weights through open_clip, or CLIP.clip_path=random for a dry run without meaning"
+)
+
+
+class Clip(nn.Module):
+    """A CLIP model in its two halves. Frozen by whoever holds it (`model.system.Frozen`)."""
+
+    def __init__(self, clip: CLIP, known_ids: Tensor | None = None, random: bool = False):
+        super().__init__()
+        if not isinstance(clip.visual, VisionTransformer):
+            raise UserError("CLIP.clip_path: only ViT image towers give patch tokens and attention; this one is "
+                            f"{type(clip.visual).__name__}")
+        self.visual = ClipTrunk(clip.visual)
+        clip.visual = None  # each tensor has one home
+        self.text = TextEncoder(clip, known_ids)
+        self.random = random
+
+    @property
+    def logit_scale(self) -> Tensor:
+        return self.text.clip.logit_scale
+
+
+def load_clip(source: str) -> Clip:
+    """Builds CLIP from `CLIP.clip_path`.
+
+    Args:
+        source: OpenAI's `ViT-B-16.pt` (TorchScript; its sha256 is checked before it is opened); any `.pt`, `.pth`, `.bin`
+            or `.safetensors` state dict in OpenAI or open_clip naming; a folder with open_clip `config.json` and
+            `model.safetensors`; `random` (deterministic weights of ViT-B/16); else a hub name `MODEL/PRETRAINED` or
+            `hf-hub:...` that open_clip downloads.
+    Raises:
+        UserError: missing file, unknown archive, weights that do not fit.
+    """
+    path = Path(source)
+    if source == "random":
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return Clip(_build(open_clip.get_model_config("ViT-B-16-quickgelu")), random=True)
+    if path.is_dir():
+        return _from_folder(path)
+    if path.is_file():
+        state = _read_openai_archive(path) if _is_torchscript(path) else load_state(path)
+        return clip_from_state(state, path.name)
+    if path.suffix in (".pt", ".pth", ".bin", ".safetensors") or source.startswith((".", "/", "~")):
+        raise UserError(f"CLIP.clip_path: no file {source}. {_WHERE}")
+    name, _, tag = source.partition("/") if not source.startswith("hf-hub:") else (source, "", "")
+    try:
+        model = open_clip.create_model(name, pretrained=tag or None, precision="fp32", require_pretrained=True)
+    except Exception as error:  # open_clip and the hub raise many kinds; the user needs one answer
+        raise UserError(f"CLIP.clip_path: open_clip could not get {source!r} ({error}). {_WHERE}") from error
+    return Clip(model)
+
+
+def clip_from_state(state: Mapping[str, Tensor], name: str = "state dict") -> Clip:
+    """Builds a CLIP whose sizes are read off a state dict in OpenAI or open_clip naming; heads are 64 wide.
+
+    Extra metadata keys of OpenAI's archive are ignored; a missing or unexpected tensor is an error, never a partial load.
+    """
+    state = {key.removeprefix("module.").removeprefix("text."): value.float() for key, value in state.items()}
+    for key in ("input_resolution", "context_length", "vocab_size", "attn_mask"):
+        state.pop(key, None)
+    missing = [k for k in ("visual.conv1.weight", "visual.proj", "text_projection", "token_embedding.weight") if k not in state]
+    if missing:
+        raise UserError(f"CLIP.clip_path: {name} holds no CLIP ViT, {', '.join(missing)} not found")
+
+    def depth(prefix: str) -> int:
+        return 1 + max(int(k[len(prefix) :].split(".")[0]) for k in state if k.startswith(prefix))
+
+    width, _, patch, _ = state["visual.conv1.weight"].shape
+    side = round((len(state["visual.positional_embedding"]) - 1) ** 0.5)
+    vocabulary, text_width = state["token_embedding.weight"].shape
+    clip = _build(
+        {
+            "embed_dim": state["text_projection"].shape[1],
+            "quick_gelu": True,
+            "vision_cfg": {"image_size": side * patch, "layers": depth("visual.transformer.resblocks."), "width": width,
+                           "patch_size": patch},
+            "text_cfg": {"context_length": len(state["positional_embedding"]), "vocab_size": vocabulary, "width": text_width,
+                         "heads": text_width // 64, "layers": depth("transformer.resblocks.")},
+        }
+    )
+    _fill(clip, state, name)
+    return Clip(clip)
+
+
+def _build(config: dict) -> CLIP:
+    return CLIP(
+        config["embed_dim"],
+        vision_cfg=CLIPVisionCfg(**config["vision_cfg"]),
+        text_cfg=CLIPTextCfg(**config["text_cfg"]),
+        quick_gelu=config["quick_gelu"],
+    )
+
+
+def _fill(clip: CLIP, state: Mapping[str, Tensor], name: str) -> None:
+    try:
+        clip.load_state_dict(state, strict=True)
+    except RuntimeError as error:
+        raise UserError(f"CLIP.clip_path: {name} does not fit the CLIP it describes. {error}") from error
+
+
+def _from_folder(folder: Path) -> Clip:
+    """A tiny CLIP keeps only the embedding rows it was trained on: token_embedding.{rows, ids}."""
+    for file in ("config.json", "model.safetensors"):
+        if not (folder / file).is_file():
+            raise UserError(f"CLIP.clip_path: {folder} has no {file}; a CLIP folder holds config.json and model.safetensors")
+    clip = _build(json.loads((folder / "config.json").read_text()))
+    state = {key: value if value.dtype == torch.int32 else value.float()
+             for key, value in load_state(folder / "model.safetensors").items()}
+    ids = state.pop("token_embedding.ids", None)
+    if ids is not None:
+        table = torch.zeros_like(clip.token_embedding.weight)
+        table[ids.long()] = state.pop("token_embedding.rows")
+        state["token_embedding.weight"] = table
+    _fill(clip, state, str(folder))
+    return Clip(clip, known_ids=ids)
+
+
+def _is_torchscript(path: Path) -> bool:
+    """TorchScript archives are zip files with a `constants.pkl` beside their code."""
+    import zipfile
+
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(entry.endswith("/constants.pkl") for entry in archive.namelist())
+
+
+def _read_openai_archive(path: Path) -> dict[str, Tensor]:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != OPENAI_VIT_B_16:
+        raise UserError(
+            f"CLIP.clip_path: {path} is a TorchScript archive with sha256 {digest[:12]}..., not OpenAI's ViT-B-16.pt "
+            f"({OPENAI_VIT_B_16[:12]}...). Archives can run code, so only that one is opened; the download may be damaged. {_WHERE}"
+        )
+    return torch.jit.load(path, map_location="cpu").state_dict()

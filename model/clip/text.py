@@ -1,0 +1,66 @@
+"""Text banks: one L2-normalised embedding per text."""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from open_clip import SimpleTokenizer
+from torch import Tensor, nn
+
+from util.errors import UserError
+from util.files import load_tensors, save_tensors
+
+FOREGROUND = "a photo of {}."
+BACKGROUND = "a photo without {}."
+
+
+class TextEncoder(nn.Module):
+    """CLIP's text tower with its tokenizer.
+
+    `known_ids` (optional, int64) lists the BPE ids that have an embedding: a tiny CLIP stores only those it was trained on.
+    """
+
+    def __init__(self, clip: nn.Module, known_ids: Tensor | None = None):
+        super().__init__()
+        self.clip = clip
+        self.tokenizer = SimpleTokenizer(context_length=clip.context_length)
+        self.known_ids = None if known_ids is None else set(known_ids.tolist())
+
+    def forward(self, texts: Sequence[str]) -> Tensor:
+        """n texts -> n D fp32, L2-normalised.
+
+        Raises:
+            UserError: a text is longer than the context, or uses a word that this CLIP has no embedding for.
+        """
+        for text in texts:
+            ids = self.tokenizer.encode(text)
+            if len(ids) + 2 > self.clip.context_length:
+                raise UserError(f"text of {len(ids)} tokens does not fit CLIP's {self.clip.context_length}: {text!r}")
+            unknown = [] if self.known_ids is None else [i for i in ids if i not in self.known_ids]
+            if unknown:
+                words = ", ".join(repr(self.tokenizer.decode([i]).strip()) for i in unknown)
+                raise UserError(f"this CLIP was not trained on {words} (in {text!r}); use a full CLIP: CLIP.clip_path=...")
+        tokens = self.tokenizer(list(texts)).to(self.clip.positional_embedding.device)
+        return F.normalize(self.clip.encode_text(tokens).float(), dim=-1)
+
+    @torch.no_grad()
+    def bank(self, texts: Sequence[str], cache: Path | None = None) -> Tensor:
+        """One embedding per text: n D fp32, L2-normalised.
+
+        With a `cache` folder the bank is kept on disk under a hash of its texts and the tower's weights.
+        """
+        file = cache and cache / f"text-{self._key(texts)}.safetensors"
+        if file and file.is_file():
+            return load_tensors(file)["bank"].to(self.clip.positional_embedding.device)
+        bank = torch.cat([self(texts[i : i + 64]) for i in range(0, len(texts), 64)])
+        if file:
+            save_tensors(file, {"bank": bank})
+        return bank
+
+    def _key(self, texts: Sequence[str]) -> str:
+        digest = hashlib.sha256("\n".join(texts).encode())
+        for tensor in (self.clip.text_projection, self.clip.transformer.resblocks[-1].attn.in_proj_weight):
+            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]

@@ -1,0 +1,1 @@
+"""Few-shot segmentation systems and the parts they share: priors, matcher, ensemble."""

@@ -1,0 +1,68 @@
+"""Small operations shared by few-shot systems. Shapes: B episodes, K shots, C channels, h w feature grid, S image side."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.ops import resize
+
+
+def binary_mask(label: Tensor) -> Tensor:
+    """Label (..., S, S) in {0, 1, 255} -> (..., 1, S, S) float, 1 where the label is 1; 255 counts as background."""
+    return (label == 1).float().unsqueeze(-3)
+
+
+def masked_average(features: Tensor, mask: Tensor) -> Tensor:
+    """Prototype: mask-weighted mean of a map.
+
+    Args:
+        features: B C h w.
+        mask: B 1 S S, resized bilinearly to h w.
+    Returns:
+        B C 1 1.
+    """
+    mask = resize(mask, features.shape[2:])
+    return (features * mask).sum((2, 3), keepdim=True) / (mask.sum((2, 3), keepdim=True) + 5e-4)
+
+
+def max_cosine(query: Tensor, support: Tensor, mask: Tensor, eps: float = 1e-7) -> Tensor:
+    """Training-free prior: best cosine of every query position with the masked support (PFENet Sec. 3.2, as in HDMNet).
+
+    Masked-out support positions stay in the maximum with score 0.
+
+    Args:
+        query, support: B C h w.
+        mask: B 1 S S in {0, 1}, nearest-resized to h w.
+    Returns:
+        B 1 h w.
+    """
+    B, _, h, w = query.shape
+    support = support * F.interpolate(mask, support.shape[2:], mode="nearest")
+    q, s = query.flatten(2), support.flatten(2)  # B C n
+    cosine = (q.transpose(1, 2) @ s) / (q.norm(dim=1)[:, :, None] * s.norm(dim=1)[:, None] + eps)
+    return cosine.amax(2).view(B, 1, h, w)
+
+
+def gram(features: Tensor) -> Tensor:
+    """Gram matrix of a map's channels divided by the outer product of their norms: B C h w -> B C C."""
+    rows = features.flatten(2)
+    norm = rows.norm(dim=2, keepdim=True)
+    return (rows @ rows.transpose(1, 2)) / (norm @ norm.transpose(1, 2) + 1e-7)
+
+
+def scene_difference(query: Tensor, support: Tensor) -> Tensor:
+    """How much two scenes differ in style: Frobenius distance of Gram matrices over that of an all-ones matrix (BAM Eq. 6).
+
+    Args:
+        query: B C h w; support: B K C h w.
+    Returns:
+        B K.
+    """
+    K, C = support.shape[1:3]
+    difference = gram(query)[:, None] - gram(support.flatten(0, 1)).unflatten(0, (-1, K))
+    return difference.norm(dim=(2, 3)) / C
+
+
+def reduce_block(channels: int, width: int, dropout: float = 0.0) -> nn.Sequential:
+    """1x1 convolution without bias, ReLU, optional Dropout2d."""
+    layers = [nn.Conv2d(channels, width, 1, bias=False), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Dropout2d(dropout)) if dropout else nn.Sequential(*layers)

@@ -1,0 +1,38 @@
+"""Losses shared by systems; all in fp32 whatever the autocast."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model.ops import resize
+
+
+def segmentation_loss(logits: Tensor, target: Tensor) -> Tensor:
+    """Mean cross entropy over the labelled pixels; 0 where every pixel is ignored.
+
+    Args:
+        logits: B C h w, brought to the target's size (bilinear, corners).
+        target: B S S int64, 255 is ignored.
+    """
+    loss = F.cross_entropy(resize(logits.float(), target.shape[1:]), target, ignore_index=255, reduction="sum")
+    return loss / (target != 255).sum().clamp(min=1)
+
+
+def distillation_loss(correlations: Sequence[Tensor], target: Tensor) -> Tensor:
+    """HDMNet's correlation distillation (Sec. 3.3): the mask teaches the coarsest level, each level the next finer one.
+
+    Args:
+        correlations: B h w per level, coarse first.
+        target: B S S bool, the query mask.
+    """
+    teacher = torch.where(target, 1.0, -1e9)
+    terms = []
+    for student in correlations:
+        student = student.float()
+        t = resize(teacher[:, None], student.shape[1:], corners=False).flatten(1).softmax(1)
+        s = student.flatten(1).softmax(1)
+        terms.append((t * ((t + 1e-12).log() - (s + 1e-12).log())).sum(1).mean())
+        teacher = student.detach()
+    return torch.stack(terms).mean()

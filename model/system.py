@@ -1,0 +1,146 @@
+"""The contract every system keeps. train.py and test.py know nothing else about a model."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from util.config import Train
+from util.errors import UserError
+
+
+@dataclass
+class Prediction:
+    """What `System.predict` returns; B episodes (or images), S the network side, all fp32."""
+
+    final: Tensor  # B classes S S, scores whose argmax is the prediction (2 classes in few-shot systems)
+    meta: Tensor | None = None  # B 2 S S, the few-shot branch alone
+    base: Tensor | None = None  # B N+1 S S, base learner logits
+    maps: dict[str, Tensor] = field(default_factory=dict)  # name -> B h w, priors for the report
+    baselines: dict[str, Tensor] = field(default_factory=dict)  # name -> B S S bool, trivial predictions to compare with
+
+
+class Frozen(nn.Module):
+    """Holds a part that is never trained: no gradient, eval mode survives `.train()`.
+
+    No `no_grad` block is needed: autograd records nothing where neither parameter nor input asks for a gradient.
+    """
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.module = module.requires_grad_(False)
+        self.eval()
+
+    def train(self, mode: bool = True) -> "Frozen":
+        return super().train(False)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module(*args, **kwargs)
+
+
+class System(nn.Module):
+    """A model with its losses.
+
+    Everything trained lives in `head`, everything frozen in `Frozen` children. Only `head` is wrapped by DDP, handed to
+    the optimizer and saved, so frozen parts are outside all three by construction.
+    """
+
+    task: ClassVar[str] = "episodes"  # what it learns from: "episodes" (few-shot) or "images" (base learner)
+    head: nn.Module
+    prior_names: list[str] | None = None
+    clip_patch: int | None = None  # patch side of CLIP where the system reads `Episode.clip_query`
+    warnings: tuple[str, ...] = ()  # what disqualifies its scores
+    mark: str = ""  # short form of it, put on every line with a score
+
+    def losses(self, batch: Any) -> dict[str, Tensor]:
+        """Weighted loss terms by name; their sum is the loss."""
+        raise NotImplementedError
+
+    def predict(self, batch: Any, baselines: bool = False) -> Prediction:
+        """Without gradient; with `baselines` also the trivial predictions."""
+        raise NotImplementedError
+
+    def optimizer(self, train: Train) -> torch.optim.Optimizer:
+        """The paper's optimizer over its parameter groups; poly decay acts on every group's initial rate."""
+        raise NotImplementedError
+
+    def official_name(self, name: str) -> str | None:
+        """Our state-dict name -> key of the published checkpoint; None for tensors it does not hold."""
+        raise NotImplementedError
+
+    # What all systems share.
+
+    def distribute(self, device: torch.device) -> None:
+        """Wraps the trained part for data-parallel training."""
+        self.head = nn.SyncBatchNorm.convert_sync_batchnorm(self.head) if device.type == "cuda" else self.head
+        self.head = DistributedDataParallel(self.head, device_ids=[device] if device.type == "cuda" else None)
+
+    @property
+    def trained(self) -> nn.Module:
+        """The trained part without the DDP wrapper."""
+        return self.head.module if isinstance(self.head, DistributedDataParallel) else self.head
+
+    def trained_state(self) -> dict[str, Tensor]:
+        return self.trained.state_dict()
+
+    def load_trained(self, state: Mapping[str, Tensor], name: str) -> None:
+        """Loads a trained part; every tensor must be there with its shape.
+
+        Raises:
+            UserError: lists what differs.
+        """
+        load_exactly(self.trained, state, name)
+
+    def frozen_hashes(self) -> dict[str, str]:
+        """Content hash of each frozen part: a checkpoint records those it was trained with."""
+        return {name: content_hash(child) for name, child in self.named_children() if isinstance(child, Frozen)}
+
+    def import_official(self, state: Mapping[str, Tensor], name: str = "checkpoint") -> None:
+        """Loads a published checkpoint, frozen parts included, or fails; never a part of it.
+
+        "module." prefixes are accepted. Tensors of a frozen CLIP inside are left out when they equal the CLIP in use.
+
+        Raises:
+            UserError: missing, surplus or differently shaped tensors, or another CLIP inside.
+        """
+        state = {key.removeprefix("module."): value for key, value in state.items()}
+        own = self.state_dict()
+        names = {ours: official for ours in own if (official := self.official_name(ours)) is not None}
+        surplus = self._check_foreign({k: v for k, v in state.items() if k not in set(names.values())}, name)
+        renamed = {ours: state[official] for ours, official in names.items() if official in state}
+        untouched = {ours: value for ours, value in own.items() if ours not in names}
+        load_exactly(self, renamed | untouched | surplus, name, names)
+
+    def _check_foreign(self, foreign: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+        """Of tensors without a place here, returns those that are in error."""
+        return foreign
+
+
+def load_exactly(module: nn.Module, state: Mapping[str, Tensor], name: str, names: Mapping[str, str] | None = None) -> None:
+    """Strict load_state_dict with a readable error; BatchNorm step counters may be missing."""
+    own = module.state_dict()
+    names = names or {}
+    missing = [names.get(k, k) for k in own if k not in state and not k.endswith("num_batches_tracked")]
+    surplus = [k for k in state if k not in own]
+    shapes = [f"{names.get(k, k)} is {tuple(state[k].shape)}, expected {tuple(own[k].shape)}"
+              for k in own if k in state and state[k].shape != own[k].shape]
+    if missing or surplus or shapes:
+        parts = [f"{len(items)} {what}: {', '.join(items[:4])}{', ...' if len(items) > 4 else ''}"
+                 for what, items in (("missing", missing), ("not part of this model", surplus), ("of another shape", shapes))
+                 if items]
+        raise UserError(f"{name} does not fit this model, nothing was loaded. " + "; ".join(parts)
+                        + ". Check the system (ARCH), Method.backbone, Train.shot, Train.split and the data set")
+    module.load_state_dict({k: state.get(k, v) for k, v in own.items()})
+
+
+def content_hash(module: nn.Module) -> str:
+    """Short sha256 over names and values of a module's state."""
+    digest = hashlib.sha256()
+    for key, value in sorted(module.state_dict().items()):
+        digest.update(key.encode())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,69 @@
+"""Data for the tests: a tiny VOC-like folder written on the spot, and the small cut of VOC where it is at hand."""
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+# Palette of the synthetic labels: no colour resembles its index, so reading colours instead of indices shows.
+PALETTE = [(37 * i + 11 * channel + 90) % 256 for i in range(256) for channel in range(3)]
+
+
+@pytest.fixture(scope="session")
+def voc_mini() -> Path:
+    """The small cut of VOC 2012: $VOC_MINI, or ../shared/data/voc2012_mini beside the repository."""
+    beside = Path(__file__).resolve().parents[2] / "shared/data/voc2012_mini"
+    root = Path(os.environ.get("VOC_MINI", beside))
+    if not (root / "SegmentationClassAug").is_dir():
+        pytest.skip(f"no small cut of VOC at {root}; set VOC_MINI to the folder that holds it")
+    return root
+
+
+@pytest.fixture
+def block() -> Callable[..., np.ndarray]:
+    """Make a label: for each (class, pixels) that many pixels of the class, and an ignored one in the last corner."""
+
+    def make(shape: tuple[int, int], *objects: tuple[int, int]) -> np.ndarray:
+        flat = np.zeros(shape[0] * shape[1], np.uint8)
+        start = 0
+        for cls, pixels in objects:
+            flat[start : start + pixels] = cls
+            start += pixels
+        flat[-1] = 255
+        return flat.reshape(shape)
+
+    return make
+
+
+@pytest.fixture
+def write_voc(tmp_path: Path) -> Callable[..., tuple[Path, Path]]:
+    """Write labels (stem -> H W uint8) as a VOC folder; returns (data root, list file).
+
+    The image of a label shows class c as RGB (255, 12 c, 0) on blue. `xml`: stem -> object names, where there is one.
+    """
+
+    def write(labels: Mapping[str, np.ndarray], xml: Mapping[str, Sequence[str]] | None = None) -> tuple[Path, Path]:
+        root = tmp_path / "VOC"
+        for folder in ("JPEGImages", "SegmentationClassAug", "Annotations"):
+            (root / folder).mkdir(parents=True, exist_ok=True)
+        for stem, label in labels.items():
+            image = np.zeros((*label.shape, 3), np.uint8)
+            image[..., 2] = 255
+            shown = (label > 0) & (label < 255)
+            image[shown] = np.stack([np.full_like(label, 255), 12 * label, np.zeros_like(label)], -1)[shown]
+            Image.fromarray(image).save(root / f"JPEGImages/{stem}.jpg", quality=95, subsampling=0)
+            png = Image.fromarray(label).convert("P")
+            png.putdata(label.ravel().tolist())
+            png.putpalette(PALETTE)
+            png.save(root / f"SegmentationClassAug/{stem}.png")
+        for stem, names in (xml or {}).items():
+            objects = "".join(f"<object><name>{n}</name><part><name>head</name></part></object>" for n in names)
+            (root / f"Annotations/{stem}.xml").write_text(f"<annotation>{objects}</annotation>")
+        list_file = tmp_path / "list.txt"
+        list_file.write_text("".join(f"JPEGImages/{s}.jpg SegmentationClassAug/{s}.png\n" for s in labels))
+        return root, list_file
+
+    return write

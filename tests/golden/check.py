@@ -1,0 +1,225 @@
+"""Builds a system on deterministic weights, runs a golden file's inputs through it and measures every array."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import torch
+from torch import Tensor
+
+from model.backbone import BaseLearner, build_encoder
+from model.clip import Clip, refine
+from model.clip.load import clip_from_state
+from model.clip.text import BACKGROUND, FOREGROUND
+from model.few_shot.hdmnet import PICLIP, HDMNet
+from model.few_shot.parts import binary_mask
+from model.few_shot.prior import CosinePrior, TextPrior, VisualPrior
+from model.ops import resize
+from model.system import Frozen
+from tests.golden.fill import tensor_for
+from util.config import Train
+from util.data.episodes import Episode
+from util.data.folds import fold, read_class_names
+from util.data.transforms import clip_input
+
+LISTS = Path(__file__).parents[2] / "lists"
+
+
+@dataclass
+class Row:
+    """One comparison: the error is absolute, or relative to the reference where `relative`."""
+
+    name: str
+    error: float
+    tolerance: float
+
+    @property
+    def ok(self) -> bool:
+        return self.error <= self.tolerance  # NaN fails
+
+
+def compare(name: str, ours: Tensor | np.ndarray | float, reference: np.ndarray, tolerance: float, relative: bool = False) -> Row:
+    a = np.asarray(ours.detach() if isinstance(ours, Tensor) else ours, dtype=np.float64)
+    b = np.asarray(reference, dtype=np.float64)
+    if a.shape != b.shape:
+        return Row(f"{name} {a.shape} instead of {b.shape}", float("inf"), tolerance)
+    error = np.abs(a - b)
+    if relative:
+        error = error / np.maximum(np.abs(b), 1e-12)
+    return Row(name, float(error.max(initial=0)), tolerance)
+
+
+class Golden:
+    """A loaded file. Files hold plain arrays; nothing is unpickled."""
+
+    def __init__(self, path: Path):
+        with np.load(path, allow_pickle=False) as archive:
+            self.arrays = {key: archive[key] for key in archive.files}
+        self.system = str(self["system"])
+        self.data_set = str(self["data_set"])
+        self.shot, self.salt = int(self["shot"]), int(self["salt"])
+
+    def __getitem__(self, key: str) -> np.ndarray:
+        return self.arrays[key]
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.arrays
+
+    def rows(self, prefix: str) -> list[np.ndarray]:
+        return [self[f"{prefix}_{i}"] for i in range(len(self["query"])) if f"{prefix}_{i}" in self]
+
+    def fill(self, name: str, shape: torch.Size) -> Tensor:
+        tensor = tensor_for(name, shape, self.salt)
+        if name in ("gram_merge.weight", "cls_merge.weight"):
+            tensor = torch.tensor([1.0, 0.0]).view(1, 2, 1, 1) + 0.1 * tensor
+        return tensor
+
+
+def filled_clip(golden: Golden) -> Clip:
+    with torch.device("meta"):
+        shapes = {k: v.shape for k, v in open_clip.model.CLIP(**open_clip_config()).state_dict().items() if k != "attn_mask"}
+    return clip_from_state({name: golden.fill(name, shape) for name, shape in shapes.items()})
+
+
+def open_clip_config() -> dict:
+    return open_clip.get_model_config("ViT-B-16-quickgelu")
+
+
+def build(golden: Golden) -> HDMNet:
+    """The system of a file with every tensor filled under its official name, loaded by `import_official`."""
+    data = fold(golden.data_set, 0)
+    base_learner = Frozen(BaseLearner(build_encoder("resnet50"), len(data.base) + 1))
+    if golden.system == "hdmnet":
+        system: HDMNet = HDMNet(base_learner, [CosinePrior(base_learner)], golden.shot)
+    else:
+        clip = Frozen(filled_clip(golden))
+        names = read_class_names(LISTS / golden.data_set / "classes.txt").texts
+        bank = clip.module.text.bank([template.format(name) for template in (FOREGROUND, BACKGROUND) for name in names])
+        priors = [TextPrior(clip, bank, "present", data.base), VisualPrior(clip, golden.shot)]
+        system = PICLIP(base_learner, priors, golden.shot, clip=clip)
+    official = {name: system.official_name(ours) for ours in system.state_dict() if (name := ours)}
+    state = {key: golden.fill(key, system.state_dict()[ours].shape) for ours, key in official.items() if key is not None}
+    system.import_official(state)
+    return system.eval()
+
+
+def episode(golden: Golden) -> Episode:
+    query, B = golden["query"], len(golden["query"])
+    classes = 80 if golden.data_set == "coco" else 20
+    present = torch.zeros(B, classes, dtype=torch.bool)
+    sizes = np.full((B, 2), query.shape[1])
+    if "label_ids" in golden:
+        for row, ids in zip(present, golden["label_ids"], strict=True):
+            row[ids[ids >= 0]] = True
+    if golden.data_set == "pascal" and "sizes_wh" in golden:
+        sizes = golden["sizes_wh"][:, ::-1]
+    as_images = lambda x: torch.from_numpy(x).movedim(-1, -3).float()  # noqa: E731
+    return Episode(
+        query=as_images(query), query_mask=torch.from_numpy(golden["query_mask"]),
+        support=as_images(golden["support"]), support_mask=torch.from_numpy(golden["support_mask"]),
+        base_label=torch.from_numpy(golden["base_label"]),
+        cls=torch.from_numpy(golden["target_class"]) + 1 if "target_class" in golden else torch.ones(B, dtype=torch.int64),
+        base_rank=torch.from_numpy(golden["cat_idx"]), present=present,
+        clip_query=[clip_input(image.astype(np.float32), tuple(hw)) for image, hw in zip(query, sizes, strict=True)],
+        annotation_hw=torch.from_numpy(sizes.copy()), number=torch.arange(B), original_mask=[], original_base=[],
+        query_name=["golden"] * B, support_names=[["golden"] * golden.shot] * B,
+    )  # fmt: skip
+
+
+def check_file(path: Path) -> Iterator[Row]:
+    """Yields one row per array of the file (and per stage fed from the file)."""
+    golden = Golden(path)
+    system, batch = build(golden), episode(golden)
+    yield from CHECKS[golden.system](golden, system, batch)
+
+
+def check_hdmnet(golden: Golden, system: HDMNet, batch: Episode) -> Iterator[Row]:
+    clip = golden.system == "pi_clip"
+    close, loose = (1e-4, 1e-4) if clip else (5e-6, 2e-5)
+    with torch.no_grad():
+        features = system.features(batch)
+        if clip:
+            yield from check_text_prior(golden, system.priors[0], batch)
+        maps = system.prior_maps(batch, features)
+        for prior, array, tolerance in (("vtp", "vtp_map", 1e-4), ("vvp", "vvp_map", 5e-6), ("cosine", "similarity", 5e-6)):
+            if prior in maps:
+                yield compare(array, maps[prior], golden[array], tolerance)
+        priors = torch.cat(list(maps.values()), 1)
+        query, support = (torch.cat([m[3], m[2]], 1) for m in (features.query, features.support))
+        query, support = system.head.merge(query, support, features.mask, priors)
+        yield compare("matcher_query", query, golden["matcher_query"], close)
+        yield compare("matcher_support", support, golden["matcher_support"], 5e-6)
+        yield from check_matcher(golden, system)
+        final, meta, correlations = system.run_head(features, priors, own=None)
+        yield compare("matcher_logits", meta, golden["matcher_logits"], loose)
+        for i, correlation in enumerate(correlations):
+            yield compare(f"matcher_weight_{i}", correlation, golden[f"matcher_weight_{i}"], close)
+        prediction = system.predict(batch)
+        yield compare("final", prediction.final, golden["final"], 1e-5 if clip else 5e-6)
+        yield compare("meta", prediction.meta[..., ::4, ::4], golden["meta"], loose)
+        yield compare("base", prediction.base[..., ::8, ::8], golden["base"], 5e-6)
+    yield from check_training(golden, system, batch)
+
+
+def check_text_prior(golden: Golden, prior: TextPrior, batch: Episode) -> Iterator[Row]:
+    classes = len(prior.bank) // 2
+    yield compare("fg_text", prior.bank[:classes], golden["fg_text"], 1e-6)
+    yield compare("bg_text", prior.bank[classes:], golden["bg_text"], 1e-6)
+    candidates = prior.candidates(batch)
+    for i, (raw, probability) in enumerate(zip(golden.rows("cam_raw"), golden.rows("cam_prob"), strict=True)):
+        cam, attention = prior.cam(batch.clip_query[i][None], candidates[i : i + 1], batch.cls[i : i + 1] - 1)
+        yield compare(f"cam_raw_{i}", cam.map[0], raw, 1e-4)
+        ids = golden["label_ids"][i]
+        ids = ids[ids >= 0]
+        yield compare(f"cam_prob_{i}", cam.probability[0][np.concatenate([ids, ids + classes])], probability, 1e-5)
+        if f"vtp_{i}" in golden:
+            size = tuple(batch.annotation_hw[i].tolist())
+            fed = refine(torch.from_numpy(raw)[None], attention)
+            yield compare(f"vtp_{i} (cam_raw fed)", resize(fed[None], size, corners=False)[0, 0], golden[f"vtp_{i}"], 1e-4)
+    for i, prior_map in enumerate(prior.at_annotation_size(batch)):
+        if f"vtp_{i}" in golden:
+            yield compare(f"vtp_{i}", prior_map, golden[f"vtp_{i}"], 1e-4)
+
+
+def check_matcher(golden: Golden, system: HDMNet) -> Iterator[Row]:
+    """The matcher alone, every input taken from the file."""
+    arrays = ("vtp_map", "vvp_map") if golden.system == "pi_clip" else ("similarity",)
+    priors = torch.cat([torch.from_numpy(golden[a]) for a in arrays], 1)
+    query, support = (torch.from_numpy(golden[f"matcher_{side}"]) for side in ("query", "support"))
+    mask = binary_mask(torch.from_numpy(golden["support_mask"]).flatten(0, 1))
+    logits, correlations = system.head.matcher(query, support, mask, priors)
+    yield compare("matcher_logits (fed)", logits, golden["matcher_logits"], 1e-5)
+    for i, correlation in enumerate(correlations):
+        yield compare(f"matcher_weight_{i} (fed)", correlation, golden[f"matcher_weight_{i}"], 5e-6)
+
+
+def check_training(golden: Golden, system: HDMNet, batch: Episode) -> Iterator[Row]:
+    """Losses, gradient norms and one optimizer step, with dropout off."""
+    names = [str(name) for name in golden["grad_names"]]
+    ours = {system.official_name(key): key for key in system.state_dict()}
+    parameters = dict(system.named_parameters())
+    tensors = [parameters[ours[name]] for name in names]
+    for tensor in tensors:
+        tensor.requires_grad_()  # the published base learner's last conv is not frozen in HDMNet
+    losses = system.losses(batch)
+    for i, term in enumerate(("main", "distil", "base")):
+        if "losses" in golden:
+            yield compare(f"losses[{i}] ({term})", losses[term], golden["losses"][i], 1e-5, relative=True)
+        else:
+            yield compare(f"loss_{term}", losses[term], golden[f"loss_{term}"], 1e-5, relative=True)
+    gradients = torch.autograd.grad(sum(losses.values()), tensors, allow_unused=True)
+    for tensor, gradient in zip(tensors, gradients, strict=True):
+        tensor.grad = torch.zeros_like(tensor) if gradient is None else gradient
+    yield compare("grad_norms", torch.stack([t.grad.norm() for t in tensors]), golden["grad_norms"], 1e-4, relative=True)
+    if "param_norms_after_step" in golden:
+        system.optimizer(Train()).step()
+        norms = torch.stack([t.detach().norm() for t in tensors])
+        small = np.array([t.numel() < 10_000 for t in tensors])
+        reference = golden["param_norms_after_step"]
+        yield compare("param_norms (small)", norms[small], reference[small], 1e-6, relative=True)
+        yield compare("param_norms (large)", norms[~small], reference[~small], 1e-5, relative=True)
+
+
+CHECKS: dict[str, Callable[[Golden, HDMNet, Episode], Iterator[Row]]] = {"pi_clip": check_hdmnet, "hdmnet": check_hdmnet}

@@ -1,0 +1,144 @@
+"""What people see of a run: the report, its pictures, the log."""
+
+import io
+import json
+import re
+
+import numpy as np
+import pytest
+
+from util.log import RunLog
+from util.report import Card, choose, summarise, text_table, write_report
+from util.viz import COLOURS, contact_sheet, episode_panels, error_map, heatmap, overlay
+
+NAMES = {1: "aeroplane", 2: "bicycle <b>", 3: "bird"}
+
+
+def card(group: str, side: int = 48) -> Card:
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (side, side + 16, 3)).astype(np.uint8)
+    mask = rng.choice([0, 1, 255], image.shape[:2]).astype(np.uint8)
+    panels = episode_panels([(image, mask)], image, {"VTP": rng.random((6, 8))}, (mask == 1).astype(np.uint8), mask)
+    return Card(f"bird, {group}", "episode 7 · <query>.jpg", group, panels)
+
+
+def result(seeds: int = 3, **extra) -> dict:
+    runs = [{"seed": s, "episodes": 30, "miou": 0.5 + s / 100, "fb_iou": 0.7, "fg_iou": np.float32(0.6),
+             "per_class": {1: 0.4, 2: 0.5, 3: 0.6 + s / 100}, "episodes_per_class": {1: 10, 2: 12, 3: 8},
+             "meta_miou": 0.45, "base_miou": float("nan")} for s in range(seeds)]
+    mean, sd = summarise(runs)
+    return {"system": "PI-CLIP", "data_set": "demo", "split": 0, "shot": 1, "backbone": "resnet50",
+            "checkpoint": "best", "protocol": {"vocabulary": "present", "episodes": 30}, "environment": {"torch": "2"},
+            "classes": NAMES, "seeds": runs, "mean": mean, "sd": sd, **extra}
+
+
+def test_summarise():
+    mean, sd = summarise([{"seed": 1, "episodes": 9, "miou": 0.2}, {"seed": 2, "episodes": 9, "miou": 0.4}])
+    assert mean == {"miou": pytest.approx(0.3)}
+    assert sd == {"miou": pytest.approx(0.02**0.5)}  # ddof 1
+    assert summarise([{"seed": 1, "miou": 0.2}])[1] == {"miou": 0}
+
+
+def test_report_is_whole_and_self_contained(tmp_path):
+    given = result(baselines={"all foreground": {"miou": 0.123}}, time={"seconds": 12.5})
+    page = write_report(tmp_path, given, [card("best"), card("worst")]).read_text()
+    for text in ("aeroplane", "bicycle &lt;b&gt;", "bird", "&lt;query&gt;.jpg", "all foreground", "12.3", "vocabulary"):
+        assert text in page
+    assert "51.0 <small>± 1.00</small>" in page  # mIoU: 50, 51, 52
+    markup = re.sub(r"data:image/jpeg;base64,[\w+/=]*", "", page)
+    assert not re.search(r"https?:|//|<script|<link|@import|url\(", markup)
+    assert page.count("data:image/jpeg") == 12
+    assert 'role="alert"' not in page
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["gallery.png", "report.html", "report.json"]
+
+
+def test_json_round_trips(tmp_path):
+    given = result()
+    write_report(tmp_path, given, [])
+    back = json.loads((tmp_path / "report.json").read_text())
+    assert back["classes"] == {str(k): v for k, v in NAMES.items()}
+    assert back["seeds"][2]["per_class"]["3"] == pytest.approx(0.62)
+    assert back["mean"] == pytest.approx(given["mean"]) and back["sd"] == pytest.approx(given["sd"])
+    assert back["seeds"][0]["base_miou"] is None and "base_miou" not in back["mean"]  # NaN is no JSON and no score
+    write_report(tmp_path / "again", back, [])
+    assert json.loads((tmp_path / "again" / "report.json").read_text()) == back
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_disqualified_scores_are_marked_everywhere(tmp_path, seeds):
+    given = result(seeds, warnings=["CLIP weights are random & untrained"], mark="[random CLIP]",
+                   baselines={"all foreground": {"miou": 0.123, "fb_iou": 0.3}})
+    page = write_report(tmp_path, given, [card("best")]).read_text()
+    assert "CLIP weights are random &amp; untrained" in page and 'role="alert"' in page
+    body = page.split("<main>")[1]
+    blocks = re.findall(r'<tr.*?</tr>|<div class="tile box">.*?</div></div>|<article.*?</article>', body, re.S)
+    scored = [block for block in blocks if re.search(r">\d+\.\d|<article", block)]
+    assert len(scored) == 4 + 4 + 2 + 1 + (3 if seeds > 1 else 0)  # tiles, classes, baselines, card, seeds
+    assert all('class="mark"' in block for block in scored)
+    scored = [line for line in text_table(given).splitlines() if re.search(r"\d\.\d", line)]
+    assert len(scored) == 3 + 4 + 1 and all(line.endswith("[random CLIP]") for line in scored)
+    assert "[random" not in text_table(result())
+
+
+def test_page_stays_small(tmp_path):
+    cards = [card("best", side=400) for _ in range(14)]  # noise, the worst case for JPEG
+    assert write_report(tmp_path, result(), cards).stat().st_size < 5_000_000
+
+
+def test_missing_keys_are_named(tmp_path):
+    given = result()
+    del given["protocol"]
+    with pytest.raises(ValueError, match="protocol"):
+        write_report(tmp_path, given, [])
+
+
+def test_choose():
+    ious = [0.5, 0.9, 0.1, 0.7, 0.3, 0.6, 0.2]
+    assert choose(ious, 2) == {"best": [1, 3], "median": [5, 0], "worst": [2, 6]}
+    picked = sum(choose(ious[:5], 3).values(), [])
+    assert len(picked) == len(set(picked)) == 3
+
+
+def test_pictures_paint_what_the_masks_say():
+    image = np.full((20, 30, 3), 100, np.uint8)
+    truth, pred = np.zeros((20, 30), np.uint8), np.zeros((20, 30), np.uint8)
+    truth[:10, :10], pred[5:15, :10], truth[:, 25:] = 1, 1, 255
+    errors = error_map(pred, truth)
+    for (y, x), name in {(7, 5): "prediction", (2, 5): "miss", (12, 5): "false alarm", (3, 27): "not counted"}.items():
+        assert np.abs(errors[y, x].astype(int) - COLOURS[name]).max() < 40, name
+    painted = (overlay(image, truth) != image).any(-1)
+    assert np.array_equal(painted, truth == 1)  # 255 is not painted
+    with pytest.raises(ValueError, match="mask"):
+        overlay(image, truth[:5])
+    ramp = heatmap(np.array([[-3.0, np.nan], [5.0, 1.0]]), image)
+    assert ramp.shape == image.shape and ramp[-1, 0].sum() > ramp[-1, -1].sum() > ramp[0, 0].sum()
+    assert np.ptp(heatmap(np.full((3, 3), 7.0), image)) < 20  # constant: low everywhere
+    assert contact_sheet([[("a", image)], [("b", image), ("c", image)]]).shape[2] == 3
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_log_lines_and_progress(tmp_path):
+    for stream in (io.StringIO(), Terminal()):
+        folder = tmp_path / type(stream).__name__
+        with RunLog(folder, stream=stream) as log:
+            with log.progress(5, "epoch 1", start=3) as bar:
+                for loss in (0.5, 0.25):
+                    bar.step(images=4, losses={"main": loss, "kl": 1.0}, lr=1e-4)
+                log.info("half way 100%")
+            log.scalars({"loss": 0.5}, step=1, group="train")
+        written = (folder / "train.log").read_text()
+        assert "half way 100%" in written and "epoch 1  5/5  loss 1.2500 (main 0.250, kl 1.000)  lr 1.00e-04" in written
+        assert "\r" not in written and ("\r" in stream.getvalue()) == stream.isatty()
+        assert list((folder / "events").iterdir())
+
+
+def test_other_ranks_are_silent(tmp_path, capfd):
+    with RunLog(tmp_path / "run", main=False) as log, log.progress(2) as bar:
+        bar.step()
+        log.warning("not here")
+        log.scalars({"loss": 1.0}, step=1)
+    assert not (tmp_path / "run").exists() and capfd.readouterr() == ("", "")

@@ -1,0 +1,1 @@
+"""What every system shares: config, data, checkpoints, metrics, logs. Never imports `model`."""

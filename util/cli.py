@@ -1,0 +1,29 @@
+"""The command line that train.py and test.py share."""
+
+import argparse
+import sys
+from collections.abc import Callable
+
+from util.errors import UserError
+
+
+def parse(description: str) -> argparse.Namespace:
+    """config, arch, gpus, overrides."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, help="config/DATASET/DATASET_EXP_NET.yaml")
+    parser.add_argument("--arch", default="PI_CLIP", help="system (default PI_CLIP)")
+    parser.add_argument("--gpus", type=int, default=0, help="0 is the CPU; more than one goes through torchrun")
+    parser.add_argument("overrides", nargs="*", metavar="Section.key=value")
+    return parser.parse_args()
+
+
+def run(main: Callable[[], None]) -> None:
+    """Runs a program: the user's mistakes end in one message and code 2, Ctrl-C in code 130, both leaving valid files."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\ninterrupted; training continues after its last finished epoch when the same command runs again", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,241 @@
+"""Typed configuration: dataclass defaults <- YAML (with `extends`) <- the system's recipe <- command line.
+
+Sections and keys carry the names of the PFENet / BAM / HDMNet YAML files. Every field is documented here, where it is
+defined. An unknown key or a wrong type is an error that names the file, the key and the nearest right one.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from util.errors import UserError
+
+
+@dataclass
+class Data:
+    data_root: str = ""  # folder that the paths in the lists are relative to
+    train_list: str = ""  # text file, one `image_path label_path` per line
+    val_list: str = ""
+    class_names: str = ""  # text file, one `NAME | text for CLIP` per line
+    min_pixels: int = 2048  # a class counts in an image from this many labelled pixels on (2 * 32 * 32)
+
+
+@dataclass
+class CLIP:
+    clip_path: str = "initmodel/ViT-B-16.pt"  # file, folder, hub name MODEL/PRETRAINED, or `random` (no meaning, full path)
+    clip_size: Literal["original", "train"] = "original"  # VTP image: undo the squash (PASCAL) or keep the network side (COCO)
+    vocabulary: Literal["present", "target", "base+target", "all"] = "present"  # texts that compete; `present` reads ground truth
+
+
+@dataclass
+class Train:
+    data_set: str = "pascal"
+    split: int = 0  # fold: its classes are novel
+    use_split_coco: bool = True  # COCO: interleaved folds (True) or contiguous blocks (False)
+    filter_novel: bool = True  # BAM's filter: no training image may show a novel class
+    shot: int = 1
+    # images
+    train_h: int = 473  # side of the square network input
+    val_size: int = 473
+    crop: bool = False  # random crop (BAM, PFENet, base learner) instead of squashing the aspect ratio
+    scale_min: float = 0.9
+    scale_max: float = 1.1
+    rotate_min: float = -10.0  # degrees
+    rotate_max: float = 10.0
+    resized_val: bool = True  # validation squashes to a square; False letterboxes
+    # optimisation
+    batch_size: int = 8  # global, whatever the number of GPUs
+    base_lr: float = 1e-4
+    epochs: int = 200
+    power: float = 0.9  # poly schedule, per iteration
+    momentum: float = 0.9  # SGD only
+    weight_decay: float = 0.01
+    manual_seed: int = 321
+    workers: int = 8
+    # validation
+    evaluate: bool = True
+    SubEpoch_val: bool = False  # also in the middle of each epoch
+    val_episodes: int = 1000
+    batch_size_val: int = 1
+    print_freq: int = 10  # iterations between points of the TensorBoard curves
+    resume: Literal["auto", "none"] = "auto"  # auto: the same command goes on after the last finished epoch
+
+
+@dataclass
+class Method:
+    backbone: str = "resnet50"  # resnet50 | resnet101 | vgg16_bn | timm:NAME
+    width: int = 64  # ResNet base width; 64 is the published network
+    backbone_weight: str = "hub"  # ImageNet weights the base learner starts from: file | hub | none
+    pre_weight: str = "auto"  # base learner checkpoint; auto: the one trained by ARCH=PSPNet for this fold
+    priors: list[str] | None = None  # cosine | vtp | vvp; None: the system's own
+    low_fea: Literal["layer1", "layer2", "layer3"] = "layer2"  # stage whose Gram matrices measure scene difference
+    kshot_trans_dim: int = 2  # hidden width of the K-shot weighting
+    aux_weight1: float = 1.0  # distillation between matcher levels
+    aux_weight2: float = 1.0  # base learner's cross entropy (reported; the base learner is frozen)
+
+
+@dataclass
+class Test_Finetune:
+    weight: str = "auto"  # checkpoint; auto: snapshot/best of the experiment; published .pth files are imported
+    ann_type: Literal["mask", "bbox"] = "mask"  # support annotation
+    test_num: int = 1000  # episodes per seed
+    seeds: list[int] = field(default_factory=lambda: [321, 322, 323, 324, 325])
+    baselines: bool = False  # also score trivial predictions on the same episodes
+
+
+@dataclass
+class Runtime:
+    precision: Literal["fp32", "bf16"] = "fp32"  # autocast; Grad-CAM, losses and metrics stay fp32
+    threads: int = 0  # CPU threads per process; 0: all cores, divided among the processes
+    output: str = "exp"  # folder of all runs: OUTPUT/DATASET/ARCH/EXP/NET
+
+
+@dataclass
+class Config:
+    Data: Data = field(default_factory=Data)
+    CLIP: CLIP = field(default_factory=CLIP)
+    Train: Train = field(default_factory=Train)
+    Method: Method = field(default_factory=Method)
+    Test_Finetune: Test_Finetune = field(default_factory=Test_Finetune)
+    Runtime: Runtime = field(default_factory=Runtime)
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False)
+
+
+def load_config(path: str | Path, arch: str | None = None, overrides: list[str] | None = None) -> Config:
+    """Reads a fold's YAML.
+
+    Order, later wins: defaults, the files it extends, `ARCH.yaml` beside it (a system's own recipe, when there is one),
+    the file itself, `Section.key=value` overrides.
+
+    Raises:
+        UserError: missing file, bad YAML, unknown section or key, wrong type, malformed override.
+    """
+    path = Path(path)
+    config = Config()
+    layers = _layers(path)
+    recipe = path.parent / f"{arch}.yaml"
+    if arch and recipe.is_file():
+        layers.insert(-1, (recipe, _read(recipe)))
+    for file, content in layers:
+        for section, values in content.items():
+            for key, value in _mapping(values, f"{file}: {section}").items():
+                _set(config, section, key, value, str(file))
+    for override in overrides or []:
+        name, equals, text = override.partition("=")
+        section, dot, key = name.partition(".")
+        if not equals or not dot:
+            raise UserError(f"override {override!r}: write Section.key=value, for instance Train.epochs=5")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise UserError(f"override {override!r}: {text!r} is no YAML value ({error})") from error
+        _set(config, section, key, value, "command line")
+    _validate(config)
+    return config
+
+
+def _layers(path: Path, seen: tuple[Path, ...] = ()) -> list[tuple[Path, dict]]:
+    """The file and what it extends, base first."""
+    if path.resolve() in seen:
+        raise UserError(f"{path}: `extends` runs in a circle")
+    content = _read(path)
+    base = content.pop("extends", None)
+    if base is None:
+        return [(path, content)]
+    if not isinstance(base, str):
+        raise UserError(f"{path}: `extends` must name one file")
+    return [*_layers(path.parent / base, (*seen, path.resolve())), (path, content)]
+
+
+def _read(path: Path) -> dict:
+    try:
+        content = yaml.safe_load(path.read_text())
+    except FileNotFoundError as error:
+        raise UserError(f"no config file {path}") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is no valid YAML: {error}") from error
+    return _mapping(content, str(path))
+
+
+def _mapping(value: Any, where: str) -> dict:
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: expected `key: value` lines, found {value!r}")
+    return value
+
+
+def _set(config: Config, section: str, key: str, value: Any, source: str) -> None:
+    target = _named(config, section, f"{source}: unknown section {section!r}")
+    _named(target, key, f"{source}: unknown key {section}.{key}")
+    expected = typing.get_type_hints(type(target))[key]
+    setattr(target, key, _convert(value, expected, f"{source}: {section}.{key}"))
+
+
+def _named(owner: Any, name: str, complaint: str) -> Any:
+    names = [f.name for f in dataclasses.fields(owner)]
+    if name in names:
+        return getattr(owner, name)
+    lower = {n.lower(): n for n in names}
+    near = difflib.get_close_matches(str(name).lower(), lower, n=1)
+    raise UserError(f"{complaint}; " + (f"did you mean {lower[near[0]]!r}?" if near else f"there are {', '.join(names)}"))
+
+
+def _convert(value: Any, expected: Any, where: str) -> Any:
+    """Checks a YAML value against a type hint; an integer may stand for a float, '1e-4' (a string in YAML 1.1) too."""
+    origin, arguments = typing.get_origin(expected), typing.get_args(expected)
+    if origin is Literal:
+        if value in arguments:
+            return value
+        near = difflib.get_close_matches(str(value), arguments, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise UserError(f"{where} = {value!r}: {hint}choose one of {', '.join(map(str, arguments))}")
+    if origin is types.UnionType:
+        if value is None:
+            return None
+        expected = next(a for a in arguments if a is not type(None))
+        return _convert(value, expected, where)
+    if origin is list:
+        if isinstance(value, list):
+            return [_convert(v, arguments[0], where) for v in value]
+    elif expected is float:
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            return float(value)
+        if isinstance(value, str):
+            try:
+                return float(value)
+            except ValueError:
+                pass
+    elif expected is str:
+        if value is None:
+            return ""
+        if isinstance(value, str):
+            return value
+    elif isinstance(value, expected) and (expected is bool or not isinstance(value, bool)):
+        return value
+    name = getattr(expected, "__name__", str(expected)) if origin is None else str(expected)
+    raise UserError(f"{where} = {value!r}: expected {name}")
+
+
+def _validate(config: Config) -> None:
+    train = config.Train
+    positive = ("shot", "train_h", "val_size", "batch_size", "epochs", "val_episodes", "batch_size_val", "print_freq")
+    for key in positive:
+        if getattr(train, key) < 1:
+            raise UserError(f"Train.{key} = {getattr(train, key)}: must be at least 1")
+    if train.workers < 0:
+        raise UserError(f"Train.workers = {train.workers}: must be 0 or more")
+    if not 0 < train.scale_min <= train.scale_max:
+        raise UserError(f"Train.scale_min = {train.scale_min}, scale_max = {train.scale_max}: need 0 < min <= max")
+    if not config.Test_Finetune.seeds:
+        raise UserError("Test_Finetune.seeds is empty: name at least one seed")
+    if config.Test_Finetune.test_num < 1:
+        raise UserError(f"Test_Finetune.test_num = {config.Test_Finetune.test_num}: must be at least 1")

@@ -1,0 +1,70 @@
+"""From a config to data sets: the one place that knows which keys make which data."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch.utils.data import Dataset
+
+from util.config import Config
+from util.data.episodes import EpisodeDataset, EpisodeList
+from util.data.folds import ClassNames, Fold, fold, read_class_names
+from util.data.index import Index, Record, build_index, scan
+from util.data.semantic import SemanticDataset
+from util.data.transforms import TrainTransform, ValTransform
+from util.errors import UserError
+
+
+@dataclass
+class Source:
+    """A data set of one fold, ready to give training and validation data.
+
+    Attributes:
+        task: "episodes" or "images" (the base learner's).
+        clip_patch: patch side of CLIP when the system wants the query for its text prior, else None.
+    """
+
+    config: Config
+    task: str
+    cache: Path
+    clip_patch: int | None = None
+
+    def __post_init__(self) -> None:
+        train, data = self.config.Train, self.config.Data
+        self.fold: Fold = fold(train.data_set, train.split, train.use_split_coco)
+        self.names: ClassNames = read_class_names(data.class_names)
+        if len(self.names.names) != self.fold.num_classes:
+            raise UserError(f"Data.class_names: {data.class_names} names {len(self.names.names)} classes, "
+                            f"{train.data_set} has {self.fold.num_classes}")
+
+    def records(self, key: str) -> list[Record]:
+        """Scanned lines of Data.train_list or Data.val_list."""
+        return scan(self.config.Data.data_root, getattr(self.config.Data, key), self.names, self.cache)
+
+    def index(self, training: bool) -> Index:
+        """Images of the fold: base classes (BAM's filter if asked for) in training, novel classes in validation."""
+        train, minimum = self.config.Train, self.config.Data.min_pixels
+        if training:
+            return build_index(self.records("train_list"), self.fold.base, only=train.filter_novel, min_pixels=minimum)
+        return build_index(self.records("val_list"), self.fold.novel, only=False, min_pixels=minimum)
+
+    def training(self) -> Dataset:
+        train, seed = self.config.Train, self.config.Train.manual_seed
+        transform = TrainTransform(train.train_h, train.scale_min, train.scale_max, train.rotate_min, train.rotate_max, train.crop)
+        if self.task == "images":
+            return SemanticDataset(self.records("train_list"), self.fold, self.config.Data.data_root, transform, seed, False)
+        return self._episodes(EpisodeList(self.index(training=True), train.shot, seed, shuffle=True), transform, "mask", False)
+
+    def validation(self, seed: int) -> Dataset:
+        train = self.config.Train
+        transform = ValTransform(train.val_size, squash=train.resized_val)
+        if self.task == "images":
+            return SemanticDataset(self.records("val_list"), self.fold, self.config.Data.data_root, transform, seed, True)
+        episodes = EpisodeList(self.index(training=False), train.shot, seed)
+        return self._episodes(episodes, transform, self.config.Test_Finetune.ann_type, True)
+
+    def _episodes(self, episodes: EpisodeList, transform: TrainTransform | ValTransform, ann_type: str, evaluation: bool) -> Dataset:
+        return EpisodeDataset(
+            episodes, self.fold, self.config.Data.data_root, transform, num_classes=self.fold.num_classes,
+            clip_size=self.config.CLIP.clip_size if self.clip_patch else None, patch=self.clip_patch or 1,
+            ann_type=ann_type, evaluation=evaluation,
+        )  # fmt: skip

@@ -1,0 +1,250 @@
+"""Few-shot episodes: which query, class and supports make episode i, and the batch they become ("PI-CLIP Sec. 1").
+
+Everything random is a hash of (seed, i, role): the same episode comes out of 0 or 16 workers, on 1 or 8 GPUs, at any
+batch size, today or next year.
+"""
+
+from bisect import bisect_left, insort
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from functools import lru_cache
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, Literal, Self, TypeVar, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from util.data.folds import Fold
+from util.data.index import Index, Record
+from util.data.transforms import IGNORE, Augmented, bbox_mask, clip_input, read_pair, to_tensor
+from util.errors import UserError
+
+Transform = Callable[[np.random.Generator, np.ndarray, Sequence[np.ndarray]], Augmented]
+ClipSize = Literal["original", "train"]
+AnnType = Literal["mask", "bbox"]
+
+
+def draw(n: int, *key: int | str) -> int:
+    """A uniform number of 0..n-1 that is a pure function of the key, stable for ever."""
+    digest = blake2b("/".join(map(str, key)).encode(), digest_size=16).digest()
+    return int.from_bytes(digest, "big") % n
+
+
+def generator(*key: int | str) -> np.random.Generator:
+    """A random generator that is a pure function of the key."""
+    return np.random.Generator(np.random.PCG64(draw(2**128, *key)))
+
+
+@lru_cache(maxsize=4)
+def permutation(n: int, *key: int | str) -> np.ndarray:
+    """A permutation of 0..n-1, int64, that is a pure function of the key. (NumPy promises raw PCG64 bits for ever.)"""
+    return np.argsort(np.random.PCG64(draw(2**128, *key)).random_raw(n), kind="stable")
+
+
+def shuffled(n: int, seed: int, i: int) -> int:
+    """Element i of an endless list of passes over 0..n-1, each pass in its own order."""
+    return int(permutation(n, seed, "pass", i // n)[i % n])
+
+
+@dataclass(frozen=True)
+class EpisodeSpec:
+    """What episode `number` is made of; query and supports are positions in `Index.records`."""
+
+    number: int
+    query: int
+    cls: int  # 1-based
+    supports: tuple[int, ...]
+
+
+class EpisodeList:
+    """The endless list of episodes over an index; one pass has as many as there are images.
+
+    Raises UserError for a class that can be drawn but has too few images for `shot` supports besides the query.
+    """
+
+    def __init__(self, index: Index, shot: int, seed: int, shuffle: bool = False) -> None:
+        if not index.records:
+            raise UserError("no image of the list counts for this fold: check Train.data_set, Train.split and the list")
+        drawable = set().union(*index.present)
+        short = {c: len(index.by_class[c]) for c in sorted(drawable) if len(index.by_class[c]) <= shot}
+        if short:
+            counts = ", ".join(f"class {c} has {n} image{'s' * (n != 1)}" for c, n in short.items())
+            raise UserError(
+                f"{shot}-shot episodes need at least {shot + 1} images of a class with enough labelled pixels; "
+                f"{counts}. Use fewer shots (Train.shot) or a list with more images"
+            )
+        self.index, self.shot, self.seed, self.shuffle = index, shot, seed, shuffle
+
+    def __len__(self) -> int:
+        return len(self.index.records)
+
+    def spec(self, i: int) -> EpisodeSpec:
+        """Episode i >= 0: query i % n (training: in the pass's own order), a class uniform over those present in it,
+        and `shot` different other images filed under that class."""
+        if i < 0:
+            raise IndexError(f"episodes are numbered from 0, got {i}")
+        query = shuffled(len(self), self.seed, i) if self.shuffle else i % len(self)
+        present = self.index.present[query]
+        cls = present[draw(len(present), self.seed, i, "class")]
+        filed = self.index.by_class[cls]
+        own = bisect_left(filed, query)
+        taken = [own] if filed[own : own + 1] == [query] else []  # ascending positions in `filed` that may not be drawn
+        supports = []
+        for k in range(self.shot):
+            position = draw(len(filed) - len(taken), self.seed, i, "support", k)
+            for other in taken:
+                position += position >= other
+            insort(taken, position)
+            supports.append(filed[position])
+        return EpisodeSpec(i, query, cls, tuple(supports))
+
+
+class Batch:
+    """A dataclass of tensors (first axis B) and lists (length B, of tensors or names)."""
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Self:
+        """Called by the DataLoader."""
+        return self._map(Tensor.pin_memory)
+
+    def __len__(self) -> int:
+        return len(getattr(self, fields(self)[0].name))
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Self:
+        def walk(value: Any) -> Any:
+            if isinstance(value, list):
+                return [walk(item) for item in value]
+            return change(value) if isinstance(value, Tensor) else value
+
+        return type(self)(**{f.name: walk(getattr(self, f.name)) for f in fields(self)})
+
+
+BatchType = TypeVar("BatchType", bound=Batch)
+
+
+def collate(samples: Sequence[BatchType]) -> BatchType:
+    """Join batches: tensors along the first axis, lists end to end."""
+
+    def join(values: list) -> Any:
+        return torch.cat(values) if isinstance(values[0], Tensor) else sum(values, [])
+
+    first = samples[0]
+    return type(first)(**{f.name: join([getattr(sample, f.name) for sample in samples]) for f in fields(first)})
+
+
+@dataclass
+class Episode(Batch):
+    """A batch of B episodes with K shots of side S. Images are RGB 0..255: every encoder normalises itself."""
+
+    query: Tensor  # B 3 S S float32, augmented: the network's input
+    query_mask: Tensor  # B S S uint8: 1 target, 0 rest, 255 ignore
+    support: Tensor  # B K 3 S S float32
+    support_mask: Tensor  # B K S S uint8 {0, 1, 255}
+    base_label: Tensor  # B S S uint8: base rank 1..N of the query's label, 0 other, 255 ignore
+    cls: Tensor  # B int64, 1-based class of the episode
+    base_rank: Tensor  # B int64, its 0-based rank among the base classes, -1 for a novel class
+    present: Tensor  # B C bool; column c-1: class c is in the query's annotation
+    clip_query: list[Tensor]  # B of 3 H W uint8: the clean query at CLIP's size; [] unless asked for
+    annotation_hw: Tensor  # B 2 int64: the height and width that the text prior is brought to
+    number: Tensor  # B int64, which episode it is
+    original_mask: list[Tensor]  # B of H W uint8: query_mask at file size; evaluation only, else []
+    original_base: list[Tensor]  # B of H W uint8: base_label at file size; evaluation only, else []
+    query_name: list[str]  # B image paths relative to the data root
+    support_names: list[list[str]]  # B lists of K
+
+
+def mask_table(cls: int) -> np.ndarray:
+    """Look-up table, 256 uint8: class id -> 1, ignore -> ignore, the rest 0."""
+    return _table({cls: 1})
+
+
+def base_table(fold: Fold) -> np.ndarray:
+    """Look-up table, 256 uint8: base class -> its rank 1..N, ignore -> ignore, the rest 0."""
+    return _table({c: rank for rank, c in enumerate(fold.base, start=1)})
+
+
+def _table(values: dict[int, int]) -> np.ndarray:
+    table = np.zeros(256, np.uint8)
+    table[list(values)] = list(values.values())
+    table[IGNORE] = IGNORE
+    return table
+
+
+class EpisodeDataset(Dataset):
+    """Episode i, for any i >= 0, as an `Episode` of B = 1 read from disk and augmented.
+
+    num_classes  C, the width of `Episode.present`
+    clip_size    the size that the clean query is brought to for CLIP: "original" = that of the file (PASCAL, undoes
+                 the squash), "train" = S (COCO), rounded up to multiples of `patch`; None = no CLIP input
+    ann_type     support annotation: "mask", or "bbox" = each component's bounding box filled
+    evaluation   keep the masks at file size too
+    """
+
+    def __init__(
+        self,
+        episodes: EpisodeList,
+        fold: Fold,
+        data_root: str | Path,
+        transform: Transform,
+        *,
+        num_classes: int,
+        clip_size: ClipSize | None,
+        patch: int,
+        ann_type: AnnType = "mask",
+        evaluation: bool,
+    ) -> None:
+        if ann_type not in get_args(AnnType):
+            raise UserError(f"Test_Finetune.ann_type: unknown annotation {ann_type!r}; choose mask or bbox")
+        if clip_size is not None and clip_size not in get_args(ClipSize):
+            raise UserError(f"CLIP.clip_size: unknown size {clip_size!r}; choose original or train")
+        self.episodes, self.fold, self.root, self.transform = episodes, fold, Path(data_root), transform
+        self.num_classes, self.clip_size, self.patch = num_classes, clip_size, patch
+        self.ann_type, self.evaluation = ann_type, evaluation
+        self._base_table = base_table(fold)
+
+    def __len__(self) -> int:
+        return len(self.episodes)
+
+    def __getitem__(self, i: int) -> Episode:
+        spec = self.episodes.spec(i)
+        to_mask = mask_table(spec.cls)
+        record = self.episodes.index.records[spec.query]
+        supports = [self.episodes.index.records[s] for s in spec.supports]
+
+        image, original = read_pair(self.root / record.image, self.root / record.label)
+        query, clean, (label,) = self.transform(generator(self.episodes.seed, i, "query"), image, [original])
+        hw = label.shape if self.clip_size == "train" else original.shape
+        pairs = [self._support(s, to_mask, generator(self.episodes.seed, i, "shot", k)) for k, s in enumerate(supports)]
+
+        present = torch.zeros(1, self.num_classes, dtype=torch.bool)
+        present[0, [c - 1 for c in record.annotated]] = True
+        return Episode(
+            query=to_tensor(query)[None],
+            query_mask=to_tensor(to_mask[label])[None],
+            support=torch.stack([image for image, _ in pairs])[None],
+            support_mask=torch.stack([mask for _, mask in pairs])[None],
+            base_label=to_tensor(self._base_table[label])[None],
+            cls=torch.tensor([spec.cls]),
+            base_rank=torch.tensor([self.fold.base_rank(spec.cls)]),
+            present=present,
+            clip_query=[clip_input(clean, hw, self.patch)] if self.clip_size else [],
+            annotation_hw=torch.tensor([hw]),
+            number=torch.tensor([spec.number]),
+            original_mask=[to_tensor(to_mask[original])] if self.evaluation else [],
+            original_base=[to_tensor(self._base_table[original])] if self.evaluation else [],
+            query_name=[record.image],
+            support_names=[[s.image for s in supports]],
+        )
+
+    def _support(self, record: Record, to_mask: np.ndarray, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        image, label = read_pair(self.root / record.image, self.root / record.label)
+        mask = to_mask[label]
+        if self.ann_type == "bbox":  # drawn on the file's mask, then augmented like any other
+            mask = bbox_mask(mask)
+        image, _, (mask,) = self.transform(rng, image, [mask])
+        return to_tensor(image), to_tensor(mask)

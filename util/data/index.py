@@ -1,0 +1,199 @@
+"""Which images a fold uses and under which classes they are filed ("PI-CLIP Sec. 1, Per-fold index").
+
+`scan` reads every label once and caches what it saw; it knows nothing of folds. `build_index` applies a fold's rules.
+"""
+
+import hashlib
+import json
+import os
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from multiprocessing import Pool
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from util.data.folds import ClassNames
+from util.data.transforms import IGNORE, check_sizes, read_label
+from util.errors import UserError
+from util.files import save_json
+
+MIN_PIXELS = 2 * 32 * 32
+SCAN_VERSION = 1  # raise when Record or what fills it changes: old caches are then left alone
+SERIAL_BELOW = 1000  # a shorter list is read faster than worker processes start (about 1 ms a label)
+
+
+@dataclass(frozen=True)
+class Record:
+    """One line of a list file, read. Paths are relative to the data root, classes 1-based."""
+
+    image: str
+    label: str
+    height: int
+    width: int
+    pixels: dict[int, int]  # class -> labelled pixels; 0 and 255 left out
+    annotated: tuple[int, ...]  # classes of the VOC XML where there is one, else those of the label
+
+
+@dataclass(frozen=True)
+class Index:
+    """The images of a fold. Positions count within `records`."""
+
+    records: list[Record]
+    by_class: dict[int, list[int]]  # class -> ascending positions of the images it counts in
+    present: list[tuple[int, ...]]  # the fold's classes in each label, any size
+
+
+def scan(
+    data_root: str | Path,
+    list_file: str | Path,
+    class_names: ClassNames,
+    cache_dir: str | Path,
+    workers: int | None = None,
+) -> list[Record]:
+    """Read every label (and VOC XML) of a list, in list order.
+
+    Cached under `cache_dir` by the list, the class names and name, size and time of every label and XML.
+    `workers`: processes, by default one a core. Raises UserError on anything wrong in the list or the files.
+    """
+    root, list_file = Path(data_root), Path(list_file)
+    if not str(data_root) or not root.is_dir():
+        raise UserError(f"Data.data_root: no such folder: {str(data_root)!r}; the paths in the lists start there")
+    pairs = read_list(list_file)
+    cache = Path(cache_dir) / f"{list_file.stem}-{_fingerprint(root, pairs, class_names)}.json"
+    if cache.is_file():
+        return [_from_json(entry) for entry in json.loads(cache.read_text())]
+
+    workers = len(os.sched_getaffinity(0)) if workers is None else workers
+    read = partial(_read_record, root, class_names.names)
+    progress = partial(tqdm, total=len(pairs), desc=f"reading the labels of {list_file.name}", disable=None)
+    if workers < 2 or len(pairs) < SERIAL_BELOW:
+        records = list(progress(map(read, pairs)))
+    else:
+        with Pool(workers) as pool:
+            records = list(progress(pool.imap(read, pairs, chunksize=32)))
+    save_json(cache, [asdict(record) for record in records])
+    return records
+
+
+def read_list(list_file: str | Path) -> list[tuple[str, str]]:
+    """Read a list file: one `image_path label_path` a line, relative to the data root, no image twice."""
+    path = Path(list_file)
+    if not path.is_file():
+        raise UserError(f"Data.train_list / Data.val_list: no such list: {str(list_file)!r}")
+    seen: dict[str, int] = {}
+    pairs = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        fields = line.split()
+        if not fields:
+            continue
+        if len(fields) != 2:
+            raise UserError(f"{path}:{number}: expected `image_path label_path`, got {line!r}")
+        image, label = fields
+        if image in seen:
+            raise UserError(f"{path}:{number}: {image} is already on line {seen[image]}; remove one")
+        seen[image] = number
+        pairs.append((image, label))
+    if not pairs:
+        raise UserError(f"{path}: the list is empty")
+    return pairs
+
+
+def build_index(records: Sequence[Record], classes: Sequence[int], only: bool, min_pixels: int = MIN_PIXELS) -> Index:
+    """Keep the images in which at least one of `classes` counts (has `min_pixels` labelled pixels) and file them.
+
+    `classes`: the fold's base (training) or novel (evaluation) classes.
+    `only`: BAM's filter, drop an image whose label holds any other class, however small. Without it BAM's PASCAL mean
+    falls from 67.8 to 64.7, so it belongs to the protocol.
+    """
+    wanted = set(classes)
+    index = Index([], {c: [] for c in sorted(wanted)}, [])
+    for record in records:
+        present = tuple(sorted(wanted.intersection(record.pixels)))
+        counting = [c for c in present if record.pixels[c] >= min_pixels]
+        if not counting or (only and len(present) < len(record.pixels)):
+            continue
+        for c in counting:
+            index.by_class[c].append(len(index.records))
+        index.records.append(record)
+        index.present.append(present)
+    return index
+
+
+def table(index: Index, class_names: ClassNames) -> str:
+    """Images filed under each class, and the totals, as lines for the log."""
+    rows = [f"{c:4d}  {class_names.names[c - 1]:<16} {len(filed):6d}" for c, filed in index.by_class.items()]
+    pairs = sum(map(len, index.by_class.values()))
+    return "\n".join([*rows, f"{len(index.records)} images, {pairs} (image, class) pairs"])
+
+
+def _read_record(root: Path, names: tuple[str, ...], pair: tuple[str, str]) -> Record:
+    image, label = pair
+    array = read_label(root / label)
+    counts = np.bincount(array.ravel(), minlength=IGNORE + 1)
+    values = [int(v) for v in np.flatnonzero(counts) if v not in (0, IGNORE)]
+    strange = [v for v in values if v > len(names)]
+    if strange:
+        raise UserError(
+            f"{root / label}: label values {strange} are no class; expected 0..{len(names)} and 255 (ignore). "
+            "Is it the label of this data set (Train.data_set, Data.data_root), with contiguous class ids?"
+        )
+    check_sizes(root / image, _image_hw(root / image), root / label, array.shape)
+    annotated = _annotated(_xml_path(root, image), names)
+    if annotated is None:
+        annotated = tuple(values)
+    return Record(image, label, *array.shape, {v: int(counts[v]) for v in values}, annotated)
+
+
+def _image_hw(path: Path) -> tuple[int, int]:
+    """Height and width from the header alone."""
+    try:
+        with Image.open(path) as image:
+            return image.height, image.width
+    except FileNotFoundError:
+        raise UserError(f"image not found: {path} (Data.data_root and the path in the list file are joined)") from None
+    except OSError:
+        raise UserError(f"{path}: not a readable image; fetch it again") from None
+
+
+def _xml_path(root: Path, image: str) -> Path:
+    return root / "Annotations" / f"{Path(image).stem}.xml"
+
+
+def _annotated(xml: Path, names: tuple[str, ...]) -> tuple[int, ...] | None:
+    """Classes of the objects of a VOC XML, ascending; None where there is no XML."""
+    if not xml.is_file():
+        return None
+    try:
+        found = {obj.findtext("name", "") for obj in ElementTree.parse(xml).getroot().findall("object")}
+    except ElementTree.ParseError as error:
+        raise UserError(f"{xml}: not a readable VOC annotation ({error}); fetch it again") from error
+    unknown = sorted(found.difference(names))
+    if unknown:
+        raise UserError(f"{xml}: object names {unknown} are not in the class list; correct the list or the XML")
+    return tuple(sorted(names.index(name) + 1 for name in found))
+
+
+def _fingerprint(root: Path, pairs: Iterable[tuple[str, str]], class_names: ClassNames) -> str:
+    """Hash of everything a scan depends on, without opening a label."""
+    digest = hashlib.blake2b(repr((SCAN_VERSION, class_names.names)).encode(), digest_size=16)
+    for image, label in pairs:
+        states = []
+        for path in (root / label, _xml_path(root, image)):
+            try:
+                state = path.stat()
+                states.append((state.st_size, state.st_mtime_ns))
+            except FileNotFoundError:
+                states.append(None)
+        digest.update(repr((image, label, states)).encode())
+    return digest.hexdigest()
+
+
+def _from_json(entry: dict) -> Record:
+    pixels = {int(c): n for c, n in entry["pixels"].items()}
+    return Record(**entry | {"pixels": pixels, "annotated": tuple(entry["annotated"])})
+

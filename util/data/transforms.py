@@ -1,0 +1,186 @@
+"""Reading images and labels, and the augmentations of the published systems ("PI-CLIP Sec. 1, Transforms").
+
+Images are H W 3 float32 RGB 0..255, never normalised: every encoder does that itself. Labels are H W uint8 with 255 =
+ignore and are only ever moved with nearest neighbour, so recolouring a label commutes with every transform here.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from PIL import Image
+
+from util.errors import UserError
+
+IMAGENET_MEAN = (123.675, 116.28, 103.53)
+IGNORE = 255
+
+Augmented = tuple[np.ndarray, np.ndarray, list[np.ndarray]]
+
+
+def worker_init(worker_id: int) -> None:
+    """`worker_init_fn` of a DataLoader: the workers are the parallelism, threads of OpenCV would fight them."""
+    cv2.setNumThreads(0)
+
+
+def read_image(path: str | Path) -> np.ndarray:
+    """Read an image as H W 3 float32 RGB 0..255, as stored: EXIF rotation is not applied, labels do not know of it."""
+    _require(path, "image")
+    image = cv2.imread(str(path), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
+    if image is None:
+        raise UserError(f"{path}: not a readable image; fetch it again")
+    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB).astype(np.float32)
+
+
+def read_label(path: str | Path) -> np.ndarray:
+    """Read a label as H W uint8 class indices. Palette PNGs (VOC's own) give their index, never their colour."""
+    _require(path, "label")
+    try:
+        with Image.open(path) as label:
+            if label.mode not in ("P", "L"):
+                raise UserError(f"{path}: a label is an 8-bit PNG of class indices (mode P or L), not {label.mode}")
+            return np.array(label)
+    except (OSError, SyntaxError) as error:  # PIL raises SyntaxError on a broken PNG
+        raise UserError(f"{path}: not a readable label ({error}); fetch it again") from error
+
+
+def read_pair(image_path: str | Path, label_path: str | Path) -> tuple[np.ndarray, np.ndarray]:
+    """Read an image and its label; they must have the same height and width."""
+    image, label = read_image(image_path), read_label(label_path)
+    check_sizes(image_path, image.shape[:2], label_path, label.shape)
+    return image, label
+
+
+def check_sizes(
+    image_path: str | Path, image_hw: Sequence[int], label_path: str | Path, label_hw: Sequence[int]
+) -> None:
+    """Raise UserError, naming both files, where (height, width) differ."""
+    if tuple(image_hw) != tuple(label_hw):
+        raise UserError(
+            f"image and label differ in size (height, width): {image_path} is {tuple(image_hw)}, "
+            f"{label_path} is {tuple(label_hw)}"
+        )
+
+
+def _require(path: str | Path, what: str) -> None:
+    if not Path(path).is_file():
+        raise UserError(f"{what} not found: {path} (Data.data_root and the path in the list file are joined)")
+
+
+class TrainTransform:
+    """Scale, rotate, blur, flip, then squash to `size` x `size` (PI-CLIP, HDMNet) or crop it at random (BAM, PFENet).
+
+    Called with a generator, an H W 3 float32 image and its labels, all of one size; returns (image, clean, labels),
+    `size` x `size`. `clean` went the same way without the blur: it feeds CLIP. Borders: ImageNet mean, label 255.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        scale_min: float,
+        scale_max: float,
+        rotate_min: float = -10,
+        rotate_max: float = 10,
+        crop: bool = False,
+    ) -> None:
+        if not 0 < scale_min <= scale_max or not rotate_min <= rotate_max:
+            raise UserError(
+                "Train.scale_*, Train.rotate_*: need 0 < scale_min <= scale_max and rotate_min <= rotate_max, "
+                f"got scale {scale_min}..{scale_max}, rotate {rotate_min}..{rotate_max}"
+            )
+        self.size, self.crop = size, crop
+        self.scale, self.rotate = (scale_min, scale_max), (rotate_min, rotate_max)
+
+    def __call__(self, rng: np.random.Generator, image: np.ndarray, labels: Sequence[np.ndarray]) -> Augmented:
+        scale, angle = rng.uniform(*self.scale), rng.uniform(*self.rotate)
+        turn, blur, flip = rng.random(3) < 0.5
+        offset = rng.random(2)  # every number is drawn, used or not: one choice never shifts another
+
+        image = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_LINEAR)
+        labels = [cv2.resize(x, None, fx=scale, fy=scale, interpolation=cv2.INTER_NEAREST) for x in labels]
+        if turn:
+            height, width = image.shape[:2]
+            matrix = cv2.getRotationMatrix2D((width / 2, height / 2), angle, 1)
+            image = cv2.warpAffine(image, matrix, (width, height), flags=cv2.INTER_LINEAR, borderValue=IMAGENET_MEAN)
+            labels = [
+                cv2.warpAffine(x, matrix, (width, height), flags=cv2.INTER_NEAREST, borderValue=IGNORE) for x in labels
+            ]
+        images = [cv2.GaussianBlur(image, (5, 5), 0), image] if blur else [image]
+        if flip:
+            images, labels = [cv2.flip(x, 1) for x in images], [cv2.flip(x, 1) for x in labels]
+        if self.crop:
+            images = [self._crop(x, offset, IMAGENET_MEAN) for x in images]
+            labels = [self._crop(x, offset, IGNORE) for x in labels]
+        else:
+            images = [_squash_image(x, self.size) for x in images]
+            labels = [_squash_label(x, self.size) for x in labels]
+        return images[0], images[-1], labels
+
+    def _crop(self, x: np.ndarray, offset: np.ndarray, fill: float | Sequence[float]) -> np.ndarray:
+        """Pad to at least `size` (evenly on both sides), then cut the window at `offset` (0..1 down, 0..1 right)."""
+        missing = [max(self.size - side, 0) for side in x.shape[:2]]
+        if any(missing):
+            (top, left), (bottom, right) = (m // 2 for m in missing), (m - m // 2 for m in missing)
+            x = cv2.copyMakeBorder(x, top, bottom, left, right, cv2.BORDER_CONSTANT, value=fill)
+        top, left = (int(o * (side - self.size + 1)) for o, side in zip(offset, x.shape[:2], strict=True))
+        return x[top : top + self.size, left : left + self.size]
+
+
+class ValTransform:
+    """Squash to `size` x `size`, or letterbox: long side to `size`, both sides floored to multiples of 8, image padded
+    with 0 and label with 255 at the right and bottom. Same call as TrainTransform; the generator is not used."""
+
+    def __init__(self, size: int, squash: bool) -> None:
+        self.size, self.squash = size, squash
+
+    def __call__(
+        self, rng: np.random.Generator | None, image: np.ndarray, labels: Sequence[np.ndarray]
+    ) -> Augmented:
+        if self.squash:
+            image, labels = _squash_image(image, self.size), [_squash_label(x, self.size) for x in labels]
+        else:
+            image = self._letterbox(image, cv2.INTER_LINEAR, 0)
+            labels = [self._letterbox(x, cv2.INTER_NEAREST, IGNORE) for x in labels]
+        return image, image, labels
+
+    def _letterbox(self, x: np.ndarray, interpolation: int, fill: int) -> np.ndarray:
+        long = max(x.shape[:2])
+        height, width = (max(side * self.size // long // 8 * 8, 8) for side in x.shape[:2])
+        out = np.full((self.size, self.size, *x.shape[2:]), fill, x.dtype)
+        out[:height, :width] = cv2.resize(x, (width, height), interpolation=interpolation)
+        return out
+
+
+def _squash_image(image: np.ndarray, size: int) -> np.ndarray:
+    return cv2.resize(image, (size, size), interpolation=cv2.INTER_LINEAR)
+
+
+def _squash_label(label: np.ndarray, size: int) -> np.ndarray:
+    return cv2.resize(label, (size, size), interpolation=cv2.INTER_NEAREST)
+
+
+def bbox_mask(mask: np.ndarray) -> np.ndarray:
+    """Fill the bounding box of each 8-connected component of `mask == 1` (H W uint8 {0,1,255}); 255 stays 255."""
+    _, _, boxes, _ = cv2.connectedComponentsWithStats((mask == 1).astype(np.uint8), connectivity=8)
+    out = np.zeros_like(mask)
+    for left, top, width, height, _ in boxes[1:]:  # component 0 is the background
+        out[top : top + height, left : left + width] = 1
+    out[mask == IGNORE] = IGNORE
+    return out
+
+
+def clip_input(clean: np.ndarray, hw: Sequence[int], patch: int = 16) -> torch.Tensor:
+    """The clean H W 3 float32 image for CLIP: uint8 3 H' W', H' W' = `hw` rounded up to multiples of `patch`.
+
+    Truncated to uint8, then bicubic by PIL ("PI-CLIP Sec. 4, VTP 1").
+    """
+    height, width = (-(-side // patch) * patch for side in hw)
+    resized = Image.fromarray(clean.astype(np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
+    return to_tensor(np.array(resized))
+
+
+def to_tensor(array: np.ndarray) -> torch.Tensor:
+    """H W 3 -> 3 H W, or H W as it is; contiguous, dtype kept."""
+    return torch.from_numpy(np.ascontiguousarray(array.transpose(2, 0, 1) if array.ndim == 3 else array))

@@ -1,0 +1,103 @@
+"""One process or many: device, ranks, reductions, and which episodes a rank gets."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.data import Sampler
+
+from util.errors import UserError
+
+
+@dataclass(frozen=True)
+class Context:
+    """This process among all: torchrun sets the environment variables this is read from."""
+
+    device: torch.device
+    rank: int = 0
+    world: int = 1
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        """Sums a tensor over all ranks in place (through this rank's device)."""
+        if self.world > 1:
+            moved = tensor.to(self.device)
+            dist.all_reduce(moved)
+            tensor.copy_(moved)
+        return tensor
+
+    def gather(self, value: list[Any]) -> list[Any]:
+        """Lists of all ranks, joined in rank order."""
+        if self.world == 1:
+            return value
+        parts: list[Any] = [None] * self.world
+        dist.all_gather_object(parts, value)
+        return [item for part in parts for item in part]
+
+    def barrier(self) -> None:
+        if self.world > 1:
+            dist.barrier()
+
+
+def start(gpus: int, threads: int = 0) -> Context:
+    """Joins the process group when torchrun started several processes.
+
+    Args:
+        gpus: 0 is the CPU; more than the machine has is an error.
+        threads: CPU threads of this process, 0 leaves torch's choice (all cores, divided among processes).
+    """
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local, local_world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    found = torch.cuda.device_count()
+    if gpus > found:
+        raise UserError(f"GPUS={gpus}, but torch sees {found} on this machine; 0 runs on the CPU")
+    if gpus > 1 and world == 1:
+        raise UserError(f"GPUS={gpus} needs one process per GPU: use `sh train.sh EXP DATASET {gpus}`, which starts torchrun")
+    device = torch.device("cuda", local) if gpus else torch.device("cpu")
+    if gpus:
+        torch.cuda.set_device(device)
+    else:
+        torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // local_world))
+    if world > 1:
+        dist.init_process_group("nccl" if gpus else "gloo", timeout=timedelta(minutes=30))
+    return Context(device, rank, world)
+
+
+def stop() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+class RangeSampler(Sampler[list[int]]):
+    """Batches over start..stop-1 in order, each global batch cut evenly among the ranks.
+
+    So 1 process with batch 8 and 2 with batch 4 see the same episodes in the same steps.
+
+    Args:
+        drop_last: leave out an incomplete global batch (training); else its rows are dealt out as far as they go.
+    """
+
+    def __init__(self, start: int, stop: int, batch: int, context: Context, drop_last: bool):
+        if batch % context.world:
+            raise UserError(f"a global batch of {batch} cannot be divided among {context.world} processes")
+        self.start, self.stop, self.batch, self.context, self.drop_last = start, stop, batch, context, drop_last
+
+    def __len__(self) -> int:
+        count = self.stop - self.start
+        return count // self.batch if self.drop_last else -(-count // self.batch)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        share = self.batch // self.context.world
+        for step in range(len(self)):
+            first = self.start + step * self.batch + self.context.rank * share
+            rows = list(range(first, min(first + share, self.stop)))
+            if rows:
+                yield rows

@@ -1,0 +1,126 @@
+"""Evaluation: predictions at file size, whole-number counts summed over ranks, pictures of chosen episodes."""
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from util.data.episodes import Episode, collate
+from util.data.folds import Fold
+from util.data.transforms import worker_init
+from util.distributed import Context, RangeSampler
+from util.log import RunLog
+from util.metrics import FewShotMeter, SemanticMeter, to_original
+from util.report import Card
+from util.viz import episode_panels
+
+Predict = Callable[[Any], Any]  # batch on the device -> model.Prediction
+
+
+def loader(data: Dataset, sampler: RangeSampler, workers: int, device: torch.device) -> DataLoader:
+    """Batches of a data set in the sampler's order, decoded by `workers` processes."""
+    return DataLoader(
+        data, batch_sampler=sampler, num_workers=workers, collate_fn=collate, worker_init_fn=worker_init,
+        pin_memory=device.type == "cuda", persistent_workers=False,
+    )  # fmt: skip
+
+
+def evaluate_episodes(
+    predict: Predict, data: Dataset, count: int, fold: Fold, context: Context, log: RunLog, *,
+    batch: int, workers: int, squash: bool, label: str = "test",
+) -> tuple[dict, list[tuple[int, float]]]:  # fmt: skip
+    """Episodes 0..count-1, sharded over the ranks: any number of ranks and any batch size give the same counts.
+
+    Returns:
+        scores: `FewShotMeter.result()` of the final prediction with `meta_miou` (few-shot branch alone) and `base_miou`
+        (base learner on the base classes, foreground); and (episode number, foreground IoU) of every episode.
+    """
+    final, meta = FewShotMeter(fold.novel, context.device), FewShotMeter(fold.novel, context.device)
+    base = SemanticMeter(len(fold.base) + 1, context.device)
+    baselines: dict[str, FewShotMeter] = defaultdict(lambda: FewShotMeter(fold.novel, context.device))
+    ious: list[tuple[int, float]] = []
+    sampler = RangeSampler(0, count, batch * context.world, context, drop_last=False)
+    with log.progress(len(sampler), label) as bar:
+        for episode in loader(data, sampler, workers, context.device):
+            episode = episode.to(context.device, non_blocking=True)
+            prediction = predict(episode)
+            for i in range(len(episode)):
+                truth, cls = episode.original_mask[i], int(episode.cls[i])
+                size = tuple(truth.shape)
+                iou = final.update(to_original(prediction.final[i], size, squash).argmax(0), truth, cls)
+                meta.update(to_original(prediction.meta[i], size, squash).argmax(0), truth, cls)
+                base.update(to_original(prediction.base[i], size, squash).argmax(0), episode.original_base[i])
+                for name, mask in prediction.baselines.items():
+                    scores = torch.stack([~mask[i], mask[i]]).float()
+                    baselines[name].update(to_original(scores, size, squash).argmax(0), truth, cls)
+                ious.append((int(episode.number[i]), iou))
+            bar.step(len(episode))
+    for meter in (final, meta, base, *baselines.values()):
+        context.all_reduce(meter.state)
+    scores = final.result() | {"meta_miou": meta.result()["miou"]}
+    if base.state[1:].any() and base.state[:, 1:].any():
+        scores["base_miou"] = base.result()["miou_foreground"]
+    if baselines:
+        results = {name: meter.result() for name, meter in baselines.items()}
+        scores["baselines"] = {name: {key: result[key] for key in ("miou", "fb_iou")} for name, result in results.items()}
+    return scores, sorted(context.gather(ious))
+
+
+def evaluate_images(
+    predict: Predict, data: Dataset, fold: Fold, context: Context, log: RunLog, *, batch: int, workers: int, squash: bool
+) -> dict:
+    """The base learner on every image of the list: mIoU over the base classes, without and with background."""
+    meter = SemanticMeter(len(fold.base) + 1, context.device)
+    sampler = RangeSampler(0, len(data), batch * context.world, context, drop_last=False)
+    with log.progress(len(sampler), "base classes") as bar:
+        for images in loader(data, sampler, workers, context.device):
+            images = images.to(context.device, non_blocking=True)
+            prediction = predict(images)
+            for scores, truth in zip(prediction.final, images.original_label, strict=True):
+                meter.update(to_original(scores, tuple(truth.shape), squash).argmax(0), truth)
+            bar.step(len(images))
+    context.all_reduce(meter.state)
+    result = meter.result()
+    return {
+        "miou": result["miou_foreground"], "background_miou": result["miou_with_background"], "episodes": len(data),
+        "pixel_accuracy": result["pixel_accuracy"],
+        "per_class": {cls: result["per_class"][rank] for rank, cls in enumerate(fold.base, start=1)},
+    }  # fmt: skip
+
+
+def gallery(predict: Predict, data: Dataset, groups: dict[str, Sequence[int]], names: Sequence[str], device: torch.device,
+            squash: bool) -> list[Card]:  # fmt: skip
+    """Runs chosen episodes again and draws them; episode i is the same whenever it is asked for.
+
+    Args:
+        groups: section of the gallery -> episode numbers.
+        names: class names, 0-based.
+    """
+    cards = []
+    for group, numbers in groups.items():
+        for number in numbers:
+            sample: Episode = data[number]
+            episode = sample.to(device)
+            prediction = predict(episode)
+            side = tuple(sample.query.shape[2:])
+            pred = prediction.final[0].argmax(0).cpu().numpy().astype("uint8")
+            truth = sample.query_mask[0].numpy()
+            supports = [(_picture(image), mask.numpy()) for image, mask in zip(sample.support[0], sample.support_mask[0], strict=True)]
+            maps = {name.upper() if len(name) == 3 else name: value[0].float().cpu().numpy() for name, value in prediction.maps.items()}
+            original = sample.original_mask[0]
+            meter = FewShotMeter([int(sample.cls)])
+            iou = meter.update(to_original(prediction.final[0].cpu(), tuple(original.shape), squash).argmax(0), original, int(sample.cls))
+            cards.append(Card(
+                title=f"{names[int(sample.cls) - 1]}, IoU {100 * iou:.1f}",
+                subtitle=f"episode {number}: {sample.query_name[0]} with {', '.join(sample.support_names[0])} ({side[0]} px)",
+                group=group,
+                panels=episode_panels(supports, _picture(sample.query[0]), maps, pred, truth),
+            ))  # fmt: skip
+    return cards
+
+
+def _picture(image: torch.Tensor):
+    """3 H W float 0..255 -> H W 3 uint8."""
+    return image.clamp(0, 255).permute(1, 2, 0).cpu().numpy().astype("uint8")

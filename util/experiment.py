@@ -1,0 +1,102 @@
+"""Where a run lives and what it needs: folders, provenance, and the weights that come before it."""
+
+import platform
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from util.config import Config
+from util.errors import UserError
+
+CACHE = Path("exp/.cache")
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One system on one fold: exp/DATASET/ARCH/EXP/NET/{snapshot,result}/."""
+
+    arch: str
+    data_set: str
+    exp: str
+    net: str
+    root: Path = Path("exp")
+
+    @classmethod
+    def from_config_path(cls, arch: str, path: str | Path, root: str) -> "Experiment":
+        """config/DATASET/DATASET_EXP_NET.yaml names data set, experiment and network."""
+        path = Path(path)
+        data_set = path.parent.name
+        rest = path.stem.removeprefix(f"{data_set}_")
+        exp, _, net = rest.partition("_")
+        if rest == path.stem or not net:
+            raise UserError(f"config file {path}: expected the name config/DATASET/DATASET_EXP_NET.yaml")
+        return cls(arch, data_set, exp, net, Path(root))
+
+    @property
+    def folder(self) -> Path:
+        return self.root / self.data_set / self.arch / self.exp / self.net
+
+    @property
+    def snapshot(self) -> Path:
+        return self.folder / "snapshot"
+
+    @property
+    def result(self) -> Path:
+        return self.folder / "result"
+
+    @property
+    def best(self) -> Path:
+        return self.snapshot / "best.safetensors"
+
+    def of(self, arch: str) -> "Experiment":
+        """The same fold and network with another system."""
+        return Experiment(arch, self.data_set, self.exp, self.net, self.root)
+
+    @property
+    def command(self) -> str:
+        """What a user types for it, without `train.sh` or `test.sh`."""
+        return f"{self.exp} {self.data_set}"
+
+
+def base_learner_file(config: Config, place: Experiment) -> Path:
+    """Where the frozen base learner of a few-shot system comes from (`Method.pre_weight`)."""
+    return place.of("PSPNet").best if config.Method.pre_weight == "auto" else Path(config.Method.pre_weight)
+
+
+def missing_base_learner(config: Config, place: Experiment) -> str:
+    """What to do when that file is not there."""
+    return (f"Method.pre_weight = {config.Method.pre_weight}: no base learner at {base_learner_file(config, place)}. Train it with "
+            f"`ARCH=PSPNet NET={place.net} sh train.sh {place.command} GPUS`, or point Method.pre_weight to a published one")
+
+
+def identity(arch: str, config: Config, priors: list[str] | None = None) -> dict:
+    """What a checkpoint is for; see util.checkpoint.IDENTITY."""
+    train, method = config.Train, config.Method
+    coco = train.use_split_coco if train.data_set == "coco" else None
+    shared = {"system": arch, "data_set": train.data_set, "split": train.split, "use_split_coco": coco,
+              "backbone": method.backbone, "width": method.width}
+    return shared if arch == "PSPNet" else shared | {"shot": train.shot, "priors": priors}
+
+
+def protocol(config: Config) -> dict:
+    """How episodes are made and scored; a result without it is not a result."""
+    train, test = config.Train, config.Test_Finetune
+    return {
+        "folds": "contiguous" if train.data_set != "coco" or not train.use_split_coco else "interleaved",
+        "training filter": "no image with a novel object (BAM)" if train.filter_novel else "none: novel objects are background",
+        "episodes": f"{test.test_num} per seed, seeds {test.seeds}",
+        "text vocabulary": f"{config.CLIP.vocabulary}" + (" (reads the query's annotation, as published)"
+                                                          if config.CLIP.vocabulary == "present" else ""),
+        "resize": "squash" if train.resized_val else "letterbox",
+        "support annotation": test.ann_type,
+        "checkpoint chosen by": "mIoU on the novel classes of the validation list (as published)",
+    }
+
+
+def environment(device: torch.device) -> dict:
+    """Versions and hardware."""
+    packages = {name: version(name) for name in ("torch", "timm", "open_clip_torch", "numpy")}
+    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    return {"python": platform.python_version(), **packages, "hardware": hardware}

@@ -1,0 +1,87 @@
+"""Safe files: atomic writes, and weights that are read without ever running what is inside them."""
+
+import contextlib
+import json
+import os
+import pickle
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from util.errors import UserError
+
+
+@contextlib.contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """Gives a temporary path in the same folder; it replaces `path` when the block ends well, and vanishes when not."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.chmod(0o644)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_json(path: Path, value: Any) -> None:
+    with atomic(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1) + "\n")
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Writes a safetensors file."""
+    with atomic(path) as temporary:
+        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, dict(metadata or {}))
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """Reads a safetensors file.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    try:
+        return load_file(path)
+    except FileNotFoundError as error:
+        raise UserError(f"no file {path}") from error
+    except SafetensorError as error:
+        raise UserError(f"{path} is damaged or no safetensors file ({error}); delete it and make or download it again") from error
+
+
+def load_state(path: Path) -> dict[str, Tensor]:
+    """Reads a state dict from `.safetensors` or from a torch file (`weights_only`: nothing in it is executed).
+
+    Published `.pth` files nest the weights under "state_dict" or "model": that is undone; "module." prefixes are dropped.
+
+    Raises:
+        UserError: missing, damaged, or something other than tensors inside.
+    """
+    path = Path(path)
+    if path.suffix == ".safetensors":
+        return load_tensors(path)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise UserError(f"no file {path}") from error
+    except pickle.UnpicklingError as error:
+        raise UserError(f"{path} holds more than tensors and is not opened, since unpickling it could run code ({error})") from error
+    except (RuntimeError, EOFError, OSError) as error:
+        raise UserError(f"{path} is damaged or no torch file ({error}); download it again") from error
+    for key in ("state_dict", "model"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
+        raise UserError(f"{path} is no state dict: expected names with tensors")
+    return {key.removeprefix("module."): value for key, value in content.items()}

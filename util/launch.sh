@@ -1,0 +1,60 @@
+#!/bin/sh
+# The common part of train.sh and test.sh: finds the config and the Python, then runs train.py or test.py (STAGE).
+set -eu
+cd "$(dirname "$0")/.."
+stage=$1; shift
+arch=${ARCH:-PI_CLIP} net=${NET:-resnet50}
+
+fail() { echo "$stage.sh: $*" >&2; exit 2; }
+
+usage() {
+    cat >&2 <<EOF
+usage: [ARCH=$arch] [NET=$net] sh $stage.sh EXP DATASET [GPUS] [Section.key=value ...]
+  EXP, DATASET, NET   pick config/DATASET/DATASET_EXP_NET.yaml
+  GPUS                0 is the CPU; when left out: 1 if nvidia-smi lists a GPU, else 0
+  Section.key=value   changes a key of the config; paths are relative to the repository
+example: sh $stage.sh split0 demo 0 Data.shot=5
+EOF
+    exit 2
+}
+
+# 1. what to run
+case ${1:-} in "" | -h | --help) usage ;; esac
+[ $# -ge 2 ] || usage
+exp=$1 dataset=$2; shift 2
+config=config/$dataset/${dataset}_${exp}_$net.yaml
+if [ ! -f "$config" ]; then
+    [ -d "config/$dataset" ] || fail "unknown data set '$dataset'; there are:" $(cd config && ls -d -- */)
+    echo "$stage.sh: no $config (EXP=$exp, NET=$net); for $dataset there are:" >&2
+    ls "config/$dataset" >&2
+    exit 2
+fi
+
+# 2. where: the third argument is the number of GPUs unless it is an override
+case ${1:-} in
+    "" | *=*) if nvidia-smi -L 2>/dev/null | grep -q GPU; then gpus=1; else gpus=0; fi ;;
+    *[!0-9]*) fail "GPUS must be a number, not '$1'" ;;
+    *) gpus=$1; shift ;;
+esac
+for override; do
+    case $override in *.*=*) ;; *) fail "'$override' is not of the form Section.key=value" ;; esac
+done
+
+# 3. with which Python: the active one when it has the packages, else .venv, prepared on first use
+for candidate in python3 python3.13 python3.12 python3.11 python ""; do
+    [ -n "$candidate" ] || fail "needs Python 3.11 or newer, and found none on the PATH"
+    "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && break
+done
+python=$("$candidate" env.py python)
+
+# 4. run
+set -- "$stage.py" --config "$config" --arch "$arch" --gpus "$gpus" "$@"
+case $gpus in
+    0) export CUDA_VISIBLE_DEVICES="" ;;
+    1) ;;
+    *) found=$("$python" -c 'import torch; print(torch.cuda.device_count())')
+       [ "$gpus" -le "$found" ] || fail "asked for $gpus GPUs, torch sees $found"
+       set -- -m torch.distributed.run --standalone --nproc_per_node="$gpus" "$@" ;;
+esac
+echo "$stage.sh: $python $*"
+exec "$python" "$@"
