@@ -64,7 +64,8 @@ def test(config: Config, place: Experiment, context: Context, log: RunLog) -> No
     result = {
         "system": place.arch, "data_set": place.data_set, "split": config.Train.split, "shot": config.Train.shot,
         "backbone": f"{config.Method.backbone}" + (f" (width {config.Method.width})" if config.Method.width != 64 else ""),
-        "checkpoint": str(weight), "protocol": experiment.protocol(config), "warnings": list(system.warnings), "mark": system.mark,
+        "checkpoint": str(weight), "protocol": experiment.protocol(config),
+        "warnings": list(system.warnings), "mark": system.mark,
         "environment": experiment.environment(context.device), "classes": {c: names[c - 1] for c in classes},
         "seeds": seeds, "mean": mean, "sd": sd, "baselines": baselines(seeds),
         "time": {"seconds": round(seconds, 1), "seconds per episode": round(seconds / episodes, 4)},
@@ -117,7 +118,8 @@ def load_weights(system: System, config: Config, place: Experiment, weight: Path
 def baselines(seeds: list[dict]) -> dict[str, dict[str, float]]:
     """Means over seeds of the trivial predictions' scores."""
     found = [seed["baselines"] for seed in seeds if "baselines" in seed]
-    return {name: {key: sum(f[name][key] for f in found) / len(found) for key in found[0][name]} for name in found[0]} if found else {}
+    names = found[0] if found else {}
+    return {name: {key: sum(f[name][key] for f in found) / len(found) for key in names[name]} for name in names}
 
 
 if __name__ == "__main__":

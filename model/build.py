@@ -87,5 +87,6 @@ def initialise_backbone(system: PSPNet, source: str) -> None:
     elif Path(source).is_file():
         encoder.load_imagenet(load_state(Path(source)), source)
     else:
-        raise UserError(f"Method.backbone_weight: no file {source!r}. Put ImageNet weights there (resnet50_v2.pth of semseg, or a "
-                        "timm / torchvision state dict), or use hub (download through timm) or none (from scratch)")
+        made = " `python -m model.backbone.lite0` makes it." if "lite0" in source else ""
+        raise UserError(f"Method.backbone_weight: no file {source!r}.{made} Put ImageNet weights there (resnet50_v2.pth of "
+                        "semseg, or a timm / torchvision state dict), or use hub (download through timm) or none (from scratch)")

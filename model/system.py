@@ -43,7 +43,7 @@ class Frozen(nn.Module):
 
 
 class System(nn.Module):
-    """A model with its losses.
+    """A model with its losses. `losses` calls `head`, so that DDP sees it; `predict` calls `trained`, which never waits.
 
     Everything trained lives in `head`, everything frozen in `Frozen` children. Only `head` is wrapped by DDP, handed to
     the optimizer and saved, so frozen parts are outside all three by construction.
@@ -76,8 +76,9 @@ class System(nn.Module):
 
     def distribute(self, device: torch.device) -> None:
         """Wraps the trained part for data-parallel training."""
-        self.head = nn.SyncBatchNorm.convert_sync_batchnorm(self.head) if device.type == "cuda" else self.head
-        self.head = DistributedDataParallel(self.head, device_ids=[device] if device.type == "cuda" else None)
+        cuda = device.type == "cuda"
+        head = nn.SyncBatchNorm.convert_sync_batchnorm(self.head) if cuda else self.head
+        self.head = DistributedDataParallel(head, device_ids=[device] if cuda else None)
 
     @property
     def trained(self) -> nn.Module:

@@ -16,6 +16,7 @@ from util.metrics import FewShotMeter, SemanticMeter, to_original
 from util.report import Card
 from util.viz import episode_panels
 
+MAP_NAMES = {"vtp": "VTP", "vvp": "VVP", "cosine": "cosine prior"}
 Predict = Callable[[Any], Any]  # batch on the device -> model.Prediction
 
 
@@ -107,13 +108,14 @@ def gallery(predict: Predict, data: Dataset, groups: dict[str, Sequence[int]], n
             side = tuple(sample.query.shape[2:])
             pred = prediction.final[0].argmax(0).cpu().numpy().astype("uint8")
             truth = sample.query_mask[0].numpy()
-            supports = [(_picture(image), mask.numpy()) for image, mask in zip(sample.support[0], sample.support_mask[0], strict=True)]
-            maps = {name.upper() if len(name) == 3 else name: value[0].float().cpu().numpy() for name, value in prediction.maps.items()}
-            original = sample.original_mask[0]
-            meter = FewShotMeter([int(sample.cls)])
-            iou = meter.update(to_original(prediction.final[0].cpu(), tuple(original.shape), squash).argmax(0), original, int(sample.cls))
+            shots = zip(sample.support[0], sample.support_mask[0], strict=True)
+            supports = [(_picture(image), mask.numpy()) for image, mask in shots]
+            maps = {MAP_NAMES.get(name, name): value[0].float().cpu().numpy() for name, value in prediction.maps.items()}
+            original, cls = sample.original_mask[0], int(sample.cls)
+            shown = to_original(prediction.final[0].cpu(), tuple(original.shape), squash).argmax(0)
+            iou = FewShotMeter([cls]).update(shown, original, cls)
             cards.append(Card(
-                title=f"{names[int(sample.cls) - 1]}, IoU {100 * iou:.1f}",
+                title=f"{names[cls - 1]}, IoU {100 * iou:.1f}",
                 subtitle=f"episode {number}: {sample.query_name[0]} with {', '.join(sample.support_names[0])} ({side[0]} px)",
                 group=group,
                 panels=episode_panels(supports, _picture(sample.query[0]), maps, pred, truth),

@@ -67,8 +67,9 @@ def base_learner_file(config: Config, place: Experiment) -> Path:
 
 def missing_base_learner(config: Config, place: Experiment) -> str:
     """What to do when that file is not there."""
-    return (f"Method.pre_weight = {config.Method.pre_weight}: no base learner at {base_learner_file(config, place)}. Train it with "
-            f"`ARCH=PSPNet NET={place.net} sh train.sh {place.command} GPUS`, or point Method.pre_weight to a published one")
+    return (f"Method.pre_weight = {config.Method.pre_weight}: no base learner at {base_learner_file(config, place)}. "
+            f"Train it with `ARCH=PSPNet NET={place.net} sh train.sh {place.command} GPUS`, or point Method.pre_weight to "
+            "a published one")
 
 
 def identity(arch: str, config: Config, priors: list[str] | None = None) -> dict:

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import pickle
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -75,10 +74,9 @@ def load_state(path: Path) -> dict[str, Tensor]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise UserError(f"no file {path}") from error
-    except pickle.UnpicklingError as error:
-        raise UserError(f"{path} holds more than tensors and is not opened, since unpickling it could run code ({error})") from error
-    except (RuntimeError, EOFError, OSError) as error:
-        raise UserError(f"{path} is damaged or no torch file ({error}); download it again") from error
+    except Exception as error:  # damaged and foreign files raise many kinds
+        raise UserError(f"{path} is damaged, or holds more than tensors; it is not opened otherwise, since unpickling could run "
+                        f"code ({type(error).__name__}: {error})") from error
     for key in ("state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]

@@ -16,9 +16,11 @@ class PyramidPooling(nn.Module):
         super().__init__()
         reduced = channels // len(bins)
         self.features = nn.ModuleList(
-            nn.Sequential(nn.AdaptiveAvgPool2d(b), nn.Conv2d(channels, reduced, 1, bias=False), nn.BatchNorm2d(reduced), nn.ReLU())
+            nn.Sequential(
+                nn.AdaptiveAvgPool2d(b), nn.Conv2d(channels, reduced, 1, bias=False), nn.BatchNorm2d(reduced), nn.ReLU()
+            )
             for b in bins
-        )
+        )  # fmt: skip
         self.out_channels = channels + reduced * len(bins)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ class PSPNet(System):
 
     @torch.no_grad()
     def predict(self, batch: SemanticBatch, baselines: bool = False) -> Prediction:
-        return Prediction(final=resize(self.head(batch.image).float(), batch.image.shape[2:]))
+        return Prediction(final=resize(self.trained(batch.image).float(), batch.image.shape[2:]))
 
     def optimizer(self, train: Train) -> torch.optim.Optimizer:
         return torch.optim.SGD(

@@ -155,6 +155,7 @@ def _read_openai_archive(path: Path) -> dict[str, Tensor]:
     if digest != OPENAI_VIT_B_16:
         raise UserError(
             f"CLIP.clip_path: {path} is a TorchScript archive with sha256 {digest[:12]}..., not OpenAI's ViT-B-16.pt "
-            f"({OPENAI_VIT_B_16[:12]}...). Archives can run code, so only that one is opened; the download may be damaged. {_WHERE}"
+            f"({OPENAI_VIT_B_16[:12]}...). Archives can run code, so only that one is opened; the download may be damaged. "
+            f"{_WHERE}"
         )
     return torch.jit.load(path, map_location="cpu").state_dict()

@@ -107,20 +107,22 @@ class HDMNet(System):
     def prior_maps(self, episode: Episode, features: Features) -> dict[str, Tensor]:
         return {prior.name: prior(episode, features) for prior in self.priors}
 
-    def run_head(self, features: Features, priors: Tensor, own: Tensor | None) -> tuple[Tensor, Tensor, list[Tensor]]:
+    def run_head(
+        self, head: nn.Module, features: Features, priors: Tensor, own: Tensor | None
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
         """See `Head.forward`."""
         size = features.size
         # Stage 2 has the size of stage 3 but in VGG.
         query, support = (torch.cat([maps[3], resize(maps[2], size)], 1) for maps in (features.query, features.support))
         low = features.support[self.low_stage].unflatten(0, (-1, features.shot))
         difference = scene_difference(features.query[self.low_stage], low)
-        return self.head(query, support, features.mask, priors, features.base, difference, own)
+        return head(query, support, features.mask, priors, features.base, difference, own)
 
     def losses(self, batch: Episode) -> dict[str, Tensor]:
         self._check(batch)
         features = self.features(batch)
         priors = torch.cat(list(self.prior_maps(batch, features).values()), 1)
-        final, meta, correlations = self.run_head(features, priors, batch.base_rank)
+        final, meta, correlations = self.run_head(self.head, features, priors, batch.base_rank)
         target = batch.query_mask.long()
         return {
             "main": segmentation_loss(final, target) + segmentation_loss(meta, target),
@@ -133,7 +135,7 @@ class HDMNet(System):
         self._check(batch)
         features = self.features(batch)
         maps = self.prior_maps(batch, features)
-        final, meta, correlations = self.run_head(features, torch.cat(list(maps.values()), 1), own=None)
+        final, meta, correlations = self.run_head(self.trained, features, torch.cat(list(maps.values()), 1), own=None)
         side = batch.query.shape[2:]
         shown = {name: prior.float().mean(1) for name, prior in maps.items()}
         return Prediction(
@@ -159,7 +161,8 @@ class HDMNet(System):
     def optimizer(self, train: Train) -> torch.optim.Optimizer:
         """AdamW; ten times the rate outside the matcher; `kshot_rw` keeps its initial value, as published."""
         head: Head = self.trained
-        rest = [head.down_query, head.down_supp, head.query_merge, head.supp_merge, head.ensemble.gram_merge, head.ensemble.cls_merge]
+        rest = [head.down_query, head.down_supp, head.query_merge, head.supp_merge]
+        rest += [head.ensemble.gram_merge, head.ensemble.cls_merge]
         groups = [
             {"params": list(head.matcher.parameters()), "lr": train.base_lr},
             {"params": [p for module in rest for p in module.parameters()], "lr": 10 * train.base_lr},

@@ -152,7 +152,7 @@ def check_hdmnet(golden: Golden, system: HDMNet, batch: Episode) -> Iterator[Row
         yield compare("matcher_query", query, golden["matcher_query"], close)
         yield compare("matcher_support", support, golden["matcher_support"], 5e-6)
         yield from check_matcher(golden, system)
-        final, meta, correlations = system.run_head(features, priors, own=None)
+        final, meta, correlations = system.run_head(system.head, features, priors, own=None)
         yield compare("matcher_logits", meta, golden["matcher_logits"], loose)
         for i, correlation in enumerate(correlations):
             yield compare(f"matcher_weight_{i}", correlation, golden[f"matcher_weight_{i}"], close)

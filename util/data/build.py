@@ -6,7 +6,7 @@ from pathlib import Path
 from torch.utils.data import Dataset
 
 from util.config import Config
-from util.data.episodes import EpisodeDataset, EpisodeList
+from util.data.episodes import EpisodeDataset, EpisodeList, Transform
 from util.data.folds import ClassNames, Fold, fold, read_class_names
 from util.data.index import Index, Record, build_index, scan
 from util.data.semantic import SemanticDataset
@@ -49,7 +49,9 @@ class Source:
 
     def training(self) -> Dataset:
         train, seed = self.config.Train, self.config.Train.manual_seed
-        transform = TrainTransform(train.train_h, train.scale_min, train.scale_max, train.rotate_min, train.rotate_max, train.crop)
+        transform = TrainTransform(
+            train.train_h, train.scale_min, train.scale_max, train.rotate_min, train.rotate_max, train.crop
+        )
         if self.task == "images":
             return SemanticDataset(self.records("train_list"), self.fold, self.config.Data.data_root, transform, seed, False)
         return self._episodes(EpisodeList(self.index(training=True), train.shot, seed, shuffle=True), transform, "mask", False)
@@ -62,7 +64,7 @@ class Source:
         episodes = EpisodeList(self.index(training=False), train.shot, seed)
         return self._episodes(episodes, transform, self.config.Test_Finetune.ann_type, True)
 
-    def _episodes(self, episodes: EpisodeList, transform: TrainTransform | ValTransform, ann_type: str, evaluation: bool) -> Dataset:
+    def _episodes(self, episodes: EpisodeList, transform: Transform, ann_type: str, evaluation: bool) -> Dataset:
         return EpisodeDataset(
             episodes, self.fold, self.config.Data.data_root, transform, num_classes=self.fold.num_classes,
             clip_size=self.config.CLIP.clip_size if self.clip_patch else None, patch=self.clip_patch or 1,

@@ -84,7 +84,7 @@ def read_list(list_file: str | Path) -> list[tuple[str, str]]:
     """Read a list file: one `image_path label_path` a line, relative to the data root, no image twice."""
     path = Path(list_file)
     if not path.is_file():
-        raise UserError(f"Data.train_list / Data.val_list: no such list: {str(list_file)!r}")
+        raise UserError(f"Data.train_list / Data.val_list: no such list: {str(list_file)!r}; lists/README.md tells what makes it")
     seen: dict[str, int] = {}
     pairs = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):

@@ -1,0 +1,212 @@
+"""The frozen CLIP: runner against open_clip's own forward, batched Grad-CAM, box masks, affinity algebra, loading."""
+
+import cv2
+import numpy as np
+import open_clip
+import pytest
+import torch
+from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
+from safetensors.torch import save_file
+
+from model.clip import Clip, box_mask, high_order, load_clip, min_max, normalise_affinity, refine, softmax_grad_cam
+from model.clip.load import clip_from_state
+from util.errors import UserError
+
+VISION = {"image_size": 64, "layers": 4, "width": 128, "patch_size": 16}
+TEXT = {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 2}
+
+
+def small_clip(seed: int = 0) -> CLIP:
+    """A ViT of CLIP's architecture, small enough for a test; its heads are 64 wide as OpenAI's."""
+    torch.manual_seed(seed)
+    return CLIP(32, CLIPVisionCfg(**VISION), CLIPTextCfg(**TEXT), quick_gelu=True).eval()
+
+
+@pytest.fixture(scope="module")
+def reference() -> CLIP:
+    return small_clip()
+
+
+@pytest.fixture(scope="module")
+def clip(reference: CLIP) -> Clip:
+    state = {("text." if not k.startswith(("visual.", "logit")) else "") + k: v for k, v in reference.state_dict().items()}
+    return clip_from_state(state).requires_grad_(False)  # open_clip's CustomTextCLIP naming on the way
+
+
+def test_runner_equals_open_clip(reference: CLIP, clip: Clip) -> None:
+    images = torch.rand(2, 3, 64, 64)
+    trunk = clip.visual
+    tokens, grid = trunk.embed(images)
+    assert grid == (4, 4)
+    plain = trunk.run(tokens)
+    mapped = trunk.run(tokens, keep_hidden=range(4), keep_attention=range(4))
+    ours = trunk.project(plain.tokens)[:, 0] @ trunk.visual.proj
+    torch.testing.assert_close(ours, reference.encode_image(images), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(plain.tokens, mapped.tokens, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(mapped.hidden[3], mapped.tokens)
+    torch.testing.assert_close(sum(mapped.attention.values()).sum(-1), torch.full((2, 17), 4.0))
+
+
+def test_position_on_another_grid_is_bilinear(clip: Clip) -> None:
+    table = clip.visual.position((6, 3))
+    own = clip.visual.visual.positional_embedding
+    assert table.shape == (19, 128)
+    torch.testing.assert_close(table[0], own[0])
+    # half-pixel bilinear, no antialias: the centre of a 3-wide row sits between columns 1 and 2 of 4
+    grid = own[1:].view(4, 4, -1)
+    centre = 0.5 * (grid[:, 1] + grid[:, 2])
+    torch.testing.assert_close(table[1:].view(6, 3, -1)[0, 1], centre[0])
+
+
+def cam_inputs(clip: Clip, rows: int = 5) -> dict:
+    torch.manual_seed(1)
+    tokens, grid = clip.visual.embed(torch.rand(rows, 3, 48, 80))
+    tokens = clip.visual.run(tokens, stop=3).tokens.detach()
+    candidates = torch.rand(rows, 12) < 0.5
+    target = torch.randint(12, (rows,))
+    candidates.scatter_(1, target[:, None], True)
+    texts = torch.nn.functional.normalize(torch.randn(12, 32), dim=-1)
+    return {"tokens": tokens, "grid": grid, "texts": texts, "candidates": candidates, "target": target}
+
+
+def test_batched_cam_equals_one_by_one(clip: Clip) -> None:
+    inputs = cam_inputs(clip)
+    batched = softmax_grad_cam(clip.visual, logit_scale=clip.logit_scale, **inputs)
+    assert batched.map.shape == (5, 3, 5) and batched.map.amax() > 0.5
+    for i in range(5):
+        one = {k: v[i : i + 1] if k in ("tokens", "candidates", "target") else v for k, v in inputs.items()}
+        single = softmax_grad_cam(clip.visual, logit_scale=clip.logit_scale, **one)
+        torch.testing.assert_close(batched.map[i], single.map[0], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(batched.probability[i], single.probability[0], rtol=1e-4, atol=1e-6)
+        # the softmax runs over the candidates only
+        assert (batched.probability[i][~inputs["candidates"][i]] == 0).all()
+
+
+def test_cam_weights_are_the_mean_gradient(clip: Clip) -> None:
+    """Against finite differences of the probability along each channel of ln_1's output."""
+    inputs = cam_inputs(clip, rows=1)
+    clip = clip.double()
+    try:
+        inputs = {k: v.double() if torch.is_tensor(v) and v.is_floating_point() else v for k, v in inputs.items()}
+        last, trunk = clip.visual.blocks[-1], clip.visual
+        tokens = inputs["tokens"].double()
+        a = last.ln_1(tokens)
+
+        def probability(a: torch.Tensor) -> torch.Tensor:
+            from model.clip.trunk import attend
+
+            z = tokens + attend(last, a)[0]
+            z = z + last.mlp(last.ln_2(z))
+            image = trunk.project(z)[:, 1:].mean(1) @ trunk.visual.proj
+            logits = clip.logit_scale.exp() * torch.nn.functional.normalize(image, dim=-1) @ inputs["texts"].T
+            return logits.masked_fill(~inputs["candidates"], float("-inf")).softmax(-1)[0, inputs["target"][0]]
+
+        alpha = torch.zeros(a.shape[2], dtype=torch.float64)
+        for c in range(a.shape[2]):
+            step = torch.zeros_like(a)
+            step[:, 1:, c] = 1e-5  # all patches at once: the derivative is the sum over patches
+            alpha[c] = (probability(a + step) - probability(a - step)) / 2e-5 / (a.shape[1] - 1)
+        expected = min_max(min_max((a[:, 1:] @ alpha).relu())).view(1, 3, 5).float()
+    finally:
+        clip = clip.float()
+    ours = softmax_grad_cam(clip.visual, logit_scale=clip.logit_scale, **{
+        k: v.float() if torch.is_tensor(v) and v.is_floating_point() else v for k, v in inputs.items()})  # fmt: skip
+    torch.testing.assert_close(ours.map, expected, rtol=1e-3, atol=1e-3)
+
+
+def contour_boxes(cam: np.ndarray, threshold: float) -> np.ndarray:
+    """The published routine: OpenCV contours of the thresholded 8-bit map, boxes filled half-open and clipped."""
+    level = (255 * cam).astype(np.uint8)
+    binary = (level > int(threshold * level.max())).astype(np.uint8)
+    mask = np.zeros_like(binary)
+    h, w = cam.shape
+    for contour in cv2.findContours(binary, cv2.RETR_TREE, cv2.CHAIN_APPROX_SIMPLE)[0]:
+        x, y, dx, dy = cv2.boundingRect(contour)
+        mask[y : min(y + dy, h - 1), x : min(x + dx, w - 1)] = 1
+    return mask.astype(bool)
+
+
+@pytest.mark.parametrize("threshold", [0.4, 0.7])
+def test_box_mask_equals_opencv_contours(threshold: float) -> None:
+    rng = np.random.default_rng(0)
+    for size in ((7, 9), (16, 16), (24, 31), (1, 5), (33, 12)):
+        maps = rng.random((60, *size)) ** rng.uniform(1, 12, (60, 1, 1))
+        maps[::7] = cv2.GaussianBlur(maps[::7].transpose(1, 2, 0), (0, 0), 2).reshape(*size, -1).transpose(2, 0, 1)
+        maps[0] = 0
+        maps[1] = 1
+        maps = maps.astype(np.float32)
+        ours = box_mask(torch.from_numpy(maps), threshold).numpy()
+        for i, cam in enumerate(maps):
+            np.testing.assert_array_equal(ours[i], contour_boxes(cam, threshold), err_msg=f"map {i} of {size}")
+
+
+def test_refinement_equals_the_plain_formula() -> None:
+    """Products with the map against the n x n algebra of the paper, column mask and square written out."""
+    torch.manual_seed(0)
+    attention = (3 * torch.randn(3, 30, 30)).softmax(-1)
+    cam = torch.rand(3, 5, 6)
+    expected = []
+    for m, c in zip(attention, cam, strict=True):
+        t = m / m.sum(0, keepdim=True)
+        t = t / t.sum(1, keepdim=True)
+        t = torch.maximum(t, t @ t.T)
+        t = t @ t * box_mask(c[None]).flatten()
+        r = t @ c.flatten()
+        r = r - r.min()
+        expected.append((r / (r.max() + 1e-7)).view(5, 6))
+    torch.testing.assert_close(refine(cam, attention), torch.stack(expected), rtol=1e-5, atol=1e-5)
+    rows = normalise_affinity(attention, rounds=3).sum(-1)
+    torch.testing.assert_close(rows, torch.ones_like(rows))
+    assert (high_order(attention) >= attention).all()
+
+
+def test_refining_an_empty_map_gives_zero() -> None:
+    assert (refine(torch.zeros(1, 4, 4), torch.rand(1, 16, 16)) == 0).all()
+
+
+def test_text_bank_cache_and_limits(clip: Clip, tmp_path) -> None:
+    texts = ["a photo of cat.", "a photo without cat."]
+    bank = clip.text.bank(texts, tmp_path)
+    torch.testing.assert_close(bank.norm(dim=1), torch.ones(2))
+    torch.testing.assert_close(clip.text.bank(texts, tmp_path), bank, rtol=0, atol=0)
+    assert len(list(tmp_path.iterdir())) == 1
+    with pytest.raises(UserError, match="does not fit"):
+        clip.text(["word " * 200])
+
+
+def test_tiny_folder_knows_only_its_words(reference: CLIP, tmp_path) -> None:
+    ids = torch.tensor(sorted({49406, 49407, *open_clip.SimpleTokenizer().encode("a photo of cat.")}), dtype=torch.int32)
+    state = {k: v.clone() for k, v in reference.state_dict().items() if k != "attn_mask"}
+    state |= {"token_embedding.rows": state.pop("token_embedding.weight")[ids.long()], "token_embedding.ids": ids}
+    save_file(state, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(
+        __import__("json").dumps({"embed_dim": 32, "quick_gelu": True, "vision_cfg": VISION, "text_cfg": TEXT}))
+    tiny = load_clip(str(tmp_path))
+    tokens = open_clip.SimpleTokenizer()(["a photo of cat."])
+    torch.testing.assert_close(tiny.text(["a photo of cat."]), reference.encode_text(tokens, normalize=True))
+    with pytest.raises(UserError, match="dog"):
+        tiny.text(["a photo of dog."])
+
+
+def test_wrong_clip_files(reference: CLIP, tmp_path) -> None:
+    with pytest.raises(UserError, match="no file .*missing.pt"):
+        load_clip(str(tmp_path / "missing.pt"))
+
+    archive = tmp_path / "ViT-B-16.pt"  # a TorchScript archive, but not OpenAI's
+    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), archive)
+    with pytest.raises(UserError, match="sha256"):
+        load_clip(str(archive))
+
+    (tmp_path / "text.pt").write_text("hello")
+    with pytest.raises(UserError, match=r"text\.pt"):
+        load_clip(str(tmp_path / "text.pt"))
+
+    state = dict(reference.state_dict())
+    del state["visual.ln_post.weight"]
+    torch.save(state, tmp_path / "partial.pt")
+    with pytest.raises(UserError, match=r"visual\.ln_post\.weight"):
+        load_clip(str(tmp_path / "partial.pt"))
+
+    torch.save({"layer": torch.zeros(1)}, tmp_path / "other.pt")
+    with pytest.raises(UserError, match="no CLIP ViT"):
+        load_clip(str(tmp_path / "other.pt"))

@@ -1,0 +1,200 @@
+"""HDMNet and PI-CLIP: exact identities against the plain formulas, invariances, what is frozen, odd inputs."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model.backbone import BaseLearner, build_encoder
+from model.few_shot.ensemble import KShotWeights
+from model.few_shot.hdmnet import HDMNet
+from model.few_shot.matcher import Match, Matcher, merge_heads, split_heads
+from model.few_shot.parts import gram, masked_average, max_cosine
+from model.few_shot.prior import CosinePrior
+from model.losses import distillation_loss, segmentation_loss
+from model.system import Frozen
+from util.config import Train
+from util.data.episodes import Episode, collate
+from util.errors import UserError
+
+
+def plain_match(match: Match, query: Tensor, support: Tensor, inside: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """HDMNet's matching written out: N x K*N attention, masked after the softmax, scores averaged under the mask."""
+    q, k = (F.normalize(split_heads(f(match.norm1(x)), 2), dim=-1) for f, x in ((match.q, query), (match.k, support)))
+    v = split_heads(match.v(match.norm1(support)), 2)
+    score = q @ k.transpose(2, 3) / 0.1
+    mask = inside[:, None, None].float()
+    out = query + match.o(merge_heads((score.softmax(2) * mask) @ v))
+    out = out + match.ffn(match.norm2(out), size)
+    correlation = ((score * mask).sum(3) / (mask.sum(3) + 1e-9)).mean(1)
+    return out, correlation.unflatten(1, size)
+
+
+def test_matching_only_inside_the_mask_is_exact() -> None:
+    torch.manual_seed(0)
+    match = Match(64).double().eval()
+    query, support = torch.randn(4, 35, 64).double(), torch.randn(4, 105, 64).double()
+    inside = torch.rand(4, 105) < torch.tensor([0.05, 0.5, 1.0, 0.0])[:, None]  # last one: an empty mask
+    ours, expected = match(query, support, inside, (5, 7)), plain_match(match, query, support, inside, (5, 7))
+    for a, b in zip(ours, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+    assert (ours[1][3] == 0).all()
+
+
+def test_matcher_levels_never_see_the_matched_query() -> None:
+    """The encoder's levels depend on the query alone, so another support must not change a coarser level's tokens."""
+    torch.manual_seed(0)
+    matcher = Matcher(priors=2).eval()
+    x = torch.randn(1, 64, 9, 9)
+    seen = []
+    for level in matcher.levels:
+        level.match.register_forward_hook(lambda _, args, __: seen.append(args[0]))
+    for support in (torch.randn(1, 64, 9, 9), torch.randn(1, 64, 9, 9)):
+        matcher(x, support, torch.ones(1, 1, 65, 65), torch.randn(1, 2, 9, 9))
+    for first, second in zip(seen[:3], seen[3:], strict=True):
+        torch.testing.assert_close(first, second)
+
+
+def test_batchnorm_of_the_matcher_is_fixed_in_training() -> None:
+    matcher = Matcher(priors=2).train()
+    norms = [m for m in matcher.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    assert norms and not any(m.training for m in norms) and any(m.training for m in matcher.modules())
+
+
+def test_max_cosine_on_a_made_up_case() -> None:
+    query = torch.tensor([[[1.0, 0.0, 0.6]], [[0.0, 1.0, 0.8]]]).view(1, 2, 1, 3)
+    support = torch.tensor([[[2.0, 0.0]], [[0.0, 3.0]]]).view(1, 2, 1, 2)
+    only_first = torch.tensor([1.0, 0.0]).view(1, 1, 1, 2)
+    torch.testing.assert_close(max_cosine(query, support, only_first).flatten(), torch.tensor([1.0, 0.0, 0.6]))
+    both = torch.ones(1, 1, 1, 2)
+    torch.testing.assert_close(max_cosine(query, support, both).flatten(), torch.tensor([1.0, 1.0, 0.8]))
+    assert (max_cosine(-query, support, only_first) >= 0).all()  # a masked-out position stays in the maximum with score 0
+
+
+def test_prototype_and_gram() -> None:
+    features = torch.arange(8.0).view(1, 2, 2, 2)
+    mask = torch.tensor([[1.0, 0], [0, 1]]).view(1, 1, 2, 2)
+    torch.testing.assert_close(masked_average(features, mask).flatten(), torch.tensor([3.0, 11.0]) / 2.0005)
+    assert torch.isfinite(masked_average(features, 0 * mask)).all()
+    torch.testing.assert_close(gram(features)[0].diagonal(), torch.ones(2))
+
+
+@pytest.mark.parametrize("restore", [True, False])
+def test_kshot_weights(restore: bool) -> None:
+    torch.manual_seed(0)
+    weights = KShotWeights(4, 2, restore)
+    difference = torch.tensor([[0.4, 0.1, 0.3, 0.2]])
+    ascending = weights(difference.sort(1).values)
+    order = difference.argsort(1).argsort(1)
+    torch.testing.assert_close(weights(difference), ascending.gather(1, order) if restore else ascending)
+
+
+def test_losses_of_ignored_and_empty_targets() -> None:
+    logits = torch.randn(2, 2, 5, 5)
+    target = torch.randint(2, (2, 9, 9))
+    target[0] = 255
+    expected = F.cross_entropy(F.interpolate(logits, (9, 9), mode="bilinear", align_corners=True), target, ignore_index=255)
+    torch.testing.assert_close(segmentation_loss(logits, target), expected)
+    assert segmentation_loss(logits, torch.full_like(target, 255)) == 0
+    maps = [torch.randn(1, 3, 3, requires_grad=True), torch.randn(1, 5, 5, requires_grad=True)]
+    loss = distillation_loss(maps, torch.zeros(1, 9, 9, dtype=torch.bool))
+    loss.backward()
+    assert torch.isfinite(loss) and all(torch.isfinite(m.grad).all() for m in maps)
+
+
+def small_system(shot: int = 1, backbone: str = "resnet50", width: int = 8) -> HDMNet:
+    torch.manual_seed(0)
+    learner = Frozen(BaseLearner(build_encoder(backbone, width), 16, 64))
+    return HDMNet(learner, [CosinePrior(learner)], shot)
+
+
+def random_episode(batch: int = 2, shot: int = 1, side: int = 65) -> Episode:
+    generator = torch.Generator().manual_seed(7)
+
+    def mask(*shape: int) -> Tensor:
+        return torch.randint(2, shape, generator=generator).to(torch.uint8)
+
+    def image(*shape: int) -> Tensor:
+        return 255 * torch.rand(shape, generator=generator)
+
+    return Episode(
+        image(batch, 3, side, side), mask(batch, side, side), image(batch, shot, 3, side, side), mask(batch, shot, side, side),
+        mask(batch, side, side), torch.full((batch,), 7), torch.full((batch,), 1), torch.ones(batch, 20, dtype=torch.bool), [],
+        torch.tensor([[side, side]] * batch), torch.arange(batch), [], [], ["q"] * batch, [["s"] * shot] * batch,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("backbone", ["resnet50", "vgg16_bn", "timm:tf_efficientnet_lite0"])
+def test_backbones_train_and_predict(backbone: str) -> None:
+    """Odd sides, both shots; only the head gets a gradient and moves, frozen parts stay bit for bit."""
+    system = small_system(2, backbone).train()
+    assert not system.base_learner.module.training
+    before = system.frozen_hashes()
+    optimizer = system.optimizer(Train())
+    losses = system.losses(random_episode(shot=2, side=67))
+    sum(losses.values()).backward()
+    assert all(p.grad is None for p in system.base_learner.parameters())
+    weights = {k: v.clone() for k, v in system.trained_state().items() if v.is_floating_point()}
+    optimizer.step()
+    assert system.frozen_hashes() == before
+    moved = {k for k, v in system.trained_state().items() if k in weights and not torch.equal(v, weights[k])}
+    assert {"down_query.0.weight", "matcher.head.0.weight", "ensemble.gram_merge.weight"} <= moved
+    assert not any("kshot_rw" in k for k in moved)  # in no group, as published
+    prediction = system.eval().predict(random_episode(shot=2, side=67))
+    assert prediction.final.shape == prediction.meta.shape == (2, 2, 67, 67) and prediction.base.shape == (2, 16, 67, 67)
+
+
+def test_batch_and_alone_agree_and_shots_are_checked() -> None:
+    system = small_system().eval()
+    both = random_episode()
+    alone = [Episode(**{k: v[i : i + 1] for k, v in vars(both).items()}) for i in range(2)]
+    assert len(collate(alone)) == 2
+    batched = system.predict(both).final
+    for i, episode in enumerate(alone):
+        torch.testing.assert_close(system.predict(episode).final[0], batched[i], rtol=1e-4, atol=1e-5)
+    with pytest.raises(UserError, match="shot"):
+        system.predict(random_episode(shot=3))
+
+
+def test_identical_shots_count_as_one_prototype() -> None:
+    """K copies of a support give the same matcher inputs as one, up to rounding."""
+    one, three = small_system(1).eval(), small_system(3).eval()
+    episode = random_episode(shot=1)
+    copies = Episode(**vars(episode) | {"support": episode.support.repeat(1, 3, 1, 1, 1),
+                                        "support_mask": episode.support_mask.repeat(1, 3, 1, 1)})  # fmt: skip
+    state = one.head.matcher.state_dict()
+    three.head.matcher.load_state_dict(state)
+    for name in ("down_query", "down_supp", "query_merge", "supp_merge"):
+        getattr(three.head, name).load_state_dict(getattr(one.head, name).state_dict())
+    three.base_learner.load_state_dict(one.base_learner.state_dict())
+    torch.testing.assert_close(one.prior_maps(episode, one.features(episode))["cosine"],
+                               three.prior_maps(copies, three.features(copies))["cosine"])  # fmt: skip
+
+
+def test_empty_support_mask_is_finite() -> None:
+    system = small_system().train()
+    episode = random_episode()
+    episode.support_mask.zero_()
+    losses = system.losses(episode)
+    sum(losses.values()).backward()
+    assert all(torch.isfinite(v) for v in losses.values())
+    assert all(torch.isfinite(p.grad).all() for p in system.trained.parameters() if p.grad is not None)
+
+
+def test_official_checkpoint_is_loaded_whole_or_not_at_all() -> None:
+    system = small_system()
+    own = {ours: system.official_name(ours) for ours in system.state_dict()}
+    assert len(set(own.values())) == len(own)
+    state = {"module." + official: torch.randn_like(v) if v.is_floating_point() else v
+             for (ours, v), official in zip(system.state_dict().items(), own.values(), strict=True)}  # fmt: skip
+    system.import_official(state)
+    torch.testing.assert_close(system.head.matcher.head[0].weight, state["module.transformer.mix_transformer.cls.0.weight"])
+    before = {k: v.clone() for k, v in system.state_dict().items()}
+    for bad in (
+        {k: v for k, v in state.items() if "query_merge" not in k},
+        state | {"module.kshot_rw.0.weight": torch.zeros(2, 5, 1, 1)},
+        state | {"module.down_query.0.weight": torch.zeros(256, 7, 1, 1)},
+    ):
+        with pytest.raises(UserError, match="nothing was loaded"):
+            system.import_official({k: torch.zeros_like(v) for k, v in bad.items()})
+        assert all(torch.equal(v, before[k]) for k, v in system.state_dict().items())

@@ -1,0 +1,159 @@
+"""The whole job through the shell scripts, on a reduced demo; and what the user sees when something is wrong."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from util.files import load_tensors
+
+ROOT = Path(__file__).parents[1]
+SMALL = ["Train.train_h=65", "Train.val_size=65", "Train.val_episodes=12", "Train.epochs=1", "Train.batch_size=8",
+         "Train.workers=0", "Runtime.threads=2"]  # fmt: skip
+
+
+def sh(script: str, *arguments: str, arch: str = "PI_CLIP", exp: str = "split0") -> subprocess.CompletedProcess:
+    """Runs a script as a user does, with this interpreter first on the PATH."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    return subprocess.run(["sh", script, exp, "demo", "0", *arguments], cwd=ROOT, text=True, capture_output=True, timeout=600,
+                          env=os.environ | {"PATH": path, "ARCH": arch})  # fmt: skip
+
+
+def says(run: subprocess.CompletedProcess, *messages: str) -> None:
+    """Exit code 2, the messages on stderr, and no traceback."""
+    assert run.returncode == 2, run.stdout + run.stderr
+    assert "Traceback" not in run.stderr, run.stderr
+    for message in messages:
+        assert re.search(message, run.stderr), f"{message!r} not in {run.stderr}"
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Overrides that put the run in a temporary folder, on 160 training scenes."""
+    folder = tmp_path_factory.mktemp("demo")
+    lines = (ROOT / "lists/demo/train.txt").read_text().splitlines()
+    (folder / "train.txt").write_text("\n".join(lines[:200]))
+    return [f"Data.train_list={folder}/train.txt", "Data.data_root=data/demo", f"Runtime.output={folder}/exp"]
+
+
+@pytest.fixture(scope="module")
+def trained(world: list[str]) -> Path:
+    """Base learner and PI-CLIP of fold 0, trained for one short epoch each; the folder of PI-CLIP's run."""
+    for arch in ("PSPNet", "PI_CLIP"):
+        run = sh("train.sh", *world, *SMALL, arch=arch)
+        assert run.returncode == 0, run.stdout + run.stderr
+    return Path(world[-1].partition("=")[2]) / "demo/PI_CLIP/split0/resnet50"
+
+
+def test_train_then_test(world: list[str], trained: Path) -> None:
+    assert (trained / "config.yaml").is_file() and (trained / "train.log").stat().st_size
+    assert list((trained / "events").iterdir())
+    run = sh("test.sh", *world, *SMALL, "Test_Finetune.test_num=20", "Test_Finetune.seeds=[1,2]")
+    assert run.returncode == 0, run.stdout + run.stderr
+    report = json.loads((trained / "result/report.json").read_text())
+    assert [seed["seed"] for seed in report["seeds"]] == [1, 2]
+    assert set(report["classes"]) == {"1", "2", "3", "4", "5"} == set(report["seeds"][0]["per_class"])
+    assert 0 < report["mean"]["miou"] < 1 and "meta_miou" in report["mean"] and "base_miou" in report["mean"]
+    assert report["baselines"]["everything foreground"]["miou"] > 0
+    page = (trained / "result/report.html").read_text()
+    assert "VTP" in page and "VVP" in page and "src=\"http" not in page
+    assert (trained / "result/gallery.png").stat().st_size > 10_000
+
+    # the same numbers again at another batch size and with workers
+    again = sh("test.sh", *world, *SMALL, "Test_Finetune.test_num=20", "Test_Finetune.seeds=[1,2]", "Train.batch_size_val=3",
+               "Train.workers=2")  # fmt: skip
+    assert again.returncode == 0, again.stdout + again.stderr
+    repeated = json.loads((trained / "result/report.json").read_text())
+    for a, b in zip(report["seeds"], repeated["seeds"], strict=True):
+        assert a["miou"] == pytest.approx(b["miou"], abs=2e-3)  # other batches round otherwise: a pixel may flip
+        assert a["episodes_per_class"] == b["episodes_per_class"]
+
+
+def test_rerun_continues_bit_for_bit(world: list[str], trained: Path, tmp_path: Path) -> None:
+    """Two epochs in one go equal one epoch, an interruption, and the same command again."""
+    straight = [*world[:-1], f"Runtime.output={tmp_path}/a", *SMALL, "Train.epochs=2", "Train.evaluate=false",
+                f"Method.pre_weight={trained.parents[2] / 'PSPNet/split0/resnet50/snapshot/best.safetensors'}"]  # fmt: skip
+    assert sh("train.sh", *straight, arch="HDMNet").returncode == 0
+    broken = [o.replace(f"{tmp_path}/a", f"{tmp_path}/b") for o in straight]
+    code = "import train, util.checkpoint as c\ndef stop(*a, f=c.save_resume): f(*a); raise KeyboardInterrupt\n" \
+           "c.save_resume = stop\ntrain.cli.run(train.main)"  # fmt: skip
+    config = "config/demo/demo_split0_resnet50.yaml"
+    run = subprocess.run([sys.executable, "-c", code, "--config", config, "--arch", "HDMNet", "--gpus", "0", *broken],
+                         cwd=ROOT, text=True, capture_output=True, timeout=600)  # fmt: skip
+    assert run.returncode == 130 and "interrupted" in run.stderr, run.stderr
+    again = sh("train.sh", *broken, arch="HDMNet")
+    assert again.returncode == 0 and "1 of 2 epochs are done" in again.stdout, again.stdout + again.stderr
+    a, b = (load_tensors(tmp_path / name / "demo/HDMNet/split0/resnet50/snapshot/last.safetensors") for name in "ab")
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    says(sh("train.sh", *broken, "Train.base_lr=0.1", arch="HDMNet"), r"Train\.base_lr was 0\.0", "Train.resume=none")
+    assert "nothing is left" in sh("train.sh", *broken, arch="HDMNet").stdout
+
+
+def test_checkpoint_of_something_else(world: list[str], trained: Path) -> None:
+    says(sh("test.sh", *world, *SMALL, arch="HDMNet"), "no checkpoint", "ARCH=HDMNet")
+    weight = f"Test_Finetune.weight={trained / 'snapshot/best.safetensors'}"
+    says(sh("test.sh", *world, *SMALL, weight, "Train.shot=5"), "Train.shot: the checkpoint has 1, the config 5")
+    says(sh("test.sh", *world, *SMALL, weight, "Train.split=1", "Method.priors=[vvp]"), "Train.split", "Method.priors")
+    says(sh("test.sh", *world, *SMALL, weight, arch="HDMNet"), "ARCH: the checkpoint has 'PI_CLIP'")
+    says(sh("test.sh", *world, *SMALL, weight, "CLIP.clip_path=random"), "trained with other frozen weights: clip")
+    other = trained / "other.pth"
+    torch.save({"layer0.0.weight": torch.zeros(64, 3, 3, 3)}, other)
+    says(sh("test.sh", *world, *SMALL, f"Test_Finetune.weight={other}"), "does not fit this model, nothing was loaded")
+    torch.save({"f": print}, other)
+    says(sh("test.sh", *world, *SMALL, f"Test_Finetune.weight={other}"), "not opened")
+    truncated = trained / "truncated.safetensors"
+    truncated.write_bytes((trained / "snapshot/best.safetensors").read_bytes()[:5000])
+    says(sh("test.sh", *world, *SMALL, f"Test_Finetune.weight={truncated}"), "damaged")
+
+
+@pytest.mark.parametrize(("overrides", "messages"), [
+    (["Train.data_set=pascal", "Data.data_root=nowhere"], ["Data.data_root", "nowhere"]),
+    (["Data.train_list=nowhere.txt"], ["train_list", r"nowhere\.txt"]),
+    (["Data.class_names=lists/coco/classes.txt"], ["Data.class_names", "80"]),
+    (["CLIP.clip_path=nowhere/ViT-B-16.pt"], ["CLIP.clip_path", r"nowhere/ViT-B-16\.pt", "sha256"]),
+    (["Method.pre_weight=nowhere.pth"], ["Method.pre_weight", r"nowhere\.pth", "ARCH=PSPNet"]),
+    (["Train.split=7"], ["Train.split", "0, 1, 2 or 3"]),
+    (["Train.shot=900"], ["900-shot", "class"]),
+    (["Train.batch_size=100000"], ["Train.batch_size"]),
+    (["Train.epoch=1"], ["did you mean 'epochs'"]),
+    (["Method.priors=[vtp,magic]"], ["Method.priors", "magic", "cosine"]),
+])  # fmt: skip
+def test_wrong_input(world: list[str], trained: Path, overrides: list[str], messages: list[str]) -> None:
+    says(sh("train.sh", *world, *SMALL, *overrides), *messages)
+
+
+def test_wrong_labels(world: list[str], trained: Path, tmp_path: Path) -> None:
+    """A label of another size, then one with a class that does not exist, are named with their file."""
+    from PIL import Image
+
+    lines = (ROOT / "lists/demo/train.txt").read_text().splitlines()[:60]
+    for line in lines:
+        for part in line.split():
+            (tmp_path / part).parent.mkdir(exist_ok=True)
+            shutil.copy(ROOT / "data/demo" / part, tmp_path / part)
+    (tmp_path / "train.txt").write_text("\n".join(lines))
+    bad = tmp_path / lines[7].split()[1]
+    options = [*world[2:], *SMALL, f"Data.data_root={tmp_path}", f"Data.train_list={tmp_path}/train.txt", "Train.data_set=pascal"]
+    Image.new("L", (10, 10)).save(bad)
+    says(sh("train.sh", *options, arch="PSPNet"), "differ in size", bad.name)
+    with Image.open(tmp_path / lines[7].split()[0]) as image:
+        Image.new("L", image.size, 99).save(bad)
+    says(sh("train.sh", *options, arch="PSPNet"), bad.name, "99")
+    (tmp_path / "train.txt").write_text("\n".join([*lines[:3], "only/one/path.jpg"]))
+    says(sh("train.sh", *options, arch="PSPNet"), r"train\.txt:4")
+
+
+def test_scripts_name_what_exists() -> None:
+    says(sh("train.sh", exp="split9"), "no config/demo/demo_split9_resnet50.yaml", "demo_split0_resnet50.yaml")
+    says(sh("train.sh", arch="PICLIP"), "unknown system ARCH='PICLIP'", "PI_CLIP")
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    for gpus in ("1", "64"):
+        run = subprocess.run(["sh", "train.sh", "split0", "demo", gpus], cwd=ROOT, text=True, capture_output=True,
+                             env=os.environ | {"PATH": path, "CUDA_VISIBLE_DEVICES": ""})  # fmt: skip
+        says(run, gpus)
