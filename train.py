@@ -207,7 +207,7 @@ def validate(run: Run) -> float:
         )
         if context.main:
             cards = evaluate.gallery(system.predict, data, {"": range(3)}, source.names.names, context.device, train.resized_val)
-            sheet = contact_sheet([card.panels for card in cards], [card.title for card in cards])
+            sheet = contact_sheet([card.panels for card in cards], [f"{card.title} {system.mark}" for card in cards])
             run.log.image("episodes", sheet, run.progress.step)
     shown = {key: value for key, value in scores.items() if key.endswith("iou")}
     run.log.scalars(shown, run.progress.step, "validation")

@@ -1,0 +1,108 @@
+"""PI-CLIP's priors on a small CLIP: vocabularies, batches of mixed sizes, and CLIP tensors inside a checkpoint."""
+
+import pytest
+import torch
+
+from model.clip import Clip
+from model.clip.load import clip_from_state
+from model.few_shot.hdmnet import PICLIP
+from model.few_shot.prior import TextPrior, VisualPrior, check_priors
+from model.system import Frozen
+from tests.test_clip import small_clip
+from tests.test_few_shot import random_episode, small_system
+from util.data.episodes import Episode
+from util.errors import UserError
+
+BASE = tuple(range(6, 21))
+
+
+@pytest.fixture(scope="module")
+def clip() -> Clip:
+    state = small_clip().state_dict()
+    return clip_from_state({**state, "visual.positional_embedding": state["visual.positional_embedding"] * 20})
+
+
+def text_prior(clip: Clip, vocabulary: str) -> TextPrior:
+    torch.manual_seed(3)
+    bank = torch.nn.functional.normalize(torch.randn(40, 32), dim=-1)
+    prior = TextPrior(Frozen(clip), bank, vocabulary, BASE)
+    return prior
+
+
+def episode(shot: int = 1) -> Episode:
+    """Three queries of two sizes; classes 7, with 7 and 9 (0-based 6, 8) annotated."""
+    made = random_episode(batch=3, shot=shot)
+    generator = torch.Generator().manual_seed(5)
+    sizes = [(32, 48), (48, 32), (32, 48)]
+    made.clip_query = [torch.randint(256, (3, *size), generator=generator).to(torch.uint8) for size in sizes]
+    made.annotation_hw = torch.tensor([(30, 41), (45, 29), (32, 48)])
+    made.present = torch.zeros(3, 20, dtype=torch.bool)
+    made.present[:, [6, 8]] = True
+    return made
+
+
+def test_mixed_sizes_in_a_batch_equal_one_by_one(clip: Clip) -> None:
+    prior, batch = text_prior(clip, "present"), episode()
+    together = prior.at_annotation_size(batch)
+    assert [tuple(m.shape) for m in together] == [(30, 41), (45, 29), (32, 48)]
+    for i in range(3):
+        alone = Episode(**{k: v[i : i + 1] for k, v in vars(batch).items()})
+        torch.testing.assert_close(prior.at_annotation_size(alone)[0], together[i], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(("vocabulary", "classes"), [
+    ("present", {6, 8}), ("target", {6}), ("base+target", {6, *range(5, 20)}), ("all", set(range(20))),
+])  # fmt: skip
+def test_vocabularies(clip: Clip, vocabulary: str, classes: set[int]) -> None:
+    found = text_prior(clip, vocabulary).candidates(episode())[0].nonzero().flatten().tolist()
+    assert set(found) == classes | {c + 20 for c in classes}
+
+
+def test_only_present_reads_the_annotation(clip: Clip) -> None:
+    other = episode()
+    other.present = ~other.present
+    for vocabulary in ("present", "target", "base+target", "all"):
+        prior = text_prior(clip, vocabulary)
+        same = torch.equal(prior.candidates(episode()), prior.candidates(other))
+        assert same == (vocabulary != "present")
+    assert text_prior(clip, "present").candidates(other)[:, 6].all()  # the target competes even where it is not annotated
+
+
+def pi_clip(clip: Clip, shot: int) -> PICLIP:
+    frozen = Frozen(clip)
+    prior = text_prior(clip, "present")
+    prior.clip = frozen.module
+    torch.manual_seed(0)
+    return PICLIP(small_system(shot).base_learner, [prior, VisualPrior(frozen, shot)], shot, clip=frozen).eval()
+
+
+@pytest.mark.parametrize("shot", [1, 3])
+def test_trains_and_predicts(clip: Clip, shot: int) -> None:
+    system, batch = pi_clip(clip, shot), episode(shot)
+    losses = system.train().losses(batch)
+    sum(losses.values()).backward()
+    assert all(torch.isfinite(v) for v in losses.values())
+    assert all(p.grad is None for p in system.clip.parameters())
+    assert system.head.query_merge[0].in_channels == 514 + 2 * shot
+    prediction = system.eval().predict(batch, baselines=True)
+    assert prediction.maps["vtp"].shape == prediction.maps["vvp"].shape == (3, 9, 9)
+    assert set(prediction.baselines) == {"everything foreground", "cosine prior > 0.5", "text prior (VTP) > 0.5"}
+
+
+def test_clip_inside_a_checkpoint_must_be_the_one_in_use(clip: Clip) -> None:
+    system = pi_clip(clip, 1)
+    state = {official: v.clone() for ours, v in system.state_dict().items() if (official := system.official_name(ours))}
+    inside = {f"clip_model.visual.{k}": v.half() for k, v in clip.visual.visual.state_dict().items()}
+    inside |= {f"clip_model.{k}": v.half() for k, v in clip.text.clip.state_dict().items()}
+    system.import_official(state | inside)
+    inside["clip_model.visual.proj"] = inside["clip_model.visual.proj"] + 1
+    with pytest.raises(UserError, match="another CLIP"):
+        system.import_official(state | inside)
+    with pytest.raises(UserError, match="not part of this model: extra"):
+        system.import_official(state | {"extra.weight": torch.zeros(1)})
+
+
+def test_unknown_priors() -> None:
+    for names in (["vtp", "vtp"], [], ["magic"]):
+        with pytest.raises(UserError, match="Method.priors"):
+            check_priors(names)
