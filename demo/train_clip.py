@@ -17,6 +17,7 @@ import argparse
 import math
 import time
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from itertools import permutations
 from pathlib import Path
 
@@ -32,7 +33,7 @@ from demo.shapes import NAMES
 from demo.train_backbone import FILE as BACKBONE
 from demo.world import FRESH, VAL, Scene, scene
 from model.backbone import build_encoder
-from model.clip.load import load_clip
+from model.clip.load import clip_tensors, load_clip
 from model.clip.text import BACKGROUND, FOREGROUND
 from model.clip.trunk import ClipTrunk
 from util.files import load_state, save_json, save_tensors
@@ -50,7 +51,23 @@ FREQUENCIES = (0.3, 0.8, 1.6)  # radians per patch
 POSITIONS = 4 * len(FREQUENCIES)  # leading channels that hold the position
 RADIUS = (1, 1, 2, 1, 2, 1, 3, 2)  # how far the heads of each block look at first
 TEACHERS = {1: 1, 3: 2, 5: 3, 7: 4}  # block -> stage of the ResNet it learns from
-CROP, CROPS, STEPS, SCENES, SCENE_STEPS, RATE = 8, 128, 2000, 32, 250, 2e-3  # crops of 8 x 8 patches, then whole scenes
+
+
+@dataclass(frozen=True)
+class View:
+    """What the image tower is shown in a step."""
+
+    patches: int  # a side of the window
+    zoom: tuple[float, float]  # log of the magnification
+    centred: bool  # on a thing, else on the scene
+    batch: int
+    taught: bool  # by the ResNet, too
+
+
+CROPS = View(8, (-0.2, 0.4), True, 128, True)
+SCENES = View(SIDE, (-0.35, 0.3), False, 32, False)
+VIEWS = (CROPS, CROPS, CROPS, SCENES)  # in turn; both take the same time
+STEPS, RATE = 4000, 2e-3
 
 PAIRS = list(permutations(range(len(NAMES)), 2))
 TEXTS = [FOREGROUND.format(n) for n in NAMES] + [BACKGROUND.format(n) for n in NAMES]
@@ -115,14 +132,14 @@ def start_as_convolution(clip: CLIP, sharpness: float = 8.0) -> None:
         block.mlp.c_proj.weight[:POSITIONS] = 0
 
 
-def window(made: Scene, rng: np.random.Generator, patches: int, zoom: tuple[float, float], centred: bool) -> tuple:
+def window(made: Scene, rng: np.random.Generator, view: View) -> tuple[np.ndarray, np.ndarray]:
     """A square of the scene: (image uint8 RGB, pixels of each class in each patch, patches**2 x 20)."""
-    side = patches * PATCH
+    patches, side = view.patches, view.patches * PATCH
     h, w = made.label.shape
     _, left, top, right, bottom = made.boxes[rng.integers(len(made.boxes))]
-    centre = np.array([(left + right) / 2, (top + bottom) / 2] if centred else [w / 2, h / 2])
+    centre = np.array([(left + right) / 2, (top + bottom) / 2] if view.centred else [w / 2, h / 2])
     turn = np.radians(rng.uniform(-15, 15))
-    matrix = np.exp(rng.uniform(*zoom)) * np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
+    matrix = np.exp(rng.uniform(*view.zoom)) * np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
     matrix[:, 0] *= rng.choice([-1, 1])
     shift = side * (0.5 + rng.uniform(-0.15, 0.15, 2)) - matrix @ centre
     full = np.concatenate([matrix, shift[:, None]], 1)
@@ -189,37 +206,38 @@ def losses(tokens: Tensor, projection: Tensor, pixels: Tensor, texts: Tensor) ->
     return 2 * named + 0.5 * presence + local + 0.25 * outside, right.float().mean().item()
 
 
-def train_image(clip: CLIP, scenes: list[Scene], rng: np.random.Generator) -> None:
-    """Crops around things first, whole scenes at the end."""
+def train_image(clip: CLIP, scenes: list[Scene], rng: np.random.Generator, steps: int, rate: float) -> None:
+    """Crops and scenes in turn, under one cosine schedule; the stored weights are renewed every few minutes."""
     student, texts = Student(clip), text_directions()[: 2 * len(NAMES)]
     parameters = [p for p in student.parameters() if p.requires_grad]
     groups = [{"params": [p for p in parameters if (p.ndim > 1) == matrix], "weight_decay": 0.05 * matrix}
               for matrix in (True, False)]
-    optimizer = torch.optim.AdamW(groups, lr=RATE, betas=(0.9, 0.98))
-    total, started, recent = STEPS + SCENE_STEPS, time.monotonic(), []
-    for step in range(total):
-        crops = step < STEPS
+    optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98))
+    started, recent = time.monotonic(), {view: [] for view in VIEWS}
+    for step in range(steps):
+        view, done = VIEWS[step % len(VIEWS)], step / steps
         for group in optimizer.param_groups:
-            group["lr"] = RATE * min(1, (step + 1) / 100) * (0.5 + 0.5 * math.cos(math.pi * step / total))
-        patches, count = (CROP, CROPS) if crops else (SIDE, SCENES)
-        zoom = (-0.2, 0.4) if crops else (-0.35, 0.1)
-        rows = [window(scenes[rng.integers(len(scenes))], rng, patches, zoom, crops) for _ in range(count)]
+            group["lr"] = rate * min(1, (step + 1) / 100) * (0.5 + 0.5 * math.cos(math.pi * done))
+        rows = [window(scenes[rng.integers(len(scenes))], rng, view) for _ in range(view.batch)]
         images = torch.from_numpy(np.stack([image for image, _ in rows])).permute(0, 3, 1, 2)
         pixels = torch.from_numpy(np.stack([cells for _, cells in rows])).float()
         tokens, said = student(images, rng)
-        matched, accuracy = losses(tokens, clip.visual.proj, pixels, texts)
-        taught = sum(F.mse_loss(said[b], lesson) for b, lesson in student.lessons(images, patches).items())
-        loss = (0.3 + 0.7 * step / total) * matched + (1 - 0.7 * step / total) * taught
+        loss, accuracy = losses(tokens, clip.visual.proj, pixels, texts)
+        recent[view].append((loss.item(), 100 * accuracy))
+        if view.taught:
+            lessons = student.lessons(images, view.patches)
+            loss = (0.3 + 0.5 * done) * loss + (1 - 0.5 * done) * sum(F.mse_loss(said[b], lessons[b]) for b in lessons)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
-        recent.append((matched.item(), taught.item(), accuracy))
-        if (step + 1) % 50 == 0:
-            m, t, a = np.mean(recent, 0)
-            recent = []
-            print(f"{step + 1}/{total}  texts {m:.3f}  teacher {t:.3f}  main thing named right {100 * a:.1f} %  "
-                  f"{time.monotonic() - started:.0f} s", flush=True)  # fmt: skip
+        if (step + 1) % 100 == 0:
+            shown = []
+            for name, seen in (("crops", CROPS), ("scenes", SCENES)):
+                value, right = np.mean(recent[seen], 0)
+                shown.append(f"{name}: loss {value:.3f}, main thing named right {right:.1f} %")
+            recent = {view: [] for view in VIEWS}
+            print(f"{step + 1}/{steps}  {'  '.join(shown)}  {time.monotonic() - started:.0f} s", flush=True)
         if (step + 1) % 500 == 0:
             save(clip)
 
@@ -229,7 +247,7 @@ def train_image(clip: CLIP, scenes: list[Scene], rng: np.random.Generator) -> No
 
 def save(clip: CLIP) -> None:
     """Only the embedding rows of words that occur; half precision."""
-    ids = sorted({i for text in TEXTS for i in SimpleTokenizer()([text])[0].tolist()})
+    ids = SimpleTokenizer()(TEXTS).unique().tolist()
     state = {key: value.half() for key, value in clip.state_dict().items() if key != "attn_mask"}
     state["token_embedding.rows"] = state.pop("token_embedding.weight")[ids]
     state["token_embedding.ids"] = torch.tensor(ids, dtype=torch.int32)
@@ -262,16 +280,22 @@ def evaluate(numbers: range = VAL) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--evaluate", action="store_true", help="only print the zero-shot accuracy of the stored CLIP")
-    if not parser.parse_args().evaluate:
+    parser.add_argument("--continue", type=int, metavar="STEPS", dest="more", help="go on from the stored CLIP for STEPS")
+    given = parser.parse_args()
+    if not given.evaluate:
         torch.manual_seed(0)
         cv2.setNumThreads(1)
         with ProcessPoolExecutor() as pool:
-            scenes = list(pool.map(scene, range(FRESH, FRESH + 5000), chunksize=50))
+            scenes = [s for s in pool.map(scene, range(FRESH, FRESH + 5000), chunksize=50) if s.boxes]
         clip = CLIP(EMBED, CLIPVisionCfg(**CONFIG["vision_cfg"]), CLIPTextCfg(**CONFIG["text_cfg"]), quick_gelu=True)
-        clip.logit_scale.data.fill_(math.log(SCALE))
-        train_text(clip)
-        start_as_convolution(clip)
-        train_image(clip, [s for s in scenes if s.boxes], np.random.default_rng(1))
+        rng = np.random.default_rng(1)
+        if given.more:
+            clip.load_state_dict(clip_tensors(load_clip(str(FOLDER))))
+        else:
+            clip.logit_scale.data.fill_(math.log(SCALE))
+            train_text(clip)
+            start_as_convolution(clip)
+        train_image(clip, scenes, rng, given.more or STEPS, RATE)
         save(clip)
     for key, accuracy in sorted(evaluate().items()):
         print(f"zero-shot, {key}: {100 * accuracy:.1f} %")

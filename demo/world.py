@@ -10,6 +10,7 @@ import argparse
 import os
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -252,7 +253,8 @@ def ensure(data_root: str | Path, workers: int | None = None) -> Path:
     for folder in ("JPEGImages", "SegmentationClassAug", "Annotations"):
         (root / folder).mkdir(parents=True, exist_ok=True)
     numbers = [*TRAIN, *VAL]
-    with ProcessPoolExecutor(workers) as pool:
+    # spawn: a fork of a process whose OpenCV or torch threads are running can hang
+    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
         list(pool.map(write, [root] * len(numbers), numbers, chunksize=25))
     write_atomically(done, f"demo world {VERSION}\n".encode())
     return root

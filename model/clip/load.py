@@ -106,6 +106,12 @@ def clip_from_state(state: Mapping[str, Tensor], name: str = "state dict") -> Cl
     return Clip(clip)
 
 
+def clip_tensors(clip: Clip) -> dict[str, Tensor]:
+    """CLIP's tensors under their OpenAI names."""
+    visual = {f"visual.{key}": value for key, value in clip.visual.visual.state_dict().items()}
+    return visual | clip.text.clip.state_dict()
+
+
 def _build(config: dict) -> CLIP:
     return CLIP(
         config["embed_dim"],

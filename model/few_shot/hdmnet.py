@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from model.backbone import BaseLearner
-from model.clip import Clip, min_max
+from model.clip import min_max
+from model.clip.load import clip_tensors
 from model.few_shot.ensemble import Ensemble
 from model.few_shot.matcher import Matcher
 from model.few_shot.parts import binary_mask, masked_average, max_cosine, reduce_block, scene_difference
@@ -254,9 +255,3 @@ def suffixes(key: str) -> list[str]:
     """a.b.c -> [a.b.c, b.c, c]: a published checkpoint keeps CLIP under some attribute name."""
     parts = key.split(".")
     return [".".join(parts[i:]) for i in range(len(parts))]
-
-
-def clip_tensors(clip: Clip) -> dict[str, Tensor]:
-    """CLIP's tensors under their OpenAI names."""
-    visual = {f"visual.{key}": value for key, value in clip.visual.visual.state_dict().items()}
-    return visual | clip.text.clip.state_dict()
