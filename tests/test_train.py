@@ -59,7 +59,8 @@ def test_train_then_test(world: list[str], trained: Path) -> None:
     report = json.loads((trained / "result/report.json").read_text())
     assert [seed["seed"] for seed in report["seeds"]] == [1, 2]
     assert set(report["classes"]) == {"1", "2", "3", "4", "5"} == set(report["seeds"][0]["per_class"])
-    assert 0 < report["mean"]["miou"] < 1 and "meta_miou" in report["mean"] and "base_miou" in report["mean"]
+    # Too short a training to ask for a score: the background half of FB-IoU shows that the counts are real.
+    assert 0.2 < report["mean"]["fb_iou"] < 1 and {"miou", "meta_miou"} <= set(report["mean"])
     assert report["baselines"]["everything foreground"]["miou"] > 0
     page = (trained / "result/report.html").read_text()
     assert "VTP" in page and "VVP" in page and "src=\"http" not in page
@@ -113,7 +114,6 @@ def test_checkpoint_of_something_else(world: list[str], trained: Path) -> None:
 
 
 @pytest.mark.parametrize(("overrides", "messages"), [
-    (["Train.data_set=pascal", "Data.data_root=nowhere"], ["Data.data_root", "nowhere"]),
     (["Data.train_list=nowhere.txt"], ["train_list", r"nowhere\.txt"]),
     (["Data.class_names=lists/coco/classes.txt"], ["Data.class_names", "80"]),
     (["CLIP.clip_path=nowhere/ViT-B-16.pt"], ["CLIP.clip_path", r"nowhere/ViT-B-16\.pt", "sha256"]),
@@ -145,6 +145,7 @@ def test_wrong_labels(world: list[str], trained: Path, tmp_path: Path) -> None:
     with Image.open(tmp_path / lines[7].split()[0]) as image:
         Image.new("L", image.size, 99).save(bad)
     says(sh("train.sh", *options, arch="PSPNet"), bad.name, "99")
+    says(sh("train.sh", *options, "Data.data_root=nowhere", arch="PSPNet"), r"Data\.data_root", "nowhere")
     (tmp_path / "train.txt").write_text("\n".join([*lines[:3], "only/one/path.jpg"]))
     says(sh("train.sh", *options, arch="PSPNet"), r"train\.txt:4")
 
