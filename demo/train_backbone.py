@@ -2,7 +2,7 @@
 
 Real base learners start from a network that was trained to classify ImageNet, whose classes include PASCAL's. So here: a
 narrow ResNet-50 learns to name the things of fresh scenes (none of the train or val list), with stride 32 as usual, in
-about ten minutes on two cores. The weights are stored under timm's names and loaded like any ImageNet weights.
+a quarter of an hour on one core. The weights are stored under timm's names and loaded like any ImageNet weights.
 """
 
 import math

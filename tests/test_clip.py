@@ -40,7 +40,7 @@ def test_runner_equals_open_clip(reference: CLIP, clip: Clip) -> None:
     assert grid == (4, 4)
     plain = trunk.run(tokens)
     mapped = trunk.run(tokens, keep_hidden=range(4), keep_attention=range(4))
-    ours = trunk.project(plain.tokens)[:, 0] @ trunk.visual.proj
+    ours = trunk.post_norm(plain.tokens)[:, 0] @ trunk.visual.proj
     torch.testing.assert_close(ours, reference.encode_image(images), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(plain.tokens, mapped.tokens, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(mapped.hidden[3], mapped.tokens)
@@ -97,7 +97,7 @@ def test_cam_weights_are_the_mean_gradient(clip: Clip) -> None:
 
             z = tokens + attend(last, a)[0]
             z = z + last.mlp(last.ln_2(z))
-            image = trunk.project(z)[:, 1:].mean(1) @ trunk.visual.proj
+            image = trunk.post_norm(z)[:, 1:].mean(1) @ trunk.visual.proj
             logits = clip.logit_scale.exp() * torch.nn.functional.normalize(image, dim=-1) @ inputs["texts"].T
             return logits.masked_fill(~inputs["candidates"], float("-inf")).softmax(-1)[0, inputs["target"][0]]
 

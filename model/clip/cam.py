@@ -49,7 +49,7 @@ def softmax_grad_cam(
         z = tokens + out
         z = z + last.mlp(last.ln_2(z))
         # The mean commutes with the projection: pool first, project one vector instead of N.
-        image = F.normalize(trunk.project(z)[:, 1:].mean(1) @ trunk.visual.proj, dim=-1)
+        image = F.normalize(trunk.post_norm(z)[:, 1:].mean(1) @ trunk.visual.proj, dim=-1)
         logits = logit_scale.exp() * image @ texts.T
         probability = logits.masked_fill(~candidates, float("-inf")).softmax(-1)
         score = probability.gather(1, target[:, None]).sum()  # rows are independent, so one backward serves all

@@ -113,6 +113,6 @@ class ClipTrunk(nn.Module):
                 run.attention[i] = attention
         return run
 
-    def project(self, tokens: Tensor) -> Tensor:
+    def post_norm(self, tokens: Tensor) -> Tensor:
         """ln_post on B N C tokens; the caller pools, then multiplies with `visual.proj` (C D)."""
         return self.visual.ln_post(tokens)

@@ -99,9 +99,9 @@ def build(golden: Golden) -> HDMNet:
         bank = clip.module.text.bank([template.format(name) for template in (FOREGROUND, BACKGROUND) for name in names])
         priors = [TextPrior(clip, bank, "present", data.base), VisualPrior(clip, golden.shot)]
         system = PICLIP(base_learner, priors, golden.shot, clip=clip)
-    official = {name: system.official_name(ours) for ours in system.state_dict() if (name := ours)}
-    state = {key: golden.fill(key, system.state_dict()[ours].shape) for ours, key in official.items() if key is not None}
-    system.import_official(state)
+    own = {system.official_name(ours): value.shape for ours, value in system.state_dict().items()}
+    own.pop(None, None)  # CLIP, filled above
+    system.import_official({name: golden.fill(name, shape) for name, shape in own.items()})
     return system.eval()
 
 
