@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 from demo import prepare_data
-from model import System, load_base_learner, open_system, system_class
+from model import System, load_backbone, open_system, system_class
 from util import cli, distributed, evaluate, experiment
 from util.checkpoint import check_frozen, check_identity, read_meta
 from util.config import Config, load_config
@@ -110,7 +110,7 @@ def load_weights(system: System, config: Config, place: Experiment, weight: Path
     meta = read_meta(weight)
     check_identity(weight, meta, experiment.identity(place.arch, config, system.prior_names))
     if system.task == "episodes":
-        load_base_learner(system, config, place)
+        load_backbone(system, config, place)
     check_frozen(weight, meta, system.frozen_hashes())
     system.load_trained(load_tensors(weight), str(weight))
 

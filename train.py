@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import Dataset
 
 from demo import prepare_data
-from model import System, initialise_backbone, load_base_learner, open_system, system_class
+from model import System, load_backbone, needs_base_learner, open_system
 from util import checkpoint, cli, distributed, evaluate, experiment
 from util.checkpoint import Progress
 from util.config import Config, load_config
@@ -33,21 +33,26 @@ def main() -> None:
     arguments = cli.parse(__doc__)
     config = load_config(arguments.config, arguments.arch, arguments.overrides)
     place = Experiment.from_config_path(arguments.arch, arguments.config, config.Runtime.output)
-    few_shot = system_class(arguments.arch).task == "episodes"
     context = distributed.start(arguments.gpus, config.Runtime.threads)
     try:
         prepare_data(config, context)
-        if few_shot and not experiment.base_learner_file(config, place).is_file():
-            if config.Train.data_set != "demo" or config.Method.pre_weight != "auto":
-                raise UserError(experiment.missing_base_learner(config, place))
-            # The demo's base learner takes minutes, so it comes along; a real one is a run of its own.
-            recipe = load_config(arguments.config, "PSPNet")
-            recipe.Data, recipe.Method, recipe.Runtime = config.Data, config.Method, config.Runtime
-            recipe.Train.workers = config.Train.workers
-            train(recipe, place.of("PSPNet"), context)
+        if needs_base_learner(place.arch):
+            ready_base_learner(config, load_config(arguments.config, "PSPNet"), place, context)
         train(config, place, context)
     finally:
         distributed.stop()
+
+
+def ready_base_learner(config: Config, recipe: Config, place: Experiment, context: Context) -> None:
+    """The demo's base learner takes minutes, so it is trained (to its end) on the way; a real one is a run of its own."""
+    own = place.of("PSPNet")
+    if config.Train.data_set == "demo" and config.Method.pre_weight == "auto":
+        if not checkpoint.finished(own.snapshot):
+            recipe.Data, recipe.Method, recipe.Runtime = config.Data, config.Method, config.Runtime
+            recipe.Train.workers = config.Train.workers
+            train(recipe, own, context)
+    elif not experiment.base_learner_file(config, place).is_file():
+        raise UserError(experiment.missing_base_learner(config, place))
 
 
 @dataclass
@@ -102,10 +107,7 @@ def start(config: Config, place: Experiment, context: Context, log: RunLog) -> R
     system, source = open_system(place.arch, config)
     for warning in system.warnings:
         log.warning(warning)
-    if source.task == "images":
-        initialise_backbone(system, config.Method.backbone_weight)
-    else:
-        load_base_learner(system, config, place)
+    load_backbone(system, config, place)
     system.to(context.device)
     meta = experiment.identity(place.arch, config, system.prior_names) | {"frozen": system.frozen_hashes()}
     progress = Progress(config=dataclasses.asdict(config))

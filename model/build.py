@@ -1,13 +1,20 @@
 """From a config to a system with its frozen weights."""
 
+from collections.abc import Callable
 from pathlib import Path
 
+from torch import Tensor
+
 from model.backbone import BaseLearner, build_encoder, hub_state
+from model.backbone.encoder import Encoder
 from model.backbone.pspnet import PSPNet
 from model.clip import load_clip
 from model.clip.text import BACKGROUND, FOREGROUND
+from model.few_shot.bam import BAM
 from model.few_shot.hdmnet import PICLIP, HDMNet
-from model.few_shot.prior import CosinePrior, Prior, TextPrior, VisualPrior, check_priors
+from model.few_shot.pfenet import PFENet
+from model.few_shot.prior import CosinePrior, Prior, SimilarityPrior, TextPrior, VisualPrior, check_priors
+from model.few_shot.system import FewShot
 from model.system import Frozen, System
 from util import experiment
 from util.checkpoint import check_identity, read_meta
@@ -18,7 +25,7 @@ from util.errors import UserError
 from util.experiment import Experiment
 from util.files import load_state
 
-SYSTEMS: dict[str, type[System]] = {"PI_CLIP": PICLIP, "HDMNet": HDMNet, "PSPNet": PSPNet}
+SYSTEMS: dict[str, type[System]] = {"PI_CLIP": PICLIP, "HDMNet": HDMNet, "BAM": BAM, "PFENet": PFENet, "PSPNet": PSPNet}
 
 
 def system_class(arch: str) -> type[System]:
@@ -28,8 +35,14 @@ def system_class(arch: str) -> type[System]:
     return SYSTEMS[arch]
 
 
+def needs_base_learner(arch: str) -> bool:
+    """Whether a system freezes a base learner that ARCH=PSPNet has trained before."""
+    cls = system_class(arch)
+    return issubclass(cls, FewShot) and cls.uses_base_learner
+
+
 def build_system(arch: str, config: Config, fold: Fold, names: ClassNames, cache: Path | None = None) -> System:
-    """Builds a system with its frozen CLIP; base learner and head come without weights.
+    """Builds a system with its frozen CLIP; backbone, base learner and head come without weights.
 
     Args:
         names: of all classes of the data set, for the text bank.
@@ -37,38 +50,41 @@ def build_system(arch: str, config: Config, fold: Fold, names: ClassNames, cache
     """
     method, train = config.Method, config.Train
     cls = system_class(arch)
-    learner = BaseLearner(build_encoder(method.backbone, method.width), len(fold.base) + 1, width=8 * method.width)
+    encoder = build_encoder(method.backbone, method.width)
+    learner = BaseLearner(encoder, len(fold.base) + 1, width=8 * method.width)
     if cls is PSPNet:
         return PSPNet(learner)
-    base_learner = Frozen(learner)
+    backbone = Frozen(learner if cls.uses_base_learner else encoder)
     wanted = cls.default_priors if method.priors is None else method.priors
-    check_priors(wanted)
+    check_priors(wanted, cls.uses_base_learner)
     clip = Frozen(load_clip(config.CLIP.clip_path)) if {"vtp", "vvp"} & set(wanted) else None
-    priors: list[Prior] = []
-    for name in wanted:
-        if name == "cosine":
-            priors.append(CosinePrior(base_learner))
-        elif name == "vvp":
-            priors.append(VisualPrior(clip, train.shot))
-        else:
-            texts = [template.format(name) for template in (FOREGROUND, BACKGROUND) for name in names.texts]
-            priors.append(TextPrior(clip, clip.module.text.bank(texts, cache), config.CLIP.vocabulary, fold.base))
-    return cls(
-        base_learner, priors, train.shot, low_stage=int(method.low_fea[-1]), kshot_trans_dim=method.kshot_trans_dim,
-        distil_weight=method.aux_weight1, base_weight=method.aux_weight2, clip=clip,
-    )  # fmt: skip
+    makers: dict[str, Callable[[], Prior]] = {
+        "cosine": lambda: CosinePrior(encoder),
+        "similarity": lambda: SimilarityPrior(backbone),
+        "vvp": lambda: VisualPrior(clip, train.shot),
+        "vtp": lambda: TextPrior(clip, text_bank(clip, names, cache), config.CLIP.vocabulary, fold.base),
+    }
+    return cls(backbone, [makers[name]() for name in wanted], train.shot, method, clip)
+
+
+def text_bank(clip: Frozen, names: ClassNames, cache: Path | None) -> Tensor:
+    """2C D: a row "a photo of c." for every class, then a row "a photo without c."."""
+    return clip.module.text.bank([template.format(name) for template in (FOREGROUND, BACKGROUND) for name in names.texts], cache)
 
 
 def open_system(arch: str, config: Config) -> tuple[System, Source]:
-    """A system and the data it works on; base learner and head come without weights."""
+    """A system and the data it works on; backbone, base learner and head come without weights."""
     source = Source(config, system_class(arch).task, experiment.CACHE)
     system = build_system(arch, config, source.fold, source.names, experiment.CACHE)
     source.clip_patch = system.clip_patch
     return system, source
 
 
-def load_base_learner(system: HDMNet, config: Config, place: Experiment) -> None:
-    """Loads the frozen base learner from `Method.pre_weight`; one of ours must be of the same fold and network."""
+def load_backbone(system: System, config: Config, place: Experiment) -> None:
+    """Gives a system the weights it starts from: the base learner of this fold and network, or ImageNet's."""
+    if not needs_base_learner(place.arch):
+        encoder = system.encoder if isinstance(system, FewShot) else system.trained.encoder
+        return initialise(encoder, config.Method.backbone_weight)
     path = experiment.base_learner_file(config, place)
     if not path.is_file():
         raise UserError(experiment.missing_base_learner(config, place))
@@ -77,9 +93,8 @@ def load_base_learner(system: HDMNet, config: Config, place: Experiment) -> None
     system.load_base_learner(load_state(path), str(path))
 
 
-def initialise_backbone(system: PSPNet, source: str) -> None:
-    """Gives the base learner's encoder the ImageNet weights that `Method.backbone_weight` names: a file, hub or none."""
-    encoder = system.trained.encoder
+def initialise(encoder: Encoder, source: str) -> None:
+    """Gives an encoder the ImageNet weights that `Method.backbone_weight` names: a file, hub or none."""
     if source == "none":
         return
     if source == "hub":

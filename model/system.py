@@ -66,7 +66,9 @@ class System(nn.Module):
 
     def optimizer(self, train: Train) -> torch.optim.Optimizer:
         """The paper's optimizer over its parameter groups; poly decay acts on every group's initial rate."""
-        raise NotImplementedError
+        return torch.optim.SGD(
+            self.trained.parameters(), lr=train.base_lr, momentum=train.momentum, weight_decay=train.weight_decay
+        )
 
     def official_name(self, name: str) -> str | None:
         """Our state-dict name -> key of the published checkpoint; None for tensors it does not hold."""

@@ -1,4 +1,4 @@
-"""HDMNet and PI-CLIP: exact identities against the plain formulas, invariances, what is frozen, odd inputs."""
+"""The few-shot systems: exact identities against the plain formulas, invariances, what is frozen, odd inputs."""
 
 import pytest
 import torch
@@ -6,14 +6,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.backbone import BaseLearner, build_encoder
-from model.few_shot.ensemble import KShotWeights
+from model.few_shot.bam import BAM
+from model.few_shot.ensemble import Ensemble, KShotWeights
 from model.few_shot.hdmnet import HDMNet
 from model.few_shot.matcher import Match, Matcher, merge_heads, split_heads
-from model.few_shot.parts import gram, masked_average, max_cosine
-from model.few_shot.prior import CosinePrior
+from model.few_shot.parts import gram, inside, masked_average, max_cosine
+from model.few_shot.pfenet import PFENet
+from model.few_shot.prior import CosinePrior, SimilarityPrior, join
+from model.few_shot.system import FewShot
 from model.losses import distillation_loss, segmentation_loss
 from model.system import Frozen
-from util.config import Train
+from util.config import Method, Train
 from util.data.episodes import Episode, collate
 from util.errors import UserError
 
@@ -65,10 +68,10 @@ def test_max_cosine_on_a_made_up_case() -> None:
     query = torch.tensor([[[1.0, 0.0, 0.6]], [[0.0, 1.0, 0.8]]]).view(1, 2, 1, 3)
     support = torch.tensor([[[2.0, 0.0]], [[0.0, 3.0]]]).view(1, 2, 1, 2)
     only_first = torch.tensor([1.0, 0.0]).view(1, 1, 1, 2)
-    torch.testing.assert_close(max_cosine(query, support, only_first).flatten(), torch.tensor([1.0, 0.0, 0.6]))
+    torch.testing.assert_close(max_cosine(query, inside(support, only_first)).flatten(), torch.tensor([1.0, 0.0, 0.6]))
     both = torch.ones(1, 1, 1, 2)
-    torch.testing.assert_close(max_cosine(query, support, both).flatten(), torch.tensor([1.0, 1.0, 0.8]))
-    assert (max_cosine(-query, support, only_first) >= 0).all()  # a masked-out position stays in the maximum with score 0
+    torch.testing.assert_close(max_cosine(query, inside(support, both)).flatten(), torch.tensor([1.0, 1.0, 0.8]))
+    assert (max_cosine(-query, inside(support, only_first)) >= 0).all()  # a masked-out position stays in the maximum with score 0
 
 
 def test_prototype_and_gram() -> None:
@@ -102,10 +105,12 @@ def test_losses_of_ignored_and_empty_targets() -> None:
     assert torch.isfinite(loss) and all(torch.isfinite(m.grad).all() for m in maps)
 
 
-def small_system(shot: int = 1, backbone: str = "resnet50", width: int = 8) -> HDMNet:
+def small_system(shot: int = 1, backbone: str = "resnet50", width: int = 8, system: type[FewShot] = HDMNet) -> FewShot:
     torch.manual_seed(0)
-    learner = Frozen(BaseLearner(build_encoder(backbone, width), 16, 64))
-    return HDMNet(learner, [CosinePrior(learner)], shot)
+    encoder = build_encoder(backbone, width)
+    learner = Frozen(BaseLearner(encoder, 16, 64))
+    prior = SimilarityPrior(learner) if system is HDMNet else CosinePrior(encoder)
+    return system(learner if system.uses_base_learner else Frozen(encoder), [prior], shot, Method(ppm_scales=[9, 5, 2]))
 
 
 def random_episode(batch: int = 2, shot: int = 1, side: int = 65) -> Episode:
@@ -124,28 +129,69 @@ def random_episode(batch: int = 2, shot: int = 1, side: int = 65) -> Episode:
     )  # fmt: skip
 
 
+SYSTEMS = [HDMNet, BAM, PFENet]
+
+
+@pytest.mark.parametrize("cls", SYSTEMS)
 @pytest.mark.parametrize("backbone", ["resnet50", "vgg16_bn", "timm:tf_efficientnet_lite0"])
-def test_backbones_train_and_predict(backbone: str) -> None:
-    """Odd sides, both shots; only the head gets a gradient and moves, frozen parts stay bit for bit."""
-    system = small_system(2, backbone).train()
-    assert not system.base_learner.module.training
+def test_systems_train_and_predict(backbone: str, cls: type[FewShot]) -> None:
+    """Odd sides, two shots; only the head gets a gradient and moves, frozen parts stay bit for bit."""
+    system = small_system(2, backbone, system=cls).train()
+    assert not system.encoder.training
     before = system.frozen_hashes()
     optimizer = system.optimizer(Train())
     losses = system.losses(random_episode(shot=2, side=67))
     sum(losses.values()).backward()
-    assert all(p.grad is None for p in system.base_learner.parameters())
+    assert all(p.grad is None for p in system.encoder.parameters())
     weights = {k: v.clone() for k, v in system.trained_state().items() if v.is_floating_point()}
     optimizer.step()
     assert system.frozen_hashes() == before
     moved = {k for k, v in system.trained_state().items() if k in weights and not torch.equal(v, weights[k])}
-    assert {"down_query.0.weight", "matcher.head.0.weight", "ensemble.gram_merge.weight"} <= moved
-    assert not any("kshot_rw" in k for k in moved)  # in no group, as published
-    prediction = system.eval().predict(random_episode(shot=2, side=67))
-    assert prediction.final.shape == prediction.meta.shape == (2, 2, 67, 67) and prediction.base.shape == (2, 16, 67, 67)
+    frozen = {k for k in weights if k not in moved}
+    if cls is HDMNet:
+        assert frozen and all("kshot_rw" in k or "running" in k for k in frozen)  # kshot_rw: in no group, as published
+    else:
+        assert all("kshot_rw" in k for k in frozen)  # its ReLUs may be dead, the last bias never is
+        assert cls is PFENet or "ensemble.kshot_rw.2.bias" in moved
+    prediction = system.eval().predict(random_episode(shot=2, side=67), baselines=True)
+    assert prediction.final.shape == (2, 2, 67, 67) and set(prediction.baselines) > {"everything foreground"}
+    if cls is PFENet:
+        assert prediction.meta is None and prediction.base is None
+    else:
+        assert prediction.meta.shape == (2, 2, 67, 67) and prediction.base.shape == (2, 16, 67, 67)
 
 
-def test_batch_and_alone_agree_and_shots_are_checked() -> None:
-    system = small_system().eval()
+@pytest.mark.parametrize("backbone", ["resnet50", "vgg16_bn", "timm:tf_efficientnet_lite0", "timm:resnet18"])
+def test_last_stage_is_what_the_encoder_ends_with(backbone: str) -> None:
+    torch.manual_seed(0)
+    encoder = build_encoder(backbone, 8).eval()
+    maps = encoder(255 * torch.rand(1, 3, 65, 65))
+    torch.testing.assert_close(encoder.last_stage(maps[3]), maps[4])
+
+
+def test_shots_apart_are_weighed() -> None:
+    shots, flat = torch.rand(2, 3, 1, 4, 4), torch.rand(2, 2, 4, 4)
+    weights = torch.tensor([[1.0, 0, 0], [0.2, 0.3, 0.5]])
+    weighed = join([flat, shots], weights)
+    assert weighed.shape == (2, 3, 4, 4) and torch.equal(weighed[:, :2], flat)
+    torch.testing.assert_close(weighed[0, 2], shots[0, 0, 0])
+    torch.testing.assert_close(weighed[1, 2], 0.2 * shots[1, 0, 0] + 0.3 * shots[1, 1, 0] + 0.5 * shots[1, 2, 0])
+    torch.testing.assert_close(join([shots])[:, 0], shots[:, :, 0].mean(1))
+
+
+def test_ensemble_leaves_out_the_own_base_class() -> None:
+    ensemble, meta = Ensemble(1), torch.zeros(2, 2, 3, 3)
+    ensemble.cls_merge.weight.data = torch.tensor([0.0, 1.0]).view(1, 2, 1, 1)  # background = what the base learner knows
+    base = torch.randn(2, 4, 3, 3)
+    p = base.softmax(1)
+    out = ensemble(meta, base, torch.ones(2), torch.tensor([1, -1]))
+    torch.testing.assert_close(out[0, 0], p[0, 1] + p[0, 3])
+    torch.testing.assert_close(out[1, 0], p[1, 1:].sum(0))
+
+
+@pytest.mark.parametrize("cls", SYSTEMS)
+def test_batch_and_alone_agree_and_shots_are_checked(cls: type[FewShot]) -> None:
+    system = small_system(system=cls).eval()
     both = random_episode()
     alone = [Episode(**{k: v[i : i + 1] for k, v in vars(both).items()}) for i in range(2)]
     assert len(collate(alone)) == 2
@@ -167,12 +213,13 @@ def test_identical_shots_count_as_one_prototype() -> None:
     for name in ("down_query", "down_supp", "query_merge", "supp_merge"):
         getattr(three.head, name).load_state_dict(getattr(one.head, name).state_dict())
     three.base_learner.load_state_dict(one.base_learner.state_dict())
-    torch.testing.assert_close(one.prior_maps(episode, one.features(episode))["cosine"],
-                               three.prior_maps(copies, three.features(copies))["cosine"])  # fmt: skip
+    torch.testing.assert_close(one.prior_maps(episode, one.features(episode))["similarity"],
+                               three.prior_maps(copies, three.features(copies))["similarity"])  # fmt: skip
 
 
-def test_empty_support_mask_is_finite() -> None:
-    system = small_system().train()
+@pytest.mark.parametrize("cls", SYSTEMS)
+def test_empty_support_mask_is_finite(cls: type[FewShot]) -> None:
+    system = small_system(system=cls).train()
     episode = random_episode()
     episode.support_mask.zero_()
     losses = system.losses(episode)
@@ -181,17 +228,18 @@ def test_empty_support_mask_is_finite() -> None:
     assert all(torch.isfinite(p.grad).all() for p in system.trained.parameters() if p.grad is not None)
 
 
-def test_official_checkpoint_is_loaded_whole_or_not_at_all() -> None:
-    system = small_system()
+@pytest.mark.parametrize("cls", SYSTEMS)
+def test_official_checkpoint_is_loaded_whole_or_not_at_all(cls: type[FewShot]) -> None:
+    system = small_system(system=cls)
     own = {ours: system.official_name(ours) for ours in system.state_dict()}
     assert len(set(own.values())) == len(own)
     state = {"module." + official: torch.randn_like(v) if v.is_floating_point() else v
              for (ours, v), official in zip(system.state_dict().items(), own.values(), strict=True)}  # fmt: skip
     system.import_official(state)
-    torch.testing.assert_close(system.head.matcher.head[0].weight, state["module.transformer.mix_transformer.cls.0.weight"])
+    torch.testing.assert_close(system.head.down_supp[0].weight, state["module.down_supp.0.weight"])
     before = {k: v.clone() for k, v in system.state_dict().items()}
     for bad in (
-        {k: v for k, v in state.items() if "query_merge" not in k},
+        {k: v for k, v in state.items() if "down_query" not in k},
         state | {"module.kshot_rw.0.weight": torch.zeros(2, 5, 1, 1)},
         state | {"module.down_query.0.weight": torch.zeros(256, 7, 1, 1)},
     ):

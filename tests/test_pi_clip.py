@@ -10,6 +10,7 @@ from model.few_shot.prior import TextPrior, VisualPrior, check_priors
 from model.system import Frozen
 from tests.test_clip import small_clip
 from tests.test_few_shot import random_episode, small_system
+from util.config import Method
 from util.data.episodes import Episode
 from util.errors import UserError
 
@@ -73,7 +74,7 @@ def pi_clip(clip: Clip, shot: int) -> PICLIP:
     prior = text_prior(clip, "present")
     prior.clip = frozen.module
     torch.manual_seed(0)
-    return PICLIP(small_system(shot).base_learner, [prior, VisualPrior(frozen, shot)], shot, clip=frozen).eval()
+    return PICLIP(small_system(shot).base_learner, [prior, VisualPrior(frozen, shot)], shot, Method(), frozen).eval()
 
 
 @pytest.mark.parametrize("shot", [1, 3])
@@ -105,4 +106,6 @@ def test_clip_inside_a_checkpoint_must_be_the_one_in_use(clip: Clip) -> None:
 def test_unknown_priors() -> None:
     for names in (["vtp", "vtp"], [], ["magic"]):
         with pytest.raises(UserError, match="Method.priors"):
-            check_priors(names)
+            check_priors(names, base_learner=True)
+    with pytest.raises(UserError, match="similarity"):
+        check_priors(["similarity"], base_learner=False)

@@ -102,6 +102,12 @@ def load_resume(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None
     return load_tensors(weights), content
 
 
+def finished(folder: Path) -> bool:
+    """Whether the run in this snapshot folder went through its last epoch."""
+    found = load_resume(folder)
+    return found is not None and found[1]["progress"]["epoch"] >= found[1]["progress"]["config"]["Train"]["epochs"]
+
+
 def rng_state(device: torch.device) -> list[Tensor]:
     """Generator states that dropout draws from: the CPU's, and the GPU's where there is one."""
     return [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])

@@ -73,9 +73,10 @@ class Method:
     width: int = 64  # ResNet base width; 64 is the published network
     backbone_weight: str = "hub"  # ImageNet weights the base learner starts from: file | hub | none
     pre_weight: str = "auto"  # base learner checkpoint; auto: the one trained by ARCH=PSPNet for this fold
-    priors: list[str] | None = None  # cosine | vtp | vvp; None: the system's own
+    priors: list[str] | None = None  # cosine | similarity | vtp | vvp; None: the system's own
     low_fea: Literal["layer1", "layer2", "layer3"] = "layer2"  # stage whose Gram matrices measure scene difference
     kshot_trans_dim: int = 2  # hidden width of the K-shot weighting
+    ppm_scales: list[int] = field(default_factory=lambda: [60, 30, 15, 8])  # PFENet's pyramid: sides of its grids
     aux_weight1: float = 1.0  # distillation between matcher levels
     aux_weight2: float = 1.0  # base learner's cross entropy (reported; the base learner is frozen)
 

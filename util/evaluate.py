@@ -16,7 +16,7 @@ from util.metrics import FewShotMeter, SemanticMeter, to_original
 from util.report import Card
 from util.viz import episode_panels
 
-MAP_NAMES = {"vtp": "VTP", "vvp": "VVP", "cosine": "cosine prior"}
+MAP_NAMES = {"vtp": "VTP", "vvp": "VVP", "cosine": "cosine prior", "similarity": "similarity prior"}
 Predict = Callable[[Any], Any]  # batch on the device -> model.Prediction
 
 

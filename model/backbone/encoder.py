@@ -47,6 +47,10 @@ class Encoder(nn.Module):
     def maps(self, x: Tensor, last: int) -> list[Tensor]:
         raise NotImplementedError
 
+    def last_stage(self, stage3: Tensor) -> Tensor:
+        """Stage 4 of a (masked) stage-3 map."""
+        raise NotImplementedError
+
     def translate(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """ImageNet classifier weights under our names; keys we have no use for may stay in."""
         raise NotImplementedError
@@ -80,6 +84,9 @@ class _Staged(Encoder):
             x = stage(x)
             out.append(x)
         return out
+
+    def last_stage(self, stage3: Tensor) -> Tensor:
+        return self.stages[4](stage3)
 
 
 class ResNetEncoder(_Staged):
@@ -150,6 +157,15 @@ class TimmEncoder(Encoder):
 
     def maps(self, x: Tensor, last: int) -> list[Tensor]:
         return self.body(x)[: last + 1]
+
+    def last_stage(self, stage3: Tensor) -> Tensor:
+        """timm names the module that ends each level; what follows level 3's, up to level 4's, is stage 4."""
+        stages = getattr(self.body, "blocks", self.body)  # the EfficientNet family keeps its stages in `blocks`
+        ends = [name.removeprefix("blocks.").replace(".", "_") for name in self.body.feature_info.module_name()]
+        names = [name for name, _ in stages.named_children()]
+        for name in names[names.index(ends[3]) + 1 : names.index(ends[4]) + 1]:
+            stage3 = stages.get_submodule(name)(stage3)
+        return stage3
 
     def translate(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {f"body.{key}": value for key, value in state.items()}

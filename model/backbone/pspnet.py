@@ -7,7 +7,6 @@ from model.backbone.base_learner import BaseLearner
 from model.losses import segmentation_loss
 from model.ops import resize
 from model.system import Prediction, System
-from util.config import Train
 from util.data.semantic import SemanticBatch
 
 
@@ -26,11 +25,6 @@ class PSPNet(System):
     @torch.no_grad()
     def predict(self, batch: SemanticBatch, baselines: bool = False) -> Prediction:
         return Prediction(final=resize(self.trained(batch.image).float(), batch.image.shape[2:]))
-
-    def optimizer(self, train: Train) -> torch.optim.Optimizer:
-        return torch.optim.SGD(
-            self.trained.parameters(), lr=train.base_lr, momentum=train.momentum, weight_decay=train.weight_decay
-        )
 
     def official_name(self, name: str) -> str | None:
         return name.removeprefix("head.").replace("encoder.stages.", "layer", 1)

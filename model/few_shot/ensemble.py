@@ -44,20 +44,22 @@ class Ensemble(nn.Module):
             conv.weight.data = torch.tensor([1.0, 0.0]).view(1, 2, 1, 1)
         self.kshot_rw = KShotWeights(shot, kshot_trans_dim, restore_order) if shot > 1 else None
 
-    def forward(self, meta: Tensor, base: Tensor, difference: Tensor, own: Tensor | None = None) -> Tensor:
+    def shot_weights(self, difference: Tensor) -> Tensor:
+        """B K scene differences -> B K weights that sum to one."""
+        return torch.ones_like(difference) if self.kshot_rw is None else self.kshot_rw(difference)
+
+    def forward(self, meta: Tensor, base: Tensor, difference: Tensor, own: Tensor) -> Tensor:
         """
         Args:
-            meta: B 2 h w logits; base: B N+1 h' w' logits; difference: B K scene differences.
-            own: B base rank of the episode's class, whose base channel is left out (training); None in evaluation.
+            meta: B 2 h w logits; base: B N+1 h' w' logits; difference: B, weighted over the shots.
+            own: B base rank of the episode's class, whose base channel is left out; -1 for a novel class.
         Returns:
             B 2 h w scores (they mix probabilities and are used as logits, as published).
         """
-        if self.kshot_rw is not None:
-            difference = (self.kshot_rw(difference) * difference).sum(1, keepdim=True)
         meta, base = meta.softmax(1), base.softmax(1)
-        known = base[:, 1:].sum(1, keepdim=True)
-        if own is not None:
-            known = known - base.gather(1, (own + 1).view(-1, 1, 1, 1).expand(-1, 1, *base.shape[2:]))
+        ranks = torch.arange(base.shape[1] - 1, device=base.device)
+        others = (ranks != own[:, None])[..., None, None]  # B N 1 1
+        known = (base[:, 1:] * others).sum(1, keepdim=True)
         difference = difference.view(-1, 1, 1, 1).expand_as(meta[:, :1])
         background = self.gram_merge(torch.cat([meta[:, :1], difference], 1))
         foreground = self.gram_merge(torch.cat([meta[:, 1:], difference], 1))

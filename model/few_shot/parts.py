@@ -24,19 +24,22 @@ def masked_average(features: Tensor, mask: Tensor) -> Tensor:
     return (features * mask).sum((2, 3), keepdim=True) / (mask.sum((2, 3), keepdim=True) + 5e-4)
 
 
-def max_cosine(query: Tensor, support: Tensor, mask: Tensor, eps: float = 1e-7) -> Tensor:
-    """Training-free prior: best cosine of every query position with the masked support (PFENet Sec. 3.2, as in HDMNet).
+def inside(features: Tensor, mask: Tensor) -> Tensor:
+    """B C h w with positions outside the mask (B 1 S S in {0, 1}, nearest-resized) set to zero."""
+    return features * F.interpolate(mask, features.shape[2:], mode="nearest")
 
-    Masked-out support positions stay in the maximum with score 0.
+
+def max_cosine(query: Tensor, support: Tensor, eps: float = 1e-7) -> Tensor:
+    """Training-free prior: best cosine of every query position with any support position (PFENet Sec. 3.2).
+
+    The caller masks the support; its zeroed positions stay in the maximum with score 0.
 
     Args:
-        query, support: B C h w.
-        mask: B 1 S S in {0, 1}, nearest-resized to h w.
+        query, support: B C h w; their grids may differ.
     Returns:
         B 1 h w.
     """
     B, _, h, w = query.shape
-    support = support * F.interpolate(mask, support.shape[2:], mode="nearest")
     q, s = query.flatten(2), support.flatten(2)  # B C n
     cosine = (q.transpose(1, 2) @ s) / (q.norm(dim=1)[:, :, None] * s.norm(dim=1)[:, None] + eps)
     return cosine.amax(2).view(B, 1, h, w)
@@ -66,3 +69,35 @@ def reduce_block(channels: int, width: int, dropout: float = 0.0) -> nn.Sequenti
     """1x1 convolution without bias, ReLU, optional Dropout2d."""
     layers = [nn.Conv2d(channels, width, 1, bias=False), nn.ReLU()]
     return nn.Sequential(*layers, nn.Dropout2d(dropout)) if dropout else nn.Sequential(*layers)
+
+
+def double_conv(width: int) -> nn.Sequential:
+    """Two 3x3 convolutions without bias, each with ReLU: the residual block of PFENet and BAM."""
+    conv = lambda: nn.Conv2d(width, width, 3, padding=1, bias=False)  # noqa: E731
+    return nn.Sequential(conv(), nn.ReLU(), conv(), nn.ReLU())
+
+
+def classifier(width: int) -> nn.Sequential:
+    """PFENet's and BAM's: width -> background and foreground logits."""
+    return nn.Sequential(
+        nn.Conv2d(width, width, 3, padding=1, bias=False), nn.ReLU(), nn.Dropout2d(0.1), nn.Conv2d(width, 2, 1)
+    )
+
+
+class PrototypeHead(nn.Module):
+    """The part every head starts with: middle features reduced to `width`, and the masked average of the support's."""
+
+    def __init__(self, channels: int, width: int):
+        super().__init__()
+        self.down_query = reduce_block(channels, width, dropout=0.5)
+        self.down_supp = reduce_block(channels, width, dropout=0.5)
+
+    def reduced(self, query: Tensor, support: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """
+        Args:
+            query: B C h w; support: B*K C h w; mask: B*K 1 S S.
+        Returns:
+            query B width h w, support B*K width h w, prototypes B K width 1 1.
+        """
+        query, support = self.down_query(query), self.down_supp(support)
+        return query, support, masked_average(support, mask).unflatten(0, (len(query), -1))

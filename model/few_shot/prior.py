@@ -1,7 +1,7 @@
 """Priors: first guesses of where the episode's class is in the query, on the feature grid.
 
-A prior is a callable `(episode, features) -> B channels h w`; `build_priors` is the table of names that `Method.priors` may
-use. PI-CLIP (Sec. 3) uses `vtp` and `vvp`, HDMNet `cosine`.
+`Method.priors` names any of them for any few-shot system. PFENet and BAM use `cosine`, HDMNet `similarity`, PI-CLIP (Sec. 3)
+`vtp` and `vvp`.
 """
 
 from collections import defaultdict
@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from model.backbone import BaseLearner
-from model.clip import Cam, Clip, refine, softmax_grad_cam
-from model.few_shot.parts import max_cosine
+from model.backbone.encoder import Encoder
+from model.clip import Cam, Clip, min_max, refine, softmax_grad_cam
+from model.few_shot.parts import inside, max_cosine
 from model.ops import resize
 from model.system import Frozen
 from util.data.episodes import Episode
@@ -28,20 +29,23 @@ class Features:
     """What the frozen encoder gives for an episode batch; support maps have B*K rows (shots of an episode adjacent)."""
 
     query: list[Tensor]  # stages 0..4, B C h w
-    query_hidden: Tensor  # B 512 h w, base learner before its classifier
-    base: Tensor  # B N+1 h w, base logits
-    support: list[Tensor]  # stages 0..3 (0..4 when a prior is deep) of the masked support
+    query_hidden: Tensor | None  # B 512 h w, base learner before its classifier; None in a system without one
+    base: Tensor | None  # B N+1 h w, base logits
+    support: list[Tensor]  # stages 0..3 (0..4 when a prior is deep); of the masked image where the system masks it
     mask: Tensor  # B*K 1 S S in {0, 1}
     shot: int
 
     @property
     def size(self) -> torch.Size:
-        """(h, w) of the grid that prototypes, priors and matcher share: stage 3's."""
+        """(h, w) of the grid that prototypes, priors and head share: stage 3's."""
         return self.query[3].shape[2:]
 
 
 class Prior(Protocol):
-    """Attributes: channels it adds, and whether it needs the support's stage 4 ("deep")."""
+    """Gives B channels h w, or B K channels h w where the head weighs the shots.
+
+    Attributes: channels it adds to the head, and whether it needs the support's stage 4 ("deep").
+    """
 
     name: str
     channels: int
@@ -50,10 +54,45 @@ class Prior(Protocol):
     def __call__(self, episode: Episode, features: Features) -> Tensor: ...
 
 
-class CosinePrior:
-    """HDMNet's: best cosine with the masked support in the base learner's hidden map and in stage 4; mean over shots."""
+def join(maps: Sequence[Tensor], weights: Tensor | None = None) -> Tensor:
+    """Prior maps as one tensor, B P h w; those with a map for every shot (B K c h w) are summed over shots.
 
-    name, channels, deep = "cosine", 2, True
+    Args:
+        weights: B K, of the shots; None: their mean.
+    """
+    merged = []
+    for prior in maps:
+        if prior.dim() == 5:
+            prior = prior.mean(1) if weights is None else (prior * weights[..., None, None, None]).sum(1)
+        merged.append(prior)
+    return torch.cat(merged, 1)
+
+
+class CosinePrior:
+    """PFENet's (Sec. 3.2), BAM's too: best stage-4 cosine with the support, rescaled to 0..1 for every shot.
+
+    The support's stage 4 is computed on its masked stage 3, and masked again.
+    """
+
+    name, channels, deep = "cosine", 1, False
+
+    def __init__(self, encoder: Encoder):
+        self.encoder = encoder
+
+    def __call__(self, episode: Episode, features: Features) -> Tensor:
+        stage3 = features.support[3]
+        stage4 = self.encoder.last_stage(stage3 * resize(features.mask, stage3.shape[2:]))
+        stage4 = stage4 * resize(features.mask, stage4.shape[2:])
+        best = max_cosine(features.query[4].repeat_interleave(features.shot, 0), stage4)
+        best = resize(min_max(best.flatten(1)).view_as(best), features.size)
+        return best.unflatten(0, (-1, features.shot))
+
+
+class SimilarityPrior:
+    """HDMNet's: best cosine with the support's masked-in positions in the base learner's hidden map and in stage 4;
+    mean over shots, not rescaled."""
+
+    name, channels, deep = "similarity", 2, True
 
     def __init__(self, base_learner: Frozen):
         self.base_learner: BaseLearner = base_learner.module
@@ -69,7 +108,7 @@ class CosinePrior:
     @staticmethod
     def best(query: Tensor, support: Tensor, features: Features) -> Tensor:
         query = query.repeat_interleave(features.shot, 0)
-        return max_cosine(query, support, features.mask).unflatten(0, (-1, features.shot)).mean(1)
+        return max_cosine(query, inside(support, features.mask)).unflatten(0, (-1, features.shot)).mean(1)
 
 
 class VisualPrior:
@@ -96,7 +135,7 @@ class VisualPrior:
         for block in (last, last - 1):
             patches = hidden[block][:, 1:].float().transpose(1, 2).unflatten(2, grid)
             query = patches[:B].repeat_interleave(shot, 0)
-            maps.append(max_cosine(query, patches[B:], features.mask).view(B, shot, *grid))
+            maps.append(max_cosine(query, inside(patches[B:], features.mask)).view(B, shot, *grid))
         return resize(torch.cat(maps, 1), features.size)
 
 
@@ -163,13 +202,15 @@ class TextPrior:
         return cam, attention[:, 1:, 1:]
 
 
-PRIORS = ("cosine", "vtp", "vvp")
+PRIORS = ("cosine", "similarity", "vtp", "vvp")
 
 
-def check_priors(names: Sequence[str]) -> None:
-    """Raises UserError for an unknown or repeated prior."""
+def check_priors(names: Sequence[str], base_learner: bool) -> None:
+    """Raises UserError for an unknown or repeated prior, or one that asks for a base learner where there is none."""
     for name in names:
         if name not in PRIORS:
             raise UserError(f"Method.priors: unknown prior {name!r}; there are {', '.join(PRIORS)}")
     if len(set(names)) < len(names) or not names:
         raise UserError(f"Method.priors = {list(names)}: name at least one prior, each once")
+    if "similarity" in names and not base_learner:
+        raise UserError("Method.priors: `similarity` compares features of a base learner, and this system has none; use `cosine`")

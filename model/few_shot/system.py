@@ -1,0 +1,187 @@
+"""What PFENet, BAM, HDMNet and PI-CLIP share: frozen features, priors, prediction, baselines, published checkpoints.
+
+A subclass gives the trained head (`decode`), its losses (`terms`) and the names of its published tensors.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from model.backbone import BaseLearner
+from model.backbone.encoder import Encoder
+from model.clip.load import clip_tensors
+from model.few_shot.parts import binary_mask, scene_difference
+from model.few_shot.prior import CosinePrior, Features, Prior
+from model.ops import resize
+from model.system import Frozen, Prediction, System, load_exactly
+from util.config import Method
+from util.data.episodes import Episode
+from util.errors import UserError
+
+
+@dataclass
+class Decoded:
+    """What a head makes of an episode batch, on the feature grid."""
+
+    final: Tensor  # B 2 h w
+    meta: Tensor | None = None  # B 2 h w logits, the few-shot branch before the ensemble
+    inner: list[Tensor] = field(default_factory=list)  # B 2 h' w' logits of PFENet's pyramid
+    correlations: list[Tensor] = field(default_factory=list)  # B h w of HDMNet's levels, coarse first
+
+
+class FewShot(System):
+    """A frozen backbone, training-free priors, and the trained head.
+
+    Args:
+        backbone: a frozen base learner, or a frozen encoder where `uses_base_learner` is False.
+        priors: given to the head in this order.
+        method: hyper-parameters.
+        clip: the frozen CLIP that priors use, if any.
+    """
+
+    default_priors: ClassVar[tuple[str, ...]]
+    uses_base_learner: ClassVar[bool] = True
+    masks_support: ClassVar[bool] = False  # multiply the support image by its mask before the backbone (HDMNet)
+    official: ClassVar[tuple[tuple[str, str], ...]]  # prefixes: ours -> published, first match wins
+
+    def __init__(self, backbone: Frozen, priors: Sequence[Prior], shot: int, method: Method, clip: Frozen | None = None):
+        super().__init__()
+        if self.uses_base_learner:
+            self.base_learner = backbone
+        else:
+            self.backbone = backbone
+        self.clip = clip
+        self.priors = list(priors)
+        self.shot = shot
+        self.method = method
+        self.low_stage = int(method.low_fea[-1])
+        channels = self.encoder.channels
+        self.head = self.build_head(channels[2] + channels[3], sum(p.channels for p in priors))
+        self.prior_names = [prior.name for prior in priors]
+        if "vtp" in self.prior_names:
+            self.clip_patch = clip.module.visual.patch
+        if clip is not None and clip.module.random:
+            self.mark = "[random CLIP]"
+            self.warnings = ("CLIP has random weights (CLIP.clip_path=random): the priors and every score mean nothing.",)
+
+    # What a subclass gives.
+
+    def build_head(self, channels: int, priors: int) -> nn.Module:
+        """The trained part, for middle features and priors of so many channels."""
+        raise NotImplementedError
+
+    def decode(self, head: nn.Module, features: Features, maps: Sequence[Tensor], own: Tensor) -> Decoded:
+        """Runs the head (perhaps wrapped by DDP). own: B base ranks of the episodes' classes, -1 for novel ones."""
+        raise NotImplementedError
+
+    def terms(self, decoded: Decoded, features: Features, episode: Episode) -> dict[str, Tensor]:
+        """Weighted loss terms."""
+        raise NotImplementedError
+
+    # What all share.
+
+    @property
+    def encoder(self) -> Encoder:
+        return self.base_learner.module.encoder if self.uses_base_learner else self.backbone.module
+
+    def features(self, episode: Episode) -> Features:
+        """Frozen features of query and support; the support's stage 4 only where a prior asks for it."""
+        mask = binary_mask(episode.support_mask.flatten(0, 1))
+        query = self.encoder(episode.query)
+        last = 4 if any(prior.deep for prior in self.priors) else 3
+        support = self.encoder(episode.support.flatten(0, 1), mask if self.masks_support else None, last=last)
+        hidden = base = None
+        if self.uses_base_learner:
+            learner: BaseLearner = self.base_learner.module
+            hidden = learner.hidden(query[4])
+            base = learner.classify(hidden)
+        return Features(query, hidden, base, support, mask, episode.support.shape[1])
+
+    def middle(self, features: Features) -> tuple[Tensor, Tensor]:
+        """Stages 3 and 2 of query and support, concatenated (stage 2 has the size of stage 3 but in VGG)."""
+        query, support = (torch.cat([m[3], resize(m[2], features.size)], 1) for m in (features.query, features.support))
+        return query, support
+
+    def difference(self, features: Features) -> Tensor:
+        """B K scene differences of query and shots."""
+        low = features.support[self.low_stage].unflatten(0, (-1, features.shot))
+        return scene_difference(features.query[self.low_stage], low)
+
+    def prior_maps(self, episode: Episode, features: Features) -> dict[str, Tensor]:
+        return {prior.name: prior(episode, features) for prior in self.priors}
+
+    def losses(self, batch: Episode) -> dict[str, Tensor]:
+        self._check(batch)
+        features = self.features(batch)
+        maps = self.prior_maps(batch, features)
+        return self.terms(self.decode(self.head, features, list(maps.values()), batch.base_rank), features, batch)
+
+    @torch.no_grad()
+    def predict(self, batch: Episode, baselines: bool = False) -> Prediction:
+        self._check(batch)
+        features = self.features(batch)
+        maps = self.prior_maps(batch, features)
+        decoded = self.decode(self.trained, features, list(maps.values()), batch.base_rank)
+        shown = {name: prior.float().flatten(1, -3).mean(1) for name, prior in maps.items()}
+        if decoded.correlations:
+            shown["correlation"] = decoded.correlations[-1].float()
+        side = batch.query.shape[2:]
+        final, meta, base = (None if x is None else resize(x.float(), side) for x in (decoded.final, decoded.meta, features.base))
+        return Prediction(final, meta, base, shown, self.baselines(batch, features, shown) if baselines else {})
+
+    def baselines(self, batch: Episode, features: Features, maps: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Predictions that cost no training: everything is foreground; a prior, which is in 0..1, above one half.
+
+        The cosine one is PFENet's prior, on this system's own features.
+        """
+        cosine = maps.get("cosine")
+        if cosine is None:
+            cosine = CosinePrior(self.encoder)(batch, features).float().mean(1)[:, 0]
+        side = batch.query_mask.shape[1:]
+        found = {"everything foreground": torch.ones_like(batch.query_mask, dtype=torch.bool),
+                 "cosine prior > 0.5": resize(cosine[:, None], side)[:, 0] > 0.5}
+        if "vtp" in maps:
+            found["text prior (VTP) > 0.5"] = resize(maps["vtp"][:, None], side)[:, 0] > 0.5
+        return found
+
+    def load_base_learner(self, state: dict[str, Tensor], name: str) -> None:
+        """Loads what ARCH=PSPNet trained, or a published base-learner checkpoint (`layerK...`, `ppm...`, `cls...`)."""
+        ours = {key.replace("layer", "encoder.stages.", 1) if key.startswith("layer") else key: v for key, v in state.items()}
+        load_exactly(self.base_learner.module, ours, name)
+
+    def official_name(self, name: str) -> str | None:
+        """Name in our state dict -> key in the published checkpoint; None for CLIP, which comes by its own file."""
+        if name.startswith("clip."):
+            return None
+        ours, official = next(pair for pair in self.official if name.startswith(pair[0]))
+        return official + name.removeprefix(ours)
+
+    def _check_foreign(self, foreign: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+        """CLIP tensors inside a checkpoint must equal the CLIP in use (to fp16, in which published code keeps them)."""
+        if self.clip is None:
+            return foreign
+        own = clip_tensors(self.clip.module)
+        rest, differing = {}, []
+        for key, value in foreign.items():
+            bare = next((k for k in suffixes(key) if k in own), None)
+            if bare is None:
+                rest[key] = value
+            elif value.shape != own[bare].shape or not torch.equal(value.half(), own[bare].half()):
+                differing.append(key)
+        if differing:
+            raise UserError(f"{name} was trained with another CLIP than CLIP.clip_path gives: {len(differing)} tensors differ "
+                            f"({', '.join(differing[:3])}); nothing was loaded")
+        return rest
+
+    def _check(self, batch: Episode) -> None:
+        if batch.support.shape[1] != self.shot:
+            raise UserError(f"the batch has {batch.support.shape[1]} shots, this model was built for {self.shot} (Train.shot)")
+
+
+def suffixes(key: str) -> list[str]:
+    """a.b.c -> [a.b.c, b.c, c]: a published checkpoint keeps CLIP under some attribute name."""
+    parts = key.split(".")
+    return [".".join(parts[i:]) for i in range(len(parts))]
