@@ -212,7 +212,7 @@ def check(arguments: list[str]) -> int:
     needed = [Row("Python", True, f"{sys.version.split()[0]} ({sys.executable})", "")]
     needed += [check_package(*item) for item in ranges().items()]
     print("packages\n" + table(needed))
-    optional = [check_package(*item) for group in ("test", "weights") for item in ranges(group).items()]
+    optional = [check_package(*item) for group in ("test", "prepare", "weights") for item in ranges(group).items()]
     optional += [check_package(*item)._replace(remedy="only for WeCLIP, see requirements.txt")
                  for item in ranges("weclip").items()]
     print("optional packages\n" + table(optional, missing="absent"))

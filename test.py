@@ -3,21 +3,25 @@
     python test.py --config config/demo/demo_split0_resnet50.yaml --arch PI_CLIP --gpus 0 [Section.key=value ...]
 
 Prints the table and writes exp/DATASET/ARCH/EXP/NET/result/: report.json, report.html, gallery.png, test.log.
-`Test_Finetune.weight` takes our checkpoints and the published .pth files.
+`Test_Finetune.weight` takes our checkpoints and the published .pth files; `--episodes FILE` (or Test_Finetune.episodes)
+runs the episodes of a file. Where the protocol leaks, the same episodes are also run without the leak.
 """
 
 import functools
 import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from demo import prepare_data
 from model import System, load_backbone, open_system, system_class
-from util import cli, distributed, evaluate, experiment
+from util import cli, distributed, evaluate, experiment, protocol, stats
 from util.checkpoint import check_frozen, check_identity, read_meta
 from util.config import Config, load_config
 from util.data.build import Source
+from util.data.manifest import episode_hash
 from util.distributed import Context
 from util.errors import UserError
+from util.evaluate import Row
 from util.experiment import Experiment
 from util.files import load_state, load_tensors
 from util.log import RunLog
@@ -25,7 +29,7 @@ from util.report import choose, summarise, text_table, write_report
 
 
 def main() -> None:
-    arguments = cli.parse(__doc__)
+    arguments = cli.parse(__doc__, episodes=True)
     config = load_config(arguments.config, arguments.arch, arguments.overrides)
     place = Experiment.from_config_path(arguments.arch, arguments.config, config.Runtime.output)
     system_class(arguments.arch)
@@ -38,65 +42,94 @@ def main() -> None:
         distributed.stop()
 
 
+@dataclass
+class Scored:
+    """One evaluation: a record per seed, and its rows (none for the base learner)."""
+
+    system: System
+    source: Source
+    weight: Path
+    seeds: list[dict]
+    rows: dict[int, list[Row]]
+
+
 def test(config: Config, place: Experiment, context: Context, log: RunLog) -> None:
-    """Seeds x episodes, a table, a report."""
-    # 1. system and weights
+    """Seeds x episodes, the same without leaks, a table, a report."""
+    # 1. scores under the protocol
+    config = with_selection(config, place.arch, weight_file(config, place))
+    started = time.monotonic()
+    scored = score(config, place, context, log)
+    seconds = time.monotonic() - started
+    # 2. and without what it leaks
+    other, leak_free = without_leaks(config, place, scored), {}
+    if other:
+        config_free, differences = other
+        log.info(f"without leaks: {'; '.join(differences)}")
+        mean, sd = summarise(score(config_free, place, context, log).seeds)
+        leak_free = {"leak_free": {"mean": mean, "sd": sd, "differences": differences}}
+    if not context.main:
+        return
+    # 3. report
+    result = summary(config, place, context, scored, seconds) | leak_free
+    page = write_report(place.result, result, gallery(config, context, scored))
+    log.info("\n" + text_table(result))
+    log.info(f"report: {page}")
+
+
+def score(config: Config, place: Experiment, context: Context, log: RunLog) -> Scored:
+    """Builds the system, loads its weights and evaluates it."""
     system, source = open_system(place.arch, config)
-    weight = place.best if config.Test_Finetune.weight == "auto" else Path(config.Test_Finetune.weight)
+    weight = weight_file(config, place)
     load_weights(system, config, place, weight)
     system.to(context.device).eval()
     for warning in system.warnings:
         log.warning(warning)
     log.info(f"{place.arch} on {place.data_set} {place.exp}, {config.Train.shot}-shot, weights {weight}")
 
-    # 2. scores
-    started = time.monotonic()
-    seeds, ious = scores(system, source, config, context, log)
-    seconds = time.monotonic() - started
-    if not context.main:
-        return
-
-    # 3. report
-    mean, sd = summarise(seeds)
-    names = source.names.names
-    classes = source.fold.base if source.task == "images" else source.fold.novel
-    episodes = sum(seed["episodes"] for seed in seeds)
-    result = {
-        "system": place.arch, "data_set": place.data_set, "split": config.Train.split, "shot": config.Train.shot,
-        "backbone": f"{config.Method.backbone}" + (f" (width {config.Method.width})" if config.Method.width != 64 else ""),
-        "checkpoint": str(weight), "protocol": experiment.protocol(config),
-        "warnings": list(system.warnings), "mark": system.mark,
-        "environment": experiment.environment(context.device), "classes": {c: names[c - 1] for c in classes},
-        "seeds": seeds, "mean": mean, "sd": sd, "baselines": baselines(seeds),
-        "time": {"seconds": round(seconds, 1), "seconds per episode": round(seconds / episodes, 4)},
-    }  # fmt: skip
-    cards = []
-    if ious:
-        first = source.validation(config.Test_Finetune.seeds[0])
-        groups = {group: [ious[i][0] for i in at] for group, at in choose([iou for _, iou in ious]).items()}
-        cards = evaluate.gallery(system.predict, first, groups, names, context.device, config.Train.resized_val)
-    page = write_report(place.result, result, cards)
-    log.info("\n" + text_table(result))
-    log.info(f"report: {page}")
-
-
-def scores(system: System, source: Source, config: Config, context: Context, log: RunLog) -> tuple[list[dict], list]:
-    """One record per seed, and the foreground IoU of every episode of the first seed (none for the base learner)."""
-    train, finetune = config.Train, config.Test_Finetune
+    train, test = config.Train, config.Test_Finetune
     common = {"batch": train.batch_size_val, "workers": train.workers, "squash": train.resized_val}
     if source.task == "images":
-        data = source.validation(train.manual_seed)
-        return [{"seed": 0} | evaluate.evaluate_images(system.predict, data, source.fold, context, log, **common)], []
-    predict = functools.partial(system.predict, baselines=finetune.baselines)
-    seeds, first = [], []
-    for seed in finetune.seeds:
-        record, ious = evaluate.evaluate_episodes(
-            predict, source.validation(seed), finetune.test_num, source.fold, context, log, label=f"seed {seed}", **common
+        record = evaluate.evaluate_images(system.predict, source.validation(), source.fold, context, log, **common)
+        return Scored(system, source, weight, [{"seed": 0} | record], {})
+    predict = functools.partial(system.predict, baselines=test.baselines)
+    seeds, rows = [], {}
+    for seed, episodes in source.test_episodes().items():
+        count = len(episodes) if test.episodes else test.test_num
+        record, rows[seed] = evaluate.evaluate_episodes(
+            predict, source.episodes(episodes), count, source.fold, context, log, label=f"seed {seed}", **common
         )
         seeds.append({"seed": seed} | record)
-        first = first or ious
         log.info(f"seed {seed}: mIoU {100 * record['miou']:.2f}  FB-IoU {100 * record['fb_iou']:.2f}  {system.mark}".rstrip())
-    return seeds, first
+    return Scored(system, source, weight, seeds, rows)
+
+
+def weight_file(config: Config, place: Experiment) -> Path:
+    """The checkpoint that the config names; auto: what the selection rule chose."""
+    if config.Test_Finetune.weight != "auto":
+        return Path(config.Test_Finetune.weight)
+    return place.last if config.Train.selection == "last" and place.last.is_file() else place.best
+
+
+def with_selection(config: Config, arch: str, weight: Path) -> Config:
+    """A checkpoint of the last epoch is one whatever the config's rule, a base learner's never saw a novel class: the
+    result has to say so."""
+    if weight.suffix == ".safetensors" and weight.is_file():
+        found = read_meta(weight).get("selection")
+        if found == "last" or system_class(arch).task == "images":
+            return replace(config, Train=replace(config.Train, selection=found))
+    return config
+
+
+def without_leaks(config: Config, place: Experiment, scored: Scored) -> tuple[Config, list[str]] | None:
+    """Config and differences of the leak-free evaluation; None where nothing leaks or no other weights are at hand."""
+    if scored.source.task == "images" or not config.Test_Finetune.leak_free:
+        return None
+    last = scored.weight.parent / place.last.name
+    ours = scored.weight.suffix == ".safetensors" and last.is_file()
+    free, differences = protocol.without_leaks(config, "vtp" in (scored.system.prior_names or []), last_epoch=ours)
+    if ours:
+        free = replace(free, Test_Finetune=replace(free.Test_Finetune, weight=str(last)))
+    return (free, differences) if differences else None
 
 
 def load_weights(system: System, config: Config, place: Experiment, weight: Path) -> None:
@@ -113,6 +146,43 @@ def load_weights(system: System, config: Config, place: Experiment, weight: Path
         load_backbone(system, config, place)
     check_frozen(weight, meta, system.frozen_hashes())
     system.load_trained(load_tensors(weight), str(weight))
+
+
+def summary(config: Config, place: Experiment, context: Context, scored: Scored, seconds: float) -> dict:
+    """The result as util/report.py wants it."""
+    system, source, seeds, used = scored.system, scored.source, scored.seeds, protocol.of(config)
+    mean, sd = summarise(seeds)
+    classes = source.fold.base if source.task == "images" else source.fold.novel
+    episodes = sum(seed["episodes"] for seed in seeds)
+    result = {
+        "system": place.arch, "data_set": place.data_set, "split": config.Train.split, "shot": config.Train.shot,
+        "backbone": f"{config.Method.backbone}" + (f" (width {config.Method.width})" if config.Method.width != 64 else ""),
+        "priors": system.prior_names, "checkpoint": str(scored.weight),
+        "protocol": used.describe(), "protocol_hash": used.hash, "warnings": list(system.warnings), "mark": system.mark,
+        "environment": experiment.environment(context.device), "classes": {c: source.names.names[c - 1] for c in classes},
+        "seeds": seeds, "mean": mean, "sd": sd, "baselines": baselines(seeds),
+        "time": {"seconds": round(seconds, 1), "seconds per episode": round(seconds / episodes, 4)},
+    }  # fmt: skip
+    if scored.rows:
+        lists = source.test_episodes()
+        texts = [" ".join(map(str, (seed, row.number, row.cls, *row.counts, row.query)))
+                 for seed, rows in scored.rows.items() for row in rows]
+        count = None if config.Test_Finetune.episodes else config.Test_Finetune.test_num
+        columns = " ".join([*stats.COLUMNS, stats.QUERY])
+        result["episodes"] = {"hash": episode_hash(lists, count), "columns": columns, "rows": texts}
+        result["interval"] = stats.bootstrap(stats.read_episodes(result))
+    return result
+
+
+def gallery(config: Config, context: Context, scored: Scored) -> list:
+    """Cards of the best, median and worst episodes of the first seed."""
+    if not scored.rows:
+        return []
+    seed, rows = next(iter(scored.rows.items()))
+    data = scored.source.episodes(scored.source.test_episodes()[seed])
+    groups = {group: [rows[i].number for i in at] for group, at in choose([row.counts.iou for row in rows]).items()}
+    return evaluate.gallery(scored.system.predict, data, groups, scored.source.names.names, context.device,
+                            config.Train.resized_val)  # fmt: skip
 
 
 def baselines(seeds: list[dict]) -> dict[str, dict[str, float]]:

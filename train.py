@@ -69,6 +69,7 @@ class Run:
     context: Context
     log: RunLog
     meta: dict[str, Any]  # what the checkpoints are for
+    validation: Dataset | None  # what chooses the checkpoint; None: the last epoch is it
 
     @property
     def per_epoch(self) -> int:
@@ -83,18 +84,19 @@ def train(config: Config, place: Experiment, context: Context) -> None:
         for epoch in range(run.progress.epoch, config.Train.epochs):
             for begin, end in parts(run.per_epoch, config.Train.SubEpoch_val):
                 iterate(run, epoch, begin, end)
-                if config.Train.evaluate:
+                if run.validation is not None:
                     score = validate(run)
                     if score > run.progress.best:
                         run.progress.best, run.progress.best_epoch = score, epoch + end / run.per_epoch
                         save_best(run)
-            if not config.Train.evaluate:
+            if run.validation is None:
                 save_best(run)
             run.progress.epoch = epoch + 1
             rng = context.gather([checkpoint.rng_state(context.device)])
             if context.main:
-                checkpoint.save_resume(place.snapshot, run.system.trained_state(), run.meta, run.optimizer, rng, run.progress)
-        if config.Train.evaluate:
+                meta = run.meta | {"selection": "last"}
+                checkpoint.save_resume(place.snapshot, run.system.trained_state(), meta, run.optimizer, rng, run.progress)
+        if run.validation is not None:
             best = run.progress
             log.info(f"best mIoU {100 * best.best:.2f} after {best.best_epoch:.3g} epochs  {run.system.mark}".rstrip())
         log.info(f"weights: {place.best}")
@@ -110,8 +112,13 @@ def start(config: Config, place: Experiment, context: Context, log: RunLog) -> R
     load_backbone(system, config, place)
     system.to(context.device)
     meta = experiment.identity(place.arch, config, system.prior_names) | {"frozen": system.frozen_hashes()}
-    progress = Progress(config=dataclasses.asdict(config))
-    run = Run(system, source, source.training(), system.optimizer(config.Train), progress, config, place, context, log, meta)
+    validation = source.validation() if config.Train.evaluate and config.Train.selection != "last" else None
+    rule = "base" if source.task == "images" else config.Train.selection
+    meta["selection"] = rule if validation is not None else "last"
+    run = Run(
+        system, source, source.training(), system.optimizer(config.Train), Progress(config=dataclasses.asdict(config)),
+        config, place, context, log, meta, validation,
+    )  # fmt: skip
     if run.per_epoch == 0:
         raise UserError(f"Train.batch_size = {config.Train.batch_size}: an epoch has only {len(run.data)} samples")
     torch.manual_seed(config.Train.manual_seed + context.rank)  # from here on for dropout, which differs between ranks
@@ -198,7 +205,7 @@ def iterate(run: Run, epoch: int, begin: int, end: int) -> None:
 def validate(run: Run) -> float:
     """mIoU on the validation data; the first three episodes go to TensorBoard as pictures."""
     system, source, train, context = run.system.eval(), run.source, run.config.Train, run.context
-    data = source.validation(train.manual_seed)
+    data = run.validation
     common = {"batch": train.batch_size_val, "workers": train.workers, "squash": train.resized_val}
     started = time.monotonic()
     if source.task == "images":

@@ -1,5 +1,6 @@
 """util/data, from files on disk to the index of a fold, and the transforms. Episodes: test_episodes.py."""
 
+import json
 import os
 from pathlib import Path
 
@@ -9,9 +10,12 @@ import pytest
 import torch
 from PIL import Image
 
+from util.config import Config
 from util.data import index as index_module
+from util.data.episodes import EpisodeList, check_novel, episodes_per_class
 from util.data.folds import fold, read_class_names
 from util.data.index import Record, build_index, read_list, scan, table
+from util.data.published import COUNTS, main, verdict
 from util.data.transforms import (
     IMAGENET_MEAN,
     TrainTransform,
@@ -275,3 +279,93 @@ def test_clip_input():
     ramp = np.random.default_rng(0).uniform(0, 256, (31, 47, 3)).astype(np.float32)
     expected = Image.fromarray(ramp.astype(np.uint8)).resize((64, 32), Image.Resampling.BICUBIC)
     np.testing.assert_array_equal(clip_input(ramp, (32, 64)).permute(1, 2, 0), np.asarray(expected))
+
+
+# ---- what a user is told before anything runs
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("a\\b.jpg a/b.png", r"'a\\\\b\.jpg' has a backslash"),
+        ("a/b.jpg /data/b.png", "'/data/b.png' is an absolute path"),
+        ("C:/a/b.jpg a/b.png", "'C:/a/b.jpg' is an absolute path"),
+        ("../../etc/b.jpg a/b.png", "leads out of the data root"),
+        ("a/b.jpg a/../../b.png", "leads out of the data root"),
+        ("my images/b.jpg labels/b.png", "got .*must not hold spaces"),
+    ],
+)
+def test_paths_that_are_refused(tmp_path, line, says):
+    (tmp_path / "list.txt").write_text(f"ok.jpg ok.png\n{line}\n")
+    with pytest.raises(UserError, match=rf"list\.txt:2: .*{says}"):
+        read_list(tmp_path / "list.txt")
+
+
+def test_lists_of_other_editors(tmp_path):
+    path = tmp_path / "list.txt"
+    path.write_bytes("a.jpg a.png\r\nb..c.jpg\tb.png \r\n\r\n".encode("utf-8-sig"))
+    assert read_list(path) == [("a.jpg", "a.png"), ("b..c.jpg", "b.png")]
+    path.write_bytes("ä.jpg ä.png".encode("latin-1"))
+    with pytest.raises(UserError, match="UTF-8"):
+        read_list(path)
+
+
+def test_every_novel_class_needs_an_episode():
+    f = fold("pascal", 0)
+    records = [Record(f"{n}.jpg", f"{n}.png", 9, 9, {1 + n % 5: 3000}, ()) for n in range(20)]
+    whole = EpisodeList(build_index(records, f.novel, only=False), 1, seed=3)
+    check_novel(whole, f, VOC, 5)
+    assert episodes_per_class(whole, 7) == {1: 2, 2: 2, 3: 1, 4: 1, 5: 1}
+    with pytest.raises(UserError, match=r"none of the 4 episodes of seed 3.* 5 \(bottle\);.*test_num"):
+        check_novel(whole, f, VOC, 4)
+    partial = EpisodeList(build_index([r for r in records if not {2, 4} & set(r.pixels)], f.novel, only=False), 1, seed=3)
+    with pytest.raises(UserError, match=r"fold 0 of pascal.* 2 \(bicycle\), 4 \(boat\); Data\.val_list"):
+        check_novel(partial, f, VOC)
+
+
+def test_verdict():
+    config = Config()
+    config.Train.split = 2
+    images, pairs = COUNTS["pascal", "val"][2]
+    assert verdict(config, "val", 1449, images, pairs).startswith("EQUALS the published index: 592 images, 734 pairs")
+    assert verdict(config, "val", 1449, images, 733).startswith("DIFFERS from the published index: 733 pairs, published are 734.")
+    assert verdict(config, "val", 1448, images, pairs).startswith("partial list, 1,448 of 1,449 images")
+    config.Train.filter_novel = False
+    assert "filter_novel" in verdict(config, "train", 5953, 1, 1) and "EQUALS" in verdict(config, "val", 1449, images, pairs)
+    config.Train.data_set = "coco"
+    assert "EQUALS" in verdict(config, "val", 40137, 13138, 14563)
+    config.Train.use_split_coco = False
+    assert "use_split_coco" in verdict(config, "val", 40137, 13138, 14563)
+    config.Train.use_split_coco = config.Train.filter_novel = True
+    assert "no counts" in verdict(config, "train", 82081, 5, 5)
+    config.Train.split = 0
+    assert "EQUALS" in verdict(config, "train", 82081, 21917, 5) and "DIFFERS" in verdict(config, "train", 82081, 21916, 5)
+
+
+def test_index_command(block, write_voc, tmp_path, monkeypatch, capsys):
+    repository = LISTS.parent
+    root, list_file = write_voc({f"im{n}": block((50, 60), (1 + n % 7, 2100)) for n in range(21)})
+    given = ["--config", str(repository / "config/pascal/pascal_split0_resnet50.yaml"), f"Data.data_root={root}",
+             f"Data.val_list={list_file}", f"Data.train_list={list_file}", "Test_Finetune.test_num=30",
+             f"Data.class_names={LISTS}/pascal/classes.txt"]  # fmt: skip
+    monkeypatch.chdir(tmp_path)  # the cache
+    main(given)
+    text = capsys.readouterr().out
+    assert "partial list, 21 of 5,953" in text and "partial list, 21 of 1,449" in text
+    assert "   6  bus                   3 images\n" in text and "   1  aeroplane             3 images       6 episodes\n" in text
+    (path,) = tmp_path.glob("exp/.cache/index-pascal-0-val-*.json")
+    stored = json.loads(path.read_text())
+    assert stored["by_class"]["bird"] == ["JPEGImages/im2.jpg", "JPEGImages/im9.jpg", "JPEGImages/im16.jpg"]
+    assert len(stored["images"]) == 15 and stored["hash"] in path.name and str(path.relative_to(tmp_path)) in text
+    main(given)
+    main([*given, "Data.min_pixels=2000"])
+    assert len(list(tmp_path.glob("exp/.cache/index-pascal-0-*.json"))) == 4  # other rules, another file
+    with pytest.raises(UserError, match=r"none of the 3 episodes of seed 321.*4 \(boat\), 5 \(bottle\)"):
+        main([*given, "Test_Finetune.test_num=3"])
+
+
+def test_every_fold_of_voc_mini_has_all_classes(voc_mini, tmp_path):
+    records = scan(voc_mini, LISTS / "pascal_mini/val.txt", VOC, tmp_path)
+    for split in range(4):
+        f = fold("pascal", split)
+        check_novel(EpisodeList(build_index(records, f.novel, only=False), 1, seed=321), f, VOC, 200)

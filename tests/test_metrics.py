@@ -36,7 +36,7 @@ def test_counts_equal_the_oracle():
         got = meter.update(torch.from_numpy(pred), torch.from_numpy(truth), (3, 8)[i % 2])
         counts = np.array([iou_counts(pred, truth, 0), iou_counts(pred, truth, 1)])
         expected[i % 2] += counts
-        assert got == counts[1, 0] / counts[1, 1]
+        assert got.iou == counts[1, 0] / counts[1, 1]
     assert meter.counts.dtype == torch.int64
     assert meter.counts.tolist() == expected.tolist()
 

@@ -3,12 +3,14 @@
 import io
 import json
 import re
+import sys
 
 import numpy as np
 import pytest
 
+from util import cli
 from util.log import RunLog
-from util.report import Card, choose, summarise, text_table, write_report
+from util.report import Card, choose, main, summarise, text_table, write_report
 from util.viz import COLOURS, contact_sheet, episode_panels, error_map, heatmap, overlay
 
 NAMES = {1: "aeroplane", 2: "bicycle <b>", 3: "bird"}
@@ -78,6 +80,61 @@ def test_disqualified_scores_are_marked_everywhere(tmp_path, seeds):
     scored = [line for line in text_table(given).splitlines() if re.search(r"\d\.\d", line)]
     assert len(scored) == 3 + 4 + 1 and all(line.endswith("[random CLIP]") for line in scored)
     assert "[random" not in text_table(result())
+
+
+def leak_free_result(**extra) -> dict:
+    return result(
+        protocol={"name": "pi-clip", "resize": "squash"}, protocol_hash="c0ffee", interval={"miou": [0.481, 0.533]},
+        leak_free={"mean": {"miou": 0.412, "fb_iou": 0.6}, "sd": {"miou": 0.004, "fb_iou": 0.001},
+                   "differences": ["text vocabulary: target instead of <present>", "weights: last epoch"]}, **extra)  # fmt: skip
+
+
+def test_interval_protocol_and_leak_free_scores_are_shown(tmp_path):
+    lines = text_table(leak_free_result()).splitlines()
+    assert lines[1] == "  protocol pi-clip (c0ffee)"
+    assert next(line for line in lines if line.startswith("  mIoU")).endswith("51.00 ±  1.00  95 %: 48.10 to 53.30")
+    leak_free = [line for line in lines if line.startswith("  leak-free")]
+    assert re.search(r"mIoU +41\.20 ±  0\.40  \(text vocabulary: .* <present>; weights: last epoch\)$", leak_free[0])
+    assert re.search(r"FB-IoU +60\.00 ±  0\.10$", leak_free[1]) and len(leak_free) == 2
+    page = write_report(tmp_path, leak_free_result(), []).read_text()
+    for text in ("protocol pi-clip (c0ffee)", "95 %: 48.10 to 53.30", "Without leaks", "41.20", "-9.80", "of &lt;present&gt;"):
+        assert text in page
+    plain_page = write_report(tmp_path, result(), []).read_text()
+    assert not any(text in plain_page for text in ("Without leaks", "95 %", "protocol pi-clip"))
+    page = write_report(tmp_path, leak_free_result(mark="[random CLIP]"), []).read_text()
+    block = page.split("Without leaks")[1].split("</table>")[0]
+    assert block.count('class="mark"') == 4  # two scores, both ways
+    lines = text_table(leak_free_result(mark="[random CLIP]")).splitlines()
+    assert all(line.endswith("[random CLIP]") for line in lines if re.search(r"\d\.\d", line))
+
+
+def test_compare_command(tmp_path, monkeypatch, capsys):
+    counts = {"hash": "abc", "columns": "seed number class intersection union background_intersection background_union"}
+    files = {}
+    for name, hits in {"a": 40, "b": 60}.items():
+        rows = [f"{s} {i} {1 + i % 3} {hits + i} 100 90 120" for s in range(3) for i in range(30)]
+        write_report(tmp_path / name, leak_free_result(episodes=counts | {"rows": rows}), [])
+        files[name] = tmp_path / name / "report.json"
+    other = json.loads(files["b"].read_text()) | {"shot": 5}
+    files |= {name: tmp_path / f"{name}.json" for name in ("other", "old", "text", "missing")}
+    files["other"].write_text(json.dumps(other))
+    files["old"].write_text(json.dumps(result(), default=str))
+    files["text"].write_text("{")
+
+    def run(a: str, b: str) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["report", "compare", str(files[a]), str(files[b])])
+        with pytest.raises(SystemExit) as end:
+            cli.run(main)
+        return int(end.value.code), "".join(capsys.readouterr())
+
+    code, text = run("a", "b")
+    assert code == 0 and "+20.00 points" in text and text.endswith(": significant\n")
+    assert run("a", "a")[0] == 0
+    code, text = run("a", "other")
+    assert code == 1 and "shot: 1 and 5" in text
+    for name, says in {"old": "older reports", "text": "no valid JSON", "missing": "cannot be read"}.items():
+        code, text = run("a", name)
+        assert code == 2 and str(files[name]) in text and says in text
 
 
 def test_page_stays_small(tmp_path):

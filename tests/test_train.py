@@ -76,6 +76,35 @@ def test_train_then_test(world: list[str], trained: Path) -> None:
         assert a["episodes_per_class"] == b["episodes_per_class"]
 
 
+def test_protocols_and_episode_files(world: list[str], trained: Path, tmp_path: Path) -> None:
+    """The paper's row stands beside the one without leaks; `strict` takes the last epoch; a file of episodes gives the
+    numbers of the episodes it was made from."""
+    few = [*world, *SMALL, "Test_Finetune.test_num=12", "Test_Finetune.seeds=[1]"]
+    reports = []
+    for more in ([], ["Test_Finetune.protocol=strict"]):
+        run = sh("test.sh", *few, *more)
+        assert run.returncode == 0, run.stdout + run.stderr
+        reports.append(json.loads((trained / "result/report.json").read_text()))
+    paper, strict = reports
+    assert paper["protocol"]["name"].startswith("piclip-paper but Test_Finetune.seeds=[1]")
+    assert paper["checkpoint"].endswith("best.safetensors") and strict["checkpoint"].endswith("last.safetensors")
+    assert paper["leak_free"]["mean"] == strict["mean"] and "leak_free" not in strict
+    assert paper["protocol_hash"] != strict["protocol_hash"] and paper["episodes"]["hash"] == strict["episodes"]["hash"]
+    low, high = strict["interval"]["miou"]
+    assert low <= strict["mean"]["miou"] <= high
+
+    file = tmp_path / "episodes.txt"
+    config = ["--config", "config/demo/demo_split0_resnet50.yaml"]
+    made = subprocess.run([sys.executable, "-m", "util.data.episodes", "export", *config, "--out", str(file), *few], cwd=ROOT)
+    assert made.returncode == 0
+    run = sh("test.sh", *few, "Test_Finetune.protocol=strict", f"--episodes={file}")
+    assert run.returncode == 0, run.stdout + run.stderr
+    again = json.loads((trained / "result/report.json").read_text())
+    assert again["episodes"] == strict["episodes"] and str(file) in again["protocol"]["name"]
+    file.write_text(file.read_text().replace("JPEGImages", "Images", 1))
+    says(sh("test.sh", *few, f"--episodes={file}"), r"episodes\.txt:\d+: the image Images/.* is not in Data.val_list")
+
+
 def test_rerun_continues_bit_for_bit(world: list[str], trained: Path, tmp_path: Path) -> None:
     """Two epochs in one go equal one epoch, an interruption, and the same command again."""
     straight = [*world[:-1], f"Runtime.output={tmp_path}/a", *SMALL, "Train.epochs=2", "Train.evaluate=false",
@@ -122,6 +151,7 @@ def test_checkpoint_of_something_else(world: list[str], trained: Path) -> None:
     (["Train.shot=900"], ["900-shot", "class"]),
     (["Train.batch_size=100000"], ["Train.batch_size"]),
     (["Train.epoch=1"], ["did you mean 'epochs'"]),
+    (["Test_Finetune.protocol=strickt"], ["Test_Finetune.protocol", "piclip-paper, strict"]),
     (["Method.priors=[vtp,magic]"], ["Method.priors", "magic", "cosine"]),
 ])  # fmt: skip
 def test_wrong_input(world: list[str], trained: Path, overrides: list[str], messages: list[str]) -> None:

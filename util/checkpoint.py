@@ -26,6 +26,7 @@ from util.files import atomic, load_tensors, save_tensors
 IDENTITY = {
     "system": "ARCH", "data_set": "Train.data_set", "split": "Train.split", "shot": "Train.shot",
     "use_split_coco": "Train.use_split_coco", "backbone": "Method.backbone", "width": "Method.width", "priors": "Method.priors",
+    "filter_novel": "Train.filter_novel", "crop": "Train.crop", "selection": "Train.selection",
 }  # fmt: skip
 
 

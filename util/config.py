@@ -1,4 +1,4 @@
-"""Typed configuration: dataclass defaults <- YAML (with `extends`) <- the system's recipe <- command line.
+"""Typed configuration: dataclass defaults <- protocol <- YAML (with `extends`) <- the system's recipe <- command line.
 
 Sections and keys carry the names of the PFENet / BAM / HDMNet YAML files. Every field is documented here, where it is
 defined. An unknown key or a wrong type is an error that names the file, the key and the nearest right one.
@@ -15,6 +15,9 @@ from typing import Any, Literal
 import yaml
 
 from util.errors import UserError
+
+PROTOCOLS = Path(__file__).parents[1] / "config/protocol"
+PAPER = {"PI_CLIP": "piclip-paper", "HDMNet": "hdmnet-paper", "BAM": "bam-paper", "PFENet": "pfenet-paper"}  # ARCH -> `auto`
 
 
 @dataclass
@@ -60,6 +63,7 @@ class Train:
     workers: int = 8
     # validation
     evaluate: bool = True
+    selection: Literal["novel", "base", "last"] = "novel"  # snapshot/best: best on novel (as published) or base classes, or last
     SubEpoch_val: bool = False  # also in the middle of each epoch
     val_episodes: int = 1000
     batch_size_val: int = 1
@@ -85,6 +89,9 @@ class Method:
 class Test_Finetune:
     weight: str = "auto"  # checkpoint; auto: snapshot/best of the experiment; published .pth files are imported
     ann_type: Literal["mask", "bbox"] = "mask"  # support annotation
+    protocol: str = "auto"  # a file of config/protocol; auto: that of the system's paper
+    leak_free: bool = True  # where the protocol leaks, also test without: another vocabulary, the last epoch's weights
+    episodes: str = ""  # run the episodes of this file (`python -m util.data.episodes export`) instead of drawing them
     test_num: int = 1000  # episodes per seed
     seeds: list[int] = field(default_factory=lambda: [321, 322, 323, 324, 325])
     baselines: bool = False  # also score trivial predictions on the same episodes
@@ -113,8 +120,8 @@ class Config:
 def load_config(path: str | Path, arch: str | None = None, overrides: list[str] | None = None) -> Config:
     """Reads a fold's YAML.
 
-    Order, later wins: defaults, the files it extends, `ARCH.yaml` beside it (a system's own recipe, when there is one),
-    the file itself, `Section.key=value` overrides.
+    Order, later wins: defaults, the protocol, the files it extends, `ARCH.yaml` beside it (a system's own recipe, when
+    there is one), the file itself, `Section.key=value` overrides.
 
     Raises:
         UserError: missing file, bad YAML, unknown section or key, wrong type, malformed override.
@@ -125,22 +132,49 @@ def load_config(path: str | Path, arch: str | None = None, overrides: list[str] 
     recipe = path.parent / f"{arch}.yaml"
     if arch and recipe.is_file():
         layers.insert(-1, (recipe, _read(recipe)))
+    layers += [(Path("command line"), _override(text)) for text in overrides or []]
+    _apply(config, layers)  # first without the protocol: which one, and of which data set?
+    name = PAPER.get(arch or "", "piclip-paper") if config.Test_Finetune.protocol == "auto" else config.Test_Finetune.protocol
+    _apply(config, [(PROTOCOLS / f"{name}.yaml", protocol_layer(name, config.Train.data_set)), *layers])
+    config.Test_Finetune.protocol = name
+    _validate(config)
+    return config
+
+
+def protocol_names() -> list[str]:
+    return sorted(file.stem for file in PROTOCOLS.glob("*.yaml"))
+
+
+def protocol_layer(name: str, data_set: str) -> dict[str, dict]:
+    """Sections and keys that a protocol fixes for a data set.
+
+    Raises:
+        UserError: no such protocol.
+    """
+    if name not in protocol_names():
+        raise UserError(f"Test_Finetune.protocol = {name!r}: there are {', '.join(protocol_names())} in {PROTOCOLS}")
+    content = _read(PROTOCOLS / f"{name}.yaml")
+    special = {data_set: content.pop(data_set, {}) for data_set in ("pascal", "coco")}.get(data_set, {})
+    return {section: content.get(section, {}) | special.get(section, {}) for section in content | special}
+
+
+def _override(text: str) -> dict[str, dict]:
+    """`Section.key=value` -> {section: {key: value}}."""
+    name, equals, value = text.partition("=")
+    section, dot, key = name.partition(".")
+    if not equals or not dot:
+        raise UserError(f"override {text!r}: write Section.key=value, for instance Train.epochs=5")
+    try:
+        return {section: {key: yaml.safe_load(value)}}
+    except yaml.YAMLError as error:
+        raise UserError(f"override {text!r}: {value!r} is no YAML value ({error})") from error
+
+
+def _apply(config: Config, layers: list[tuple[Path, dict]]) -> None:
     for file, content in layers:
         for section, values in content.items():
             for key, value in _mapping(values, f"{file}: {section}").items():
                 _set(config, section, key, value, str(file))
-    for override in overrides or []:
-        name, equals, text = override.partition("=")
-        section, dot, key = name.partition(".")
-        if not equals or not dot:
-            raise UserError(f"override {override!r}: write Section.key=value, for instance Train.epochs=5")
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise UserError(f"override {override!r}: {text!r} is no YAML value ({error})") from error
-        _set(config, section, key, value, "command line")
-    _validate(config)
-    return config
 
 
 def _layers(path: Path, seen: tuple[Path, ...] = ()) -> list[tuple[Path, dict]]:

@@ -2,17 +2,17 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from util.data.episodes import Episode, collate
+from util.data.episodes import Episode, EpisodeDataset, collate, episodes_per_class
 from util.data.folds import Fold
 from util.data.transforms import worker_init
 from util.distributed import Context, RangeSampler
 from util.log import RunLog
-from util.metrics import FewShotMeter, SemanticMeter, to_original
+from util.metrics import Counts, FewShotMeter, SemanticMeter, to_original
 from util.report import Card
 from util.viz import episode_panels
 
@@ -28,20 +28,29 @@ def loader(data: Dataset, sampler: RangeSampler, workers: int, device: torch.dev
     )  # fmt: skip
 
 
+class Row(NamedTuple):
+    """One evaluated episode: its number, class and query (position in the index), and its pixel counts."""
+
+    number: int
+    cls: int
+    query: int
+    counts: Counts
+
+
 def evaluate_episodes(
-    predict: Predict, data: Dataset, count: int, fold: Fold, context: Context, log: RunLog, *,
+    predict: Predict, data: EpisodeDataset, count: int, fold: Fold, context: Context, log: RunLog, *,
     batch: int, workers: int, squash: bool, label: str = "test",
-) -> tuple[dict, list[tuple[int, float]]]:  # fmt: skip
+) -> tuple[dict, list[Row]]:  # fmt: skip
     """Episodes 0..count-1, sharded over the ranks: any number of ranks and any batch size give the same counts.
 
     Returns:
-        scores: `FewShotMeter.result()` of the final prediction with `meta_miou` (few-shot branch alone) and `base_miou`
-        (base learner on the base classes, foreground); and (episode number, foreground IoU) of every episode.
+        scores: `FewShotMeter.result()` of the final prediction with, where the system has them, `meta_miou` (few-shot
+        branch alone) and `base_miou` (base learner on the base classes, foreground); and a row for every episode.
     """
-    final, meta = FewShotMeter(fold.novel, context.device), FewShotMeter(fold.novel, context.device)
+    classes = sorted(episodes_per_class(data.episodes, count))
+    meters: dict[str, FewShotMeter] = defaultdict(lambda: FewShotMeter(classes, context.device))
     base = SemanticMeter(len(fold.base) + 1, context.device)
-    baselines: dict[str, FewShotMeter] = defaultdict(lambda: FewShotMeter(fold.novel, context.device))
-    ious: list[tuple[int, float]] = []
+    rows: list[Row] = []
     sampler = RangeSampler(0, count, batch * context.world, context, drop_last=False)
     with log.progress(len(sampler), label) as bar:
         for episode in loader(data, sampler, workers, context.device):
@@ -49,24 +58,30 @@ def evaluate_episodes(
             prediction = predict(episode)
             for i in range(len(episode)):
                 truth, cls = episode.original_mask[i], int(episode.cls[i])
-                size = tuple(truth.shape)
-                iou = final.update(to_original(prediction.final[i], size, squash).argmax(0), truth, cls)
-                meta.update(to_original(prediction.meta[i], size, squash).argmax(0), truth, cls)
-                base.update(to_original(prediction.base[i], size, squash).argmax(0), episode.original_base[i])
+                size, number = tuple(truth.shape), int(episode.number[i])
+                counts = meters["final"].update(to_original(prediction.final[i], size, squash).argmax(0), truth, cls)
+                rows.append(Row(number, cls, data.episodes.spec(number).query, counts))
+                if prediction.meta is not None:
+                    meters["meta"].update(to_original(prediction.meta[i], size, squash).argmax(0), truth, cls)
+                if prediction.base is not None:
+                    base.update(to_original(prediction.base[i], size, squash).argmax(0), episode.original_base[i])
                 for name, mask in prediction.baselines.items():
                     scores = torch.stack([~mask[i], mask[i]]).float()
-                    baselines[name].update(to_original(scores, size, squash).argmax(0), truth, cls)
-                ious.append((int(episode.number[i]), iou))
+                    meters[f"baseline {name}"].update(to_original(scores, size, squash).argmax(0), truth, cls)
             bar.step(len(episode))
-    for meter in (final, meta, base, *baselines.values()):
-        context.all_reduce(meter.state)
-    scores = final.result() | {"meta_miou": meta.result()["miou"]}
+    names = sorted({name for part in context.gather([sorted(meters)]) for name in part})  # a rank may have had no episode
+    for name in names:
+        context.all_reduce(meters[name].state)
+    context.all_reduce(base.state)
+    results = {name: meters[name].result() for name in names}
+    scores = results["final"]
+    if "meta" in results:
+        scores["meta_miou"] = results["meta"]["miou"]
     if base.state[1:].any() and base.state[:, 1:].any():
         scores["base_miou"] = base.result()["miou_foreground"]
-    if baselines:
-        results = {name: meter.result() for name, meter in baselines.items()}
-        scores["baselines"] = {name: {key: result[key] for key in ("miou", "fb_iou")} for name, result in results.items()}
-    return scores, sorted(context.gather(ious))
+    baselines = {name.removeprefix("baseline "): {key: result[key] for key in ("miou", "fb_iou")}
+                 for name, result in results.items() if name.startswith("baseline ")}
+    return scores | ({"baselines": baselines} if baselines else {}), sorted(context.gather(rows))
 
 
 def evaluate_images(
@@ -91,7 +106,7 @@ def evaluate_images(
     }  # fmt: skip
 
 
-def gallery(predict: Predict, data: Dataset, groups: dict[str, Sequence[int]], names: Sequence[str], device: torch.device,
+def gallery(predict: Predict, data: EpisodeDataset, groups: dict[str, Sequence[int]], names: Sequence[str], device: torch.device,
             squash: bool) -> list[Card]:  # fmt: skip
     """Runs chosen episodes again and draws them; episode i is the same whenever it is asked for.
 
@@ -113,7 +128,7 @@ def gallery(predict: Predict, data: Dataset, groups: dict[str, Sequence[int]], n
             maps = {MAP_NAMES.get(name, name): value[0].float().cpu().numpy() for name, value in prediction.maps.items()}
             original, cls = sample.original_mask[0], int(sample.cls)
             shown = to_original(prediction.final[0].cpu(), tuple(original.shape), squash).argmax(0)
-            iou = FewShotMeter([cls]).update(shown, original, cls)
+            iou = FewShotMeter([cls]).update(shown, original, cls).iou
             cards.append(Card(
                 title=f"{names[cls - 1]}, IoU {100 * iou:.1f}",
                 subtitle=f"episode {number}: {sample.query_name[0]} with {', '.join(sample.support_names[0])} ({side[0]} px)",

@@ -50,6 +50,10 @@ class Experiment:
     def best(self) -> Path:
         return self.snapshot / "best.safetensors"
 
+    @property
+    def last(self) -> Path:
+        return self.snapshot / "last.safetensors"
+
     def of(self, arch: str) -> "Experiment":
         """The same fold and network with another system."""
         return Experiment(arch, self.data_set, self.exp, self.net, self.root)
@@ -78,22 +82,10 @@ def identity(arch: str, config: Config, priors: list[str] | None = None) -> dict
     coco = train.use_split_coco if train.data_set == "coco" else None
     shared = {"system": arch, "data_set": train.data_set, "split": train.split, "use_split_coco": coco,
               "backbone": method.backbone, "width": method.width}
-    return shared if arch == "PSPNet" else shared | {"shot": train.shot, "priors": priors}
-
-
-def protocol(config: Config) -> dict:
-    """How episodes are made and scored; a result without it is not a result."""
-    train, test = config.Train, config.Test_Finetune
-    return {
-        "folds": "contiguous" if train.data_set != "coco" or not train.use_split_coco else "interleaved",
-        "training filter": "no image with a novel object (BAM)" if train.filter_novel else "none: novel objects are background",
-        "episodes": f"{test.test_num} per seed, seeds {test.seeds}",
-        "text vocabulary": f"{config.CLIP.vocabulary}" + (" (reads the query's annotation, as published)"
-                                                          if config.CLIP.vocabulary == "present" else ""),
-        "resize": "squash" if train.resized_val else "letterbox",
-        "support annotation": test.ann_type,
-        "checkpoint chosen by": "mIoU on the novel classes of the validation list (as published)",
-    }
+    if arch == "PSPNet":
+        return shared
+    return shared | {"shot": train.shot, "priors": priors, "filter_novel": train.filter_novel, "crop": train.crop,
+                     "selection": train.selection}
 
 
 def environment(device: torch.device) -> dict:

@@ -37,7 +37,7 @@ case ${1:-} in
     *) gpus=$1; shift ;;
 esac
 for override; do
-    case $override in *.*=*) ;; *) fail "'$override' is not of the form Section.key=value" ;; esac
+    case $override in --*=* | *.*=*) ;; *) fail "'$override' is not of the form Section.key=value" ;; esac
 done
 
 # 3. with which Python: the active one when it has the packages, else .venv, prepared on first use

@@ -7,6 +7,7 @@ Definitions: spec "PI-CLIP" section 1, Evaluation.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -55,6 +56,20 @@ def _intersection_union(confusion: Tensor) -> Tensor:
     return torch.stack([hit, confusion.sum(0) + confusion.sum(1) - hit], dim=1)
 
 
+class Counts(NamedTuple):
+    """Pixels of one episode."""
+
+    intersection: int
+    union: int
+    background_intersection: int
+    background_union: int
+
+    @property
+    def iou(self) -> float:
+        """Of the foreground, 0..1 (1 where neither mask has a pixel)."""
+        return self.intersection / self.union if self.union else 1.0
+
+
 class FewShotMeter:
     """Counts of binary (target class or not) predictions, kept by class.
 
@@ -70,8 +85,8 @@ class FewShotMeter:
         self.counts = self.state[: 4 * n].view(n, 2, 2)
         self.episodes = self.state[4 * n :]
 
-    def update(self, pred: Tensor, target: Tensor, cls: int) -> float:
-        """Adds one episode and returns its foreground IoU, 0..1 (1 where neither mask has a pixel).
+    def update(self, pred: Tensor, target: Tensor, cls: int) -> Counts:
+        """Adds one episode and returns its counts.
 
         pred: H W {0, 1}; target: H W {0, 1, 255}; cls: one of `classes`, else ValueError.
         """
@@ -81,8 +96,8 @@ class FewShotMeter:
         counts = _intersection_union(confusion(pred, target, 2))
         self.counts[row] += counts.to(self.counts.device)
         self.episodes[row] += 1
-        intersection, union = counts[1].tolist()
-        return intersection / union if union else 1.0
+        background, foreground = counts.tolist()
+        return Counts(*foreground, *background)
 
     def merge(self, other: FewShotMeter) -> None:
         """Adds what another meter of the same classes has seen."""

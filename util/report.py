@@ -12,12 +12,21 @@ The result, scores being fractions 0..1 (key: content; * = may be missing):
                         {id: n}, and other scores named ...iou, as meta_miou, base_miou}: seed and a meter's result()
     mean, sd            of the scores over the seeds: `summarise(seeds)`
     baselines*          {name: {miou, fb_iou*}}
+    protocol_hash*      text; protocol["name"] is the protocol's name
+    episodes*           {hash, columns, rows}: whole pixel counts of every episode, a text each, see util/stats.py
+    interval*           {score: [low, high]}: 95 %, `util.stats.bootstrap`
+    leak_free*          {mean, sd, differences}: the same system evaluated without the leaks of the published protocol, and
+                        what was done otherwise, as texts
     date*               text; filled in when missing
+
+`python -m util.report compare A.json B.json` tells whether system B differs from A on the same episodes.
 """
 
 from __future__ import annotations
 
+import argparse
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -26,7 +35,9 @@ from pathlib import Path
 import jinja2
 import numpy as np
 
+from util import cli
 from util.files import atomic, save_json
+from util.stats import compare, describe, load_result
 from util.viz import COLOURS, Panel, contact_sheet, fit, jpeg_data_uri, png_bytes
 
 SCORES = {
@@ -71,14 +82,21 @@ def summarise(seeds: Sequence[Mapping]) -> tuple[dict[str, float], dict[str, flo
 
 
 def text_table(result: Mapping) -> str:
-    """The result for the console: classes, scores, baselines, in percent; each score line ends with the mark."""
+    """The result for the console: classes, scores, scores without leaks, baselines, in percent; each score line ends with
+    the mark."""
     mark = f"  {result['mark']}" if result.get("mark") else ""
     lines = [f"WARNING: {text}" for text in result.get("warnings", [])]
     lines.append(f"{_title(result)}: {_runs(result)}")
+    if protocol := _protocol(result):
+        lines.append(f"  protocol {protocol}")
     rows: list[tuple[str, float, float | None, str]]
     rows = [(row["name"], row["mean"], row["sd"], f"{row['episodes']} episodes" if row["episodes"] else "")
             for row in _class_rows(result)]
-    rows += [(_label(k), v, result["sd"][k], "") for k, v in _scores(result)]
+    intervals = result.get("interval") or {}
+    rows += [(_label(k), v, result["sd"][k], _range(intervals.get(k))) for k, v in _scores(result)]
+    if leak_free := result.get("leak_free"):
+        notes = [f"({'; '.join(leak_free['differences'])})"]  # once, beside the first score
+        rows += [(f"leak-free {_label(k)}", v, leak_free["sd"][k], notes.pop() if notes else "") for k, v in _scores(leak_free)]
     rows += [(f"baseline: {name}", b["miou"], None, "") for name, b in result.get("baselines", {}).items()]
     width = max(len(name) for name, *_ in rows)
     for name, mean, sd, note in rows:
@@ -117,10 +135,14 @@ def render(result: Mapping, cards: Sequence[Card]) -> str:
     environment.filters |= {"percent": lambda x, digits=1: f"{100 * x:.{digits}f}", "shown": _shown}
     template = environment.get_template("report.html.j2")
     several = len(result["seeds"]) > 1
-    tiles = [{"label": _label(k), "note": SCORES.get(k, ("", ""))[1], "mean": v,
+    intervals, leak_free = result.get("interval") or {}, result.get("leak_free") or {}
+    tiles = [{"label": _label(k), "note": SCORES.get(k, ("", ""))[1], "mean": v, "range": _range(intervals.get(k)),
               "sd": result["sd"][k] if several else None} for k, v in _scores(result)]
+    leaks = [{"label": _label(k), "published": result["mean"].get(k), "mean": v, "sd": leak_free["sd"][k] if several else None}
+             for k, v in _scores(leak_free)]
     view = {
         "result": result, "title": _title(result), "runs": _runs(result), "several": several, "tiles": tiles,
+        "protocol": _protocol(result), "leaks": leaks, "differences": leak_free.get("differences", []),
         "warnings": result.get("warnings", []), "mark": result.get("mark", ""), "classes": _class_rows(result),
         "columns": [(k, _label(k)) for k, _ in _scores(result)], "baselines": _baseline_rows(result),
         "facts": {"Protocol": result["protocol"], "Environment": result["environment"], "Time": result.get("time", {})},
@@ -156,7 +178,7 @@ def _label(key: str) -> str:
 
 def _scores(result: Mapping) -> list[tuple[str, float]]:
     """(key, mean) of the scores there are, in SCORES' order, unknown ones last."""
-    mean = {k: v for k, v in result["mean"].items() if v is not None}
+    mean = {k: v for k, v in result.get("mean", {}).items() if v is not None}
     return [(k, mean[k]) for k in [*SCORES, *(k for k in mean if k not in SCORES)] if k in mean]
 
 
@@ -169,6 +191,16 @@ def _runs(result: Mapping) -> str:
     episodes = sorted({s["episodes"] for s in result["seeds"]})
     count = " to ".join(f"{n:,}" for n in (episodes if len(episodes) < 2 else (episodes[0], episodes[-1])))
     return f"{len(result['seeds'])} seed{'s' if len(result['seeds']) > 1 else ''} × {count} episodes"
+
+
+def _protocol(result: Mapping) -> str:
+    """Name and hash of the protocol, as far as the result tells them."""
+    name, digest = result["protocol"].get("name", ""), result.get("protocol_hash")
+    return f"{name} ({digest})".strip() if digest else name
+
+
+def _range(interval: Sequence[float] | None) -> str:
+    return f"95 %: {100 * interval[0]:.2f} to {100 * interval[1]:.2f}" if interval else ""
 
 
 def _class_rows(result: Mapping) -> list[dict]:
@@ -212,3 +244,20 @@ def _shown(value: object) -> str:
     if isinstance(value, list | tuple):
         return ", ".join(map(_shown, value))
     return str(value)
+
+
+def main() -> None:
+    """Exit code 0: compared, whether the difference is significant or not; 1: not comparable; 2: a wrong file."""
+    parser = argparse.ArgumentParser(description="Reports of evaluations (report.json).")
+    command = parser.add_subparsers(required=True).add_parser("compare", help="is B another than A, on the same episodes?")
+    command.add_argument("a", metavar="A.json")
+    command.add_argument("b", metavar="B.json")
+    given = parser.parse_args()
+    a, b = load_result(given.a), load_result(given.b)
+    comparison = compare(a, b)
+    print(describe(comparison, a, b))
+    sys.exit(not comparison.comparable)
+
+
+if __name__ == "__main__":
+    cli.run(main)

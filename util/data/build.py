@@ -6,9 +6,10 @@ from pathlib import Path
 from torch.utils.data import Dataset
 
 from util.config import Config
-from util.data.episodes import EpisodeDataset, EpisodeList, Transform
+from util.data.episodes import EpisodeDataset, EpisodeList, Transform, check_novel
 from util.data.folds import ClassNames, Fold, fold, read_class_names
 from util.data.index import Index, Record, build_index, scan
+from util.data.manifest import AnyEpisodes, read_manifest
 from util.data.semantic import SemanticDataset
 from util.data.transforms import TrainTransform, ValTransform
 from util.errors import UserError
@@ -40,12 +41,16 @@ class Source:
         """Scanned lines of Data.train_list or Data.val_list."""
         return scan(self.config.Data.data_root, getattr(self.config.Data, key), self.names, self.cache)
 
-    def index(self, training: bool) -> Index:
-        """Images of the fold: base classes (BAM's filter if asked for) in training, novel classes in validation."""
+    def index(self, training: bool, base: bool = False) -> Index:
+        """Images of the fold: base classes (BAM's filter if asked for) in training, novel classes in validation.
+
+        `base`: base classes of the validation list instead, in images without any novel object.
+        """
         train, minimum = self.config.Train, self.config.Data.min_pixels
         if training:
             return build_index(self.records("train_list"), self.fold.base, only=train.filter_novel, min_pixels=minimum)
-        return build_index(self.records("val_list"), self.fold.novel, only=False, min_pixels=minimum)
+        classes = self.fold.base if base else self.fold.novel
+        return build_index(self.records("val_list"), classes, only=base, min_pixels=minimum)
 
     def training(self) -> Dataset:
         train, seed = self.config.Train, self.config.Train.manual_seed
@@ -56,15 +61,45 @@ class Source:
             return SemanticDataset(self.records("train_list"), self.fold, self.config.Data.data_root, transform, seed, False)
         return self._episodes(EpisodeList(self.index(training=True), train.shot, seed, shuffle=True), transform, "mask", False)
 
-    def validation(self, seed: int) -> Dataset:
+    def validation(self) -> Dataset:
+        """What chooses the checkpoint: all images for the base learner, else episodes of the classes that
+        Train.selection names."""
         train = self.config.Train
-        transform = ValTransform(train.val_size, squash=train.resized_val)
         if self.task == "images":
-            return SemanticDataset(self.records("val_list"), self.fold, self.config.Data.data_root, transform, seed, True)
-        episodes = EpisodeList(self.index(training=False), train.shot, seed)
-        return self._episodes(episodes, transform, self.config.Test_Finetune.ann_type, True)
+            records = self.records("val_list")
+            return SemanticDataset(records, self.fold, self.config.Data.data_root, self._plain(), train.manual_seed, True)
+        if train.selection == "base":
+            return self.episodes(EpisodeList(self.index(training=False, base=True), train.shot, train.manual_seed))
+        return self.episodes(self.drawn(train.manual_seed, train.val_episodes))
 
-    def _episodes(self, episodes: EpisodeList, transform: Transform, ann_type: str, evaluation: bool) -> Dataset:
+    def test_episodes(self) -> dict[int, AnyEpisodes]:
+        """Seed -> its episodes: drawn, or those of the file Test_Finetune.episodes."""
+        test = self.config.Test_Finetune
+        if not test.episodes:
+            return {seed: self.drawn(seed, test.test_num) for seed in test.seeds}
+        found = read_manifest(test.episodes, self.records("val_list"), self.fold.novel, self.config.Train.shot)
+        for episodes in found.values():
+            check_novel(episodes, self.fold, self.names, len(episodes))
+        return found
+
+    def drawn(self, seed: int, count: int) -> EpisodeList:
+        """Episodes over the novel classes, of which the first `count` are to be evaluated.
+
+        Raises:
+            UserError: a novel class has no image or no episode among them.
+        """
+        episodes = EpisodeList(self.index(training=False), self.config.Train.shot, seed)
+        check_novel(episodes, self.fold, self.names, count)
+        return episodes
+
+    def episodes(self, episodes: AnyEpisodes) -> EpisodeDataset:
+        """Episodes as evaluation reads them."""
+        return self._episodes(episodes, self._plain(), self.config.Test_Finetune.ann_type, True)
+
+    def _plain(self) -> ValTransform:
+        return ValTransform(self.config.Train.val_size, squash=self.config.Train.resized_val)
+
+    def _episodes(self, episodes: AnyEpisodes, transform: Transform, ann_type: str, evaluation: bool) -> EpisodeDataset:
         return EpisodeDataset(
             episodes, self.fold, self.config.Data.data_root, transform, num_classes=self.fold.num_classes,
             clip_size=self.config.CLIP.clip_size if self.clip_patch else None, patch=self.clip_patch or 1,

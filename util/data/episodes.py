@@ -5,6 +5,7 @@ batch size, today or next year.
 """
 
 from bisect import bisect_left, insort
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from util.data.folds import Fold
+from util.data.folds import ClassNames, Fold
 from util.data.index import Index, Record
 from util.data.transforms import IGNORE, Augmented, bbox_mask, clip_input, read_pair, to_tensor
 from util.errors import UserError
@@ -100,6 +101,32 @@ class EpisodeList:
             insort(taken, position)
             supports.append(filed[position])
         return EpisodeSpec(i, query, cls, tuple(supports))
+
+
+def episodes_per_class(episodes: EpisodeList, count: int) -> Counter[int]:
+    """Class -> how many of episodes 0..count-1 are of it. (Also of util.data.manifest.ManifestEpisodes.)"""
+    return Counter(episodes.spec(i).cls for i in range(count))
+
+
+def check_novel(episodes: EpisodeList, fold: Fold, names: ClassNames, count: int | None = None) -> None:
+    """Evaluation needs episodes of every novel class: a class without any has no score, and the mean would be another.
+
+    count: how many episodes are evaluated (None: only the images are checked). Raises UserError naming the classes, at the
+    start and not after hours in the meter. Training may do with some of the base classes.
+    """
+
+    def show(classes: Sequence[int]) -> str:
+        return ", ".join(f"{c} ({names.names[c - 1]})" for c in classes)
+
+    if empty := [c for c in fold.novel if not episodes.index.by_class.get(c)]:
+        raise UserError(f"fold {fold.split} of {fold.data_set}: no image is filed under the novel classes {show(empty)}; "
+                        "Data.val_list must have images with at least Data.min_pixels labelled pixels of every one")
+    if count is None:
+        return
+    found = episodes_per_class(episodes, count)
+    if empty := [c for c in fold.novel if not found[c]]:
+        raise UserError(f"none of the {count:,} episodes of seed {episodes.seed} is of the novel classes {show(empty)}; "
+                        "evaluate more episodes (Test_Finetune.test_num, Train.val_episodes)")
 
 
 class Batch:
@@ -248,3 +275,10 @@ class EpisodeDataset(Dataset):
             mask = bbox_mask(mask)
         image, _, (mask,) = self.transform(rng, image, [mask])
         return to_tensor(image), to_tensor(mask)
+
+
+if __name__ == "__main__":
+    from util import cli
+    from util.data.export import main  # here: it is built on this file
+
+    cli.run(main)

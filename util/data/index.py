@@ -1,17 +1,18 @@
 """Which images a fold uses and under which classes they are filed ("PI-CLIP Sec. 1, Per-fold index").
 
 `scan` reads every label once and caches what it saw; it knows nothing of folds. `build_index` applies a fold's rules.
+`python -m util.data.index --config FILE` shows the result (util/data/published.py).
 """
 
 import hashlib
 import json
 import os
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from multiprocessing import Pool
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 import numpy as np
 from PIL import Image
@@ -81,18 +82,29 @@ def scan(
 
 
 def read_list(list_file: str | Path) -> list[tuple[str, str]]:
-    """Read a list file: one `image_path label_path` a line, relative to the data root, no image twice."""
+    """Read a list file: one `image_path label_path` a line, relative to the data root, no image twice.
+
+    Raises UserError, naming the line, for paths that lead out of the data root or that only Windows understands.
+    """
     path = Path(list_file)
     if not path.is_file():
         raise UserError(f"Data.train_list / Data.val_list: no such list: {str(list_file)!r}; lists/README.md tells what makes it")
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()  # some editors put a mark at the start
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not a text file in UTF-8 ({error.reason} at byte {error.start})") from error
     seen: dict[str, int] = {}
     pairs = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(lines, start=1):
         fields = line.split()
         if not fields:
             continue
         if len(fields) != 2:
-            raise UserError(f"{path}:{number}: expected `image_path label_path`, got {line!r}")
+            hint = "; a path must not hold spaces: rename the files, or link them under other names" * (len(fields) > 2)
+            raise UserError(f"{path}:{number}: expected `image_path label_path`, got {line!r}{hint}")
+        for name in fields:
+            if wrong := _wrong_path(name):
+                raise UserError(f"{path}:{number}: {name!r} {wrong}; paths are relative to Data.data_root and use /")
         image, label = fields
         if image in seen:
             raise UserError(f"{path}:{number}: {image} is already on line {seen[image]}; remove one")
@@ -124,11 +136,26 @@ def build_index(records: Sequence[Record], classes: Sequence[int], only: bool, m
     return index
 
 
-def table(index: Index, class_names: ClassNames) -> str:
-    """Images filed under each class, and the totals, as lines for the log."""
-    rows = [f"{c:4d}  {class_names.names[c - 1]:<16} {len(filed):6d}" for c, filed in index.by_class.items()]
+def table(index: Index, class_names: ClassNames, episodes: Mapping[int, int] | None = None) -> str:
+    """Images filed under each class (and its episodes, class -> number), and the totals, as lines for the log."""
+
+    def row(c: int, images: int) -> str:
+        count = "" if episodes is None else f"  {episodes.get(c, 0):6d} episodes"
+        return f"{c:4d}  {class_names.names[c - 1]:<16} {images:6d} images{count}"
+
     pairs = sum(map(len, index.by_class.values()))
+    rows = [row(c, len(filed)) for c, filed in index.by_class.items()]
     return "\n".join([*rows, f"{len(index.records)} images, {pairs} (image, class) pairs"])
+
+
+def _wrong_path(name: str) -> str:
+    """Why a path of a list is refused, or ""."""
+    windows = PureWindowsPath(name)  # knows drives, and both kinds of slashes
+    if windows.anchor:
+        return "is an absolute path"
+    if ".." in windows.parts:
+        return "leads out of the data root (`..`)"
+    return "has a backslash, as Windows writes paths" if "\\" in name else ""
 
 
 def _read_record(root: Path, names: tuple[str, ...], pair: tuple[str, str]) -> Record:
@@ -197,3 +224,9 @@ def _from_json(entry: dict) -> Record:
     pixels = {int(c): n for c, n in entry["pixels"].items()}
     return Record(**entry | {"pixels": pixels, "annotated": tuple(entry["annotated"])})
 
+
+if __name__ == "__main__":
+    from util import cli
+    from util.data.published import main  # here: it is built on this file
+
+    cli.run(main)

@@ -1,0 +1,93 @@
+"""Protocols: how episodes are made and scored, under a name and a hash. A result without its protocol is not a result.
+
+A protocol is a file of config keys, config/protocol/NAME.yaml, which `Test_Finetune.protocol` picks (`auto`: as the
+system's paper did). Results whose hashes are equal can be compared.
+"""
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from util.config import Config, protocol_layer
+
+STRICT = "strict"
+KEYS = {  # what a protocol fixes, and what it says in a report
+    "Train.use_split_coco": ("folds", {True: "interleaved", False: "contiguous"}),
+    "Train.filter_novel": ("training images", {True: "without novel objects (BAM)", False: "novel objects are background"}),
+    "Train.crop": ("training resize", {True: "random crop", False: "squash"}),
+    "Train.resized_val": ("resize", {True: "squash", False: "letterbox"}),
+    "Train.selection": ("checkpoint", {"novel": "best mIoU on the novel classes (a leak, as published)",
+                                       "base": "best mIoU on base classes in held-out images", "last": "last epoch"}),
+    "CLIP.vocabulary": ("text vocabulary", {"present": "classes in the query's annotation (a leak, as published)",
+                                            "target": "the target alone", "base+target": "base classes and the target",
+                                            "all": "all classes"}),
+    "Data.min_pixels": ("smallest object", {}),
+    "Test_Finetune.ann_type": ("support annotation", {}),
+    "Test_Finetune.test_num": ("episodes per seed", {}),
+    "Test_Finetune.seeds": ("seeds", {}),
+    "Test_Finetune.episodes": ("episodes of a file, hash", {}),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """The effective values of a config under the name they come from."""
+
+    name: str  # that of the file, with " but Section.key=value, ..." where the config differs from it
+    values: dict[str, Any]  # Section.key -> value
+
+    @property
+    def hash(self) -> str:
+        return hashlib.sha256(json.dumps(self.values, sort_keys=True).encode()).hexdigest()[:12]
+
+    def describe(self) -> dict[str, str]:
+        """Lines for people; a leak is called one."""
+        lines = {"name": self.name, "hash": self.hash}
+        for key, value in self.values.items():
+            words, meaning = KEYS[key]
+            lines[words] = str(value) if isinstance(value, list) else str(meaning.get(value, value))
+        return lines
+
+
+def of(config: Config) -> Protocol:
+    """The protocol that a config amounts to."""
+    contiguous = config.Train.data_set != "coco"  # only COCO has two styles of folds
+    values = {key: lookup(config, key) for key in KEYS if key != "Test_Finetune.episodes"}
+    values["Train.use_split_coco"] = values["Train.use_split_coco"] and not contiguous
+    if config.Test_Finetune.episodes:
+        del values["Test_Finetune.test_num"], values["Test_Finetune.seeds"]
+        values["Test_Finetune.episodes"] = hashlib.sha256(Path(config.Test_Finetune.episodes).read_bytes()).hexdigest()[:16]
+    name = config.Test_Finetune.protocol
+    layer = protocol_layer(name, config.Train.data_set)
+    fixed = {f"{section}.{key}": value for section, keys in layer.items() for key, value in keys.items()}
+    changed = [f"{key}={value}" for key, value in values.items() if key in fixed and fixed[key] != value
+               and not (contiguous and key == "Train.use_split_coco")]
+    changed += [f"episodes of {config.Test_Finetune.episodes}"] if config.Test_Finetune.episodes else []
+    return Protocol(name + (f" but {', '.join(changed)}" if changed else ""), values)
+
+
+def lookup(config: Config, key: str) -> Any:
+    section, name = key.split(".")
+    return getattr(getattr(config, section), name)
+
+
+def without_leaks(config: Config, text_prior: bool, last_epoch: bool) -> tuple[Config, list[str]]:
+    """The same episodes without what a paper's protocol leaks, and what differs in words (nothing where nothing leaks).
+
+    Args:
+        text_prior: whether the system reads class texts.
+        last_epoch: whether the weights of the last epoch are at hand (of published checkpoints only the best is).
+    """
+    train, clip, differences = config.Train, config.CLIP, []
+    if text_prior and clip.vocabulary == "present":
+        strict = protocol_layer(STRICT, train.data_set)["CLIP"]["vocabulary"]
+        clip = dataclasses.replace(clip, vocabulary=strict)
+        differences.append(f"text vocabulary {strict} instead of present")
+    if train.selection == "novel" and last_epoch:
+        train = dataclasses.replace(train, selection="last")
+        differences.append("last epoch instead of the best on novel classes")
+    return dataclasses.replace(config, Train=train, CLIP=clip), differences
+
