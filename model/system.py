@@ -65,10 +65,14 @@ class System(nn.Module):
         raise NotImplementedError
 
     def optimizer(self, train: Train) -> torch.optim.Optimizer:
-        """The paper's optimizer over its parameter groups; poly decay acts on every group's initial rate."""
-        return torch.optim.SGD(
-            self.trained.parameters(), lr=train.base_lr, momentum=train.momentum, weight_decay=train.weight_decay
-        )
+        """The paper's optimizer over its parameter groups; poly decay acts on every group's initial rate.
+
+        It is SGD but in HDMNet; `Train.optimizer: adamw` replaces it where there are too few iterations for SGD.
+        """
+        parameters = self.trained.parameters()
+        if train.optimizer == "adamw":
+            return torch.optim.AdamW(parameters, lr=train.base_lr, weight_decay=train.weight_decay)
+        return torch.optim.SGD(parameters, lr=train.base_lr, momentum=train.momentum, weight_decay=train.weight_decay)
 
     def official_name(self, name: str) -> str | None:
         """Our state-dict name -> key of the published checkpoint; None for tensors it does not hold."""

@@ -201,6 +201,31 @@ def test_index_of_voc_mini(voc_mini, tmp_path):
     }  # fmt: skip
 
 
+def test_index_of_coco128(tmp_path):
+    """Real COCO, both styles of folds, against a plain loop over the label PNGs."""
+    source = Path(__file__).resolve().parents[2] / "shared/data/coco128"
+    if not source.is_dir():
+        pytest.skip(f"no coco128 at {source}")
+    prepare = pytest.importorskip("util.data.prepare.coco").prepare
+    prepare(source, [source / "instances_train2017.json"], tmp_path / "out", tmp_path / "lists", partial=True)
+    names = read_class_names(LISTS / "coco/classes.txt")
+    records = scan(tmp_path / "out", tmp_path / "lists/train.txt", names, tmp_path)
+    labels = [np.array(Image.open(tmp_path / "out" / r.label)) for r in records]
+    for split, interleaved in ((0, True), (3, True), (1, False)):
+        f = fold("coco", split, interleaved)
+        for classes, only in ((f.base, True), (f.novel, False)):
+            index = build_index(records, classes, only)
+            expected = {c: [] for c in classes}
+            for record, label in zip(records, labels, strict=True):
+                present = set(np.unique(label).tolist()) - {0}
+                counting = [c for c in classes if (label == c).sum() >= 2048]
+                if counting and not (only and present - set(classes)):
+                    for c in counting:
+                        expected[c].append(record.image)
+            found = {c: [index.records[i].image for i in filed] for c, filed in index.by_class.items()}
+            assert found == expected and sum(map(len, found.values())) > 15
+
+
 # ---- transforms
 
 

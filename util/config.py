@@ -55,6 +55,7 @@ class Train:
     # optimisation
     batch_size: int = 8  # global, whatever the number of GPUs
     base_lr: float = 1e-4
+    optimizer: Literal["paper", "adamw"] = "paper"  # the system's own, or AdamW for short runs
     epochs: int = 200
     power: float = 0.9  # poly schedule, per iteration
     momentum: float = 0.9  # SGD only

@@ -35,12 +35,15 @@ def check(config_path: str, arch: str, overrides: list[str]) -> list[Finding]:
         data_root(config),
         *(attempt(key, lambda key=key: _list(config, key)) for key in ("train_list", "val_list")),
     ]
-    if arch == "PSPNet":
-        findings.append(backbone(config))
-    else:
-        findings.append(base_learner(config, place))
-        if arch == "PI_CLIP":
-            findings.append(clip(config))
+    # ARCH without a base learner start from ImageNet weights
+    findings.append(backbone(config) if arch in ("PSPNet", "PFENet") else base_learner(config, place))
+    priors = config.Method.priors or (["vtp", "vvp"] if arch == "PI_CLIP" else [])
+    if {"vtp", "vvp"} & set(priors):
+        findings.append(clip(config))
+    if config.Test_Finetune.episodes:
+        file = Path(config.Test_Finetune.episodes)
+        remedy = "`python -m util.data.episodes export` writes one"
+        findings.append(Finding("episodes", file.is_file(), f"Test_Finetune.episodes = {file}", remedy))
     return findings
 
 

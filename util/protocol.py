@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from util.config import Config, protocol_layer
+from util.errors import UserError
 
 STRICT = "strict"
 KEYS = {  # what a protocol fixes, and what it says in a report
@@ -59,7 +60,7 @@ def of(config: Config) -> Protocol:
     values["Train.use_split_coco"] = values["Train.use_split_coco"] and not contiguous
     if config.Test_Finetune.episodes:
         del values["Test_Finetune.test_num"], values["Test_Finetune.seeds"]
-        values["Test_Finetune.episodes"] = hashlib.sha256(Path(config.Test_Finetune.episodes).read_bytes()).hexdigest()[:16]
+        values["Test_Finetune.episodes"] = hashlib.sha256(read_bytes(Path(config.Test_Finetune.episodes))).hexdigest()[:16]
     name = config.Test_Finetune.protocol
     layer = protocol_layer(name, config.Train.data_set)
     fixed = {f"{section}.{key}": value for section, keys in layer.items() for key, value in keys.items()}
@@ -67,6 +68,14 @@ def of(config: Config) -> Protocol:
                and not (contiguous and key == "Train.use_split_coco")]
     changed += [f"episodes of {config.Test_Finetune.episodes}"] if config.Test_Finetune.episodes else []
     return Protocol(name + (f" but {', '.join(changed)}" if changed else ""), values)
+
+
+def read_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"Test_Finetune.episodes = {path}: {error.strerror}; `python -m util.data.episodes export` writes "
+                        "such a file") from error
 
 
 def lookup(config: Config, key: str) -> Any:
