@@ -15,6 +15,7 @@ from pathlib import Path
 from demo import prepare_data
 from model import System, load_backbone, open_system, system_class
 from util import cli, distributed, evaluate, experiment, protocol, stats
+from util.cache import TensorCache, open_cache
 from util.checkpoint import check_frozen, check_identity, read_meta
 from util.config import Config, load_config
 from util.data.build import Source
@@ -57,15 +58,16 @@ def test(config: Config, place: Experiment, context: Context, log: RunLog) -> No
     """Seeds x episodes, the same without leaks, a table, a report."""
     # 1. scores under the protocol
     config = with_selection(config, place.arch, weight_file(config, place))
+    cache = open_cache(config.Runtime.cache_gb, config.Runtime.cache_dir)
     started = time.monotonic()
-    scored = score(config, place, context, log)
+    scored = score(config, place, context, log, cache)
     seconds = time.monotonic() - started
     # 2. and without what it leaks
     other, leak_free = without_leaks(config, place, scored), {}
     if other:
         config_free, differences = other
         log.info(f"without leaks: {'; '.join(differences)}")
-        mean, sd = summarise(score(config_free, place, context, log).seeds)
+        mean, sd = summarise(score(config_free, place, context, log, cache).seeds)
         leak_free = {"leak_free": {"mean": mean, "sd": sd, "differences": differences}}
     if not context.main:
         return
@@ -76,18 +78,20 @@ def test(config: Config, place: Experiment, context: Context, log: RunLog) -> No
     log.info(f"report: {page}")
 
 
-def score(config: Config, place: Experiment, context: Context, log: RunLog) -> Scored:
+def score(config: Config, place: Experiment, context: Context, log: RunLog, cache: TensorCache) -> Scored:
     """Builds the system, loads its weights and evaluates it."""
     system, source = open_system(place.arch, config)
     weight = weight_file(config, place)
     load_weights(system, config, place, weight)
     system.to(context.device).eval()
+    system.remember(cache)
     for warning in system.warnings:
         log.warning(warning)
     log.info(f"{place.arch} on {place.data_set} {place.exp}, {config.Train.shot}-shot, weights {weight}")
 
     train, test = config.Train, config.Test_Finetune
-    common = {"batch": train.batch_size_val, "workers": train.workers, "squash": train.resized_val}
+    common = {"batch": train.batch_size_val, "workers": train.workers, "squash": train.resized_val,
+              "precision": config.Runtime.precision}
     if source.task == "images":
         record = evaluate.evaluate_images(system.predict, source.validation(), source.fold, context, log, **common)
         return Scored(system, source, weight, [{"seed": 0} | record], {})

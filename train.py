@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 from demo import prepare_data
 from model import System, load_backbone, needs_base_learner, open_system
 from util import checkpoint, cli, distributed, evaluate, experiment
+from util.cache import open_cache
 from util.checkpoint import Progress
 from util.config import Config, load_config
 from util.data.build import Source
@@ -115,6 +116,8 @@ def start(config: Config, place: Experiment, context: Context, log: RunLog) -> R
     validation = source.validation() if config.Train.evaluate and config.Train.selection != "last" else None
     rule = "base" if source.task == "images" else config.Train.selection
     meta["selection"] = rule if validation is not None else "last"
+    if validation is not None:
+        system.remember(open_cache(config.Runtime.cache_gb, config.Runtime.cache_dir))
     run = Run(
         system, source, source.training(), system.optimizer(config.Train), Progress(config=dataclasses.asdict(config)),
         config, place, context, log, meta, validation,
@@ -160,7 +163,8 @@ def resume(run: Run) -> None:
 
 def differences(old: dict, new: dict) -> list[str]:
     """Keys in which two configs differ, but for how fast a run goes and what is tested later."""
-    free = {"Train.workers", "Train.print_freq", "Train.resume", "Runtime.threads", "Runtime.output"}
+    free = {"Train.workers", "Train.print_freq", "Train.resume", "Runtime.threads", "Runtime.output",
+            "Runtime.cache_gb", "Runtime.cache_dir"}
     return [f"{section}.{key} was {old.get(section, {}).get(key)!r}, is {value!r}"
             for section, values in new.items() if section != "Test_Finetune"
             for key, value in values.items() if f"{section}.{key}" not in free and old.get(section, {}).get(key) != value]
@@ -206,7 +210,8 @@ def validate(run: Run) -> float:
     """mIoU on the validation data; the first three episodes go to TensorBoard as pictures."""
     system, source, train, context = run.system.eval(), run.source, run.config.Train, run.context
     data = run.validation
-    common = {"batch": train.batch_size_val, "workers": train.workers, "squash": train.resized_val}
+    common = {"batch": train.batch_size_val, "workers": train.workers, "squash": train.resized_val,
+              "precision": run.config.Runtime.precision}
     started = time.monotonic()
     if source.task == "images":
         scores = evaluate.evaluate_images(system.predict, data, source.fold, context, run.log, **common)

@@ -59,8 +59,8 @@ def build_system(arch: str, config: Config, fold: Fold, names: ClassNames, cache
     check_priors(wanted, cls.uses_base_learner)
     clip = Frozen(load_clip(config.CLIP.clip_path)) if {"vtp", "vvp"} & set(wanted) else None
     makers: dict[str, Callable[[], Prior]] = {
-        "cosine": lambda: CosinePrior(encoder),
-        "similarity": lambda: SimilarityPrior(backbone),
+        "cosine": CosinePrior,
+        "similarity": SimilarityPrior,
         "vvp": lambda: VisualPrior(clip, train.shot),
         "vtp": lambda: TextPrior(clip, text_bank(clip, names, cache), config.CLIP.vocabulary, fold.base),
     }

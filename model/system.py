@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from util.cache import TensorCache
 from util.config import Train
 from util.errors import UserError
 
@@ -63,6 +64,9 @@ class System(nn.Module):
     def predict(self, batch: Any, baselines: bool = False) -> Prediction:
         """Without gradient; with `baselines` also the trivial predictions."""
         raise NotImplementedError
+
+    def remember(self, cache: TensorCache) -> None:
+        """Lets evaluation keep frozen computations in a cache; systems without any ignore it."""
 
     def optimizer(self, train: Train) -> torch.optim.Optimizer:
         """The paper's optimizer over its parameter groups; poly decay acts on every group's initial rate.

@@ -109,7 +109,7 @@ def small_system(shot: int = 1, backbone: str = "resnet50", width: int = 8, syst
     torch.manual_seed(0)
     encoder = build_encoder(backbone, width)
     learner = Frozen(BaseLearner(encoder, 16, 64))
-    prior = SimilarityPrior(learner) if system is HDMNet else CosinePrior(encoder)
+    prior = SimilarityPrior() if system is HDMNet else CosinePrior()
     return system(learner if system.uses_base_learner else Frozen(encoder), [prior], shot, Method(ppm_scales=[9, 5, 2]))
 
 

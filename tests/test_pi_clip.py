@@ -44,11 +44,11 @@ def episode(shot: int = 1) -> Episode:
 
 def test_mixed_sizes_in_a_batch_equal_one_by_one(clip: Clip) -> None:
     prior, batch = text_prior(clip, "present"), episode()
-    together = prior.at_annotation_size(batch)
+    together = prior.at_annotation_size(batch, range(3))
     assert [tuple(m.shape) for m in together] == [(30, 41), (45, 29), (32, 48)]
     for i in range(3):
         alone = Episode(**{k: v[i : i + 1] for k, v in vars(batch).items()})
-        torch.testing.assert_close(prior.at_annotation_size(alone)[0], together[i], rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(prior.at_annotation_size(alone, [0])[0], together[i], rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize(("vocabulary", "classes"), [

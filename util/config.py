@@ -101,6 +101,8 @@ class Test_Finetune:
 @dataclass
 class Runtime:
     precision: Literal["fp32", "bf16"] = "fp32"  # autocast; Grad-CAM, losses and metrics stay fp32
+    cache_gb: float = 4.0  # evaluation: memory, of each process, for what depends on one image alone; 0: keep nothing
+    cache_dir: str = ""  # folder that keeps it for later runs too (some 30 MB an image at 473)
     threads: int = 0  # CPU threads per process; 0: all cores, divided among the processes
     output: str = "exp"  # folder of all runs: OUTPUT/DATASET/ARCH/EXP/NET
 
@@ -271,6 +273,8 @@ def _validate(config: Config) -> None:
         raise UserError(f"Train.workers = {train.workers}: must be 0 or more")
     if not 0 < train.scale_min <= train.scale_max:
         raise UserError(f"Train.scale_min = {train.scale_min}, scale_max = {train.scale_max}: need 0 < min <= max")
+    if config.Runtime.cache_gb < 0:
+        raise UserError(f"Runtime.cache_gb = {config.Runtime.cache_gb}: must be 0 (keep nothing) or more")
     if not config.Test_Finetune.seeds:
         raise UserError("Test_Finetune.seeds is empty: name at least one seed")
     if config.Test_Finetune.test_num < 1:

@@ -39,7 +39,7 @@ class Row(NamedTuple):
 
 def evaluate_episodes(
     predict: Predict, data: EpisodeDataset, count: int, fold: Fold, context: Context, log: RunLog, *,
-    batch: int, workers: int, squash: bool, label: str = "test",
+    batch: int, workers: int, squash: bool, precision: str = "fp32", label: str = "test",
 ) -> tuple[dict, list[Row]]:  # fmt: skip
     """Episodes 0..count-1, sharded over the ranks: any number of ranks and any batch size give the same counts.
 
@@ -55,7 +55,8 @@ def evaluate_episodes(
     with log.progress(len(sampler), label) as bar:
         for episode in loader(data, sampler, workers, context.device):
             episode = episode.to(context.device, non_blocking=True)
-            prediction = predict(episode)
+            with torch.autocast(context.device.type, torch.bfloat16, enabled=precision == "bf16"):
+                prediction = predict(episode)
             for i in range(len(episode)):
                 truth, cls = episode.original_mask[i], int(episode.cls[i])
                 size, number = tuple(truth.shape), int(episode.number[i])
@@ -85,15 +86,17 @@ def evaluate_episodes(
 
 
 def evaluate_images(
-    predict: Predict, data: Dataset, fold: Fold, context: Context, log: RunLog, *, batch: int, workers: int, squash: bool
-) -> dict:
+    predict: Predict, data: Dataset, fold: Fold, context: Context, log: RunLog, *,
+    batch: int, workers: int, squash: bool, precision: str = "fp32",
+) -> dict:  # fmt: skip
     """The base learner on every image of the list: mIoU over the base classes, without and with background."""
     meter = SemanticMeter(len(fold.base) + 1, context.device)
     sampler = RangeSampler(0, len(data), batch * context.world, context, drop_last=False)
     with log.progress(len(sampler), "base classes") as bar:
         for images in loader(data, sampler, workers, context.device):
             images = images.to(context.device, non_blocking=True)
-            prediction = predict(images)
+            with torch.autocast(context.device.type, torch.bfloat16, enabled=precision == "bf16"):
+                prediction = predict(images)
             for scores, truth in zip(prediction.final, images.original_label, strict=True):
                 meter.update(to_original(scores, tuple(truth.shape), squash).argmax(0), truth)
             bar.step(len(images))

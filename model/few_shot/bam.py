@@ -84,13 +84,13 @@ class BAM(FewShot):
         return Head(channels, priors, self.shot, self.method.kshot_trans_dim)
 
     def decode(self, head: nn.Module, features: Features, maps: Sequence[Tensor], own: Tensor) -> Decoded:
-        query, support = self.middle(features)
-        return Decoded(*head(query, support, features.mask, maps, features.base, self.difference(features), own))
+        query, support, difference = features.query, features.support, self.difference(features)
+        return Decoded(*head(query.middle, support.middle, features.mask, maps, query.base, difference, own))
 
     def terms(self, decoded: Decoded, features: Features, episode: Episode) -> dict[str, Tensor]:
         target = episode.query_mask.long()
         return {
             "main": segmentation_loss(decoded.final, target),
             "meta": segmentation_loss(decoded.meta, target),
-            "base": self.method.aux_weight2 * segmentation_loss(features.base, episode.base_label.long()),
+            "base": self.method.aux_weight2 * segmentation_loss(features.query.base, episode.base_label.long()),
         }

@@ -76,9 +76,8 @@ class HDMNet(FewShot):
         return Head(channels, priors, self.shot, self.method.kshot_trans_dim)
 
     def decode(self, head: nn.Module, features: Features, maps: Sequence[Tensor], own: Tensor) -> Decoded:
-        query, support = self.middle(features)
-        difference = self.difference(features)
-        final, meta, correlations = head(query, support, features.mask, maps, features.base, difference, own)
+        query, support, difference = features.query, features.support, self.difference(features)
+        final, meta, correlations = head(query.middle, support.middle, features.mask, maps, query.base, difference, own)
         return Decoded(final, meta, correlations=correlations)
 
     def terms(self, decoded: Decoded, features: Features, episode: Episode) -> dict[str, Tensor]:
@@ -86,7 +85,7 @@ class HDMNet(FewShot):
         return {
             "main": segmentation_loss(decoded.final, target) + segmentation_loss(decoded.meta, target),
             "distil": self.method.aux_weight1 * distillation_loss(decoded.correlations, episode.query_mask == 1),
-            "base": self.method.aux_weight2 * segmentation_loss(features.base, episode.base_label.long()),
+            "base": self.method.aux_weight2 * segmentation_loss(features.query.base, episode.base_label.long()),
         }
 
     def optimizer(self, train: Train) -> torch.optim.Optimizer:

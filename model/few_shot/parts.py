@@ -56,13 +56,11 @@ def scene_difference(query: Tensor, support: Tensor) -> Tensor:
     """How much two scenes differ in style: Frobenius distance of Gram matrices over that of an all-ones matrix (BAM Eq. 6).
 
     Args:
-        query: B C h w; support: B K C h w.
+        query: B C C; support: B K C C; see `gram`.
     Returns:
         B K.
     """
-    K, C = support.shape[1:3]
-    difference = gram(query)[:, None] - gram(support.flatten(0, 1)).unflatten(0, (-1, K))
-    return difference.norm(dim=(2, 3)) / C
+    return (query[:, None] - support).norm(dim=(2, 3)) / query.shape[-1]
 
 
 def reduce_block(channels: int, width: int, dropout: float = 0.0) -> nn.Sequential:

@@ -69,8 +69,7 @@ class PFENet(FewShot):
         return Head(channels, priors, self.method.ppm_scales)
 
     def decode(self, head: nn.Module, features: Features, maps: Sequence[Tensor], own: Tensor) -> Decoded:
-        query, support = self.middle(features)
-        logits, inner = head(query, support, features.mask, maps)
+        logits, inner = head(features.query.middle, features.support.middle, features.mask, maps)
         return Decoded(logits, inner=inner)
 
     def terms(self, decoded: Decoded, features: Features, episode: Episode) -> dict[str, Tensor]:

@@ -12,44 +12,55 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from model.backbone import BaseLearner
-from model.backbone.encoder import Encoder
 from model.clip import Cam, Clip, min_max, refine, softmax_grad_cam
+from model.few_shot.memo import Memo
 from model.few_shot.parts import inside, max_cosine
 from model.ops import resize
 from model.system import Frozen
-from util.data.episodes import Episode
+from util.data.episodes import Episode, content_key
 from util.errors import UserError
 
 ATTENTION_BLOCKS = 8  # the affinity averages the last 8 blocks
 
 
 @dataclass
-class Features:
-    """What the frozen encoder gives for an episode batch; support maps have B*K rows (shots of an episode adjacent)."""
+class View:
+    """What the frozen backbone gives for N images; None where nothing asks for it."""
 
-    query: list[Tensor]  # stages 0..4, B C h w
-    query_hidden: Tensor | None  # B 512 h w, base learner before its classifier; None in a system without one
-    base: Tensor | None  # B N+1 h w, base logits
-    support: list[Tensor]  # stages 0..3 (0..4 when a prior is deep); of the masked image where the system masks it
+    middle: Tensor  # N C h w: stages 3 and 2 concatenated
+    gram: Tensor  # N c c: Gram matrix of the low stage
+    stage4: Tensor | None = None  # N C' h' w'
+    hidden: Tensor | None = None  # N 512 h' w': base learner before its classifier
+    base: Tensor | None = None  # N B+1 h' w': base logits (queries)
+    masked4: Tensor | None = None  # N C' h' w': stage 4 of the masked stage 3, masked again (supports)
+
+
+@dataclass
+class Features:
+    """Frozen views of an episode batch; support rows are B*K (shots of an episode adjacent)."""
+
+    query: View
+    support: View  # of the masked image where the system masks it
     mask: Tensor  # B*K 1 S S in {0, 1}
     shot: int
+    memo: Memo
 
     @property
     def size(self) -> torch.Size:
         """(h, w) of the grid that prototypes, priors and head share: stage 3's."""
-        return self.query[3].shape[2:]
+        return self.query.middle.shape[2:]
 
 
 class Prior(Protocol):
     """Gives B channels h w, or B K channels h w where the head weighs the shots.
 
-    Attributes: channels it adds to the head, and whether it needs the support's stage 4 ("deep").
+    Attributes: channels it adds to the head, and the parts of a `View` it reads beyond the middle.
     """
 
     name: str
     channels: int
-    deep: bool
+    query_needs: frozenset[str]
+    support_needs: frozenset[str]
 
     def __call__(self, episode: Episode, features: Features) -> Tensor: ...
 
@@ -74,16 +85,11 @@ class CosinePrior:
     The support's stage 4 is computed on its masked stage 3, and masked again.
     """
 
-    name, channels, deep = "cosine", 1, False
-
-    def __init__(self, encoder: Encoder):
-        self.encoder = encoder
+    name, channels = "cosine", 1
+    query_needs, support_needs = frozenset({"stage4"}), frozenset({"masked4"})
 
     def __call__(self, episode: Episode, features: Features) -> Tensor:
-        stage3 = features.support[3]
-        stage4 = self.encoder.last_stage(stage3 * resize(features.mask, stage3.shape[2:]))
-        stage4 = stage4 * resize(features.mask, stage4.shape[2:])
-        best = max_cosine(features.query[4].repeat_interleave(features.shot, 0), stage4)
+        best = max_cosine(features.query.stage4.repeat_interleave(features.shot, 0), features.support.masked4)
         best = resize(min_max(best.flatten(1)).view_as(best), features.size)
         return best.unflatten(0, (-1, features.shot))
 
@@ -92,17 +98,12 @@ class SimilarityPrior:
     """HDMNet's: best cosine with the support's masked-in positions in the base learner's hidden map and in stage 4;
     mean over shots, not rescaled."""
 
-    name, channels, deep = "similarity", 2, True
-
-    def __init__(self, base_learner: Frozen):
-        self.base_learner: BaseLearner = base_learner.module
+    name, channels = "similarity", 2
+    query_needs = support_needs = frozenset({"stage4", "hidden"})
 
     def __call__(self, episode: Episode, features: Features) -> Tensor:
-        stage4 = features.support[4]
-        maps = [
-            self.best(query, support, features)
-            for query, support in ((features.query_hidden, self.base_learner.hidden(stage4)), (features.query[4], stage4))
-        ]
+        query, support = features.query, features.support
+        maps = [self.best(q, s, features) for q, s in ((query.hidden, support.hidden), (query.stage4, support.stage4))]
         return resize(torch.cat(maps, 1), features.size)
 
     @staticmethod
@@ -117,26 +118,36 @@ class VisualPrior:
     CLIP sees *ImageNet*-normalised images here, and the support after masking: as published (PI-CLIP Sec. 3.3).
     """
 
-    name, deep = "vvp", False
+    name = "vvp"
+    query_needs = support_needs = frozenset()
 
     def __init__(self, clip: Frozen, shot: int):
         self.clip: Clip = clip.module
         self.channels = 2 * shot
 
     def __call__(self, episode: Episode, features: Features) -> Tensor:
-        trunk, shot = self.clip.visual, features.shot
-        support = trunk.normalise(episode.support.flatten(0, 1), "imagenet") * features.mask
-        images = torch.cat([trunk.normalise(episode.query, "imagenet"), support])
-        tokens, grid = trunk.embed(images)
+        memo, shot, device = features.memo, features.shot, episode.query.device
+        images = episode.support.flatten(0, 1)
+        query = memo.rows("vvp query", episode.query_key, device, lambda rows: self.tokens(episode.query[rows]))
+        support = memo.rows("vvp support", sum(episode.support_key, []), device,
+                            lambda rows: self.tokens(images[rows], features.mask[rows]))  # fmt: skip
+        maps = [
+            max_cosine(query[block].repeat_interleave(shot, 0), support[block]).unflatten(0, (-1, shot))[:, :, 0]
+            for block in ("last", "before")
+        ]
+        return resize(torch.cat(maps, 1), features.size)
+
+    def tokens(self, images: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
+        """N 3 S S RGB 0..255 -> patch tokens of the last block and the one before, N C h w; with a mask N 1 S S of the
+        masked image, zero outside."""
+        trunk = self.clip.visual
+        images = trunk.normalise(images, "imagenet")
+        tokens, grid = trunk.embed(images if mask is None else images * mask)
         last = len(trunk.blocks) - 1
         hidden = trunk.run(tokens, keep_hidden=(last - 1, last)).hidden
-        B = len(episode.query)
-        maps = []
-        for block in (last, last - 1):
-            patches = hidden[block][:, 1:].float().transpose(1, 2).unflatten(2, grid)
-            query = patches[:B].repeat_interleave(shot, 0)
-            maps.append(max_cosine(query, inside(patches[B:], features.mask)).view(B, shot, *grid))
-        return resize(torch.cat(maps, 1), features.size)
+        maps = {name: hidden[block][:, 1:].float().transpose(1, 2).unflatten(2, grid)
+                for name, block in (("last", last), ("before", last - 1))}
+        return maps if mask is None else {name: inside(x, mask) for name, x in maps.items()}
 
 
 class TextPrior:
@@ -149,11 +160,13 @@ class TextPrior:
         base: 1-based base classes of the fold.
     """
 
-    name, channels, deep = "vtp", 2, False
+    name, channels = "vtp", 2
+    query_needs = support_needs = frozenset()
 
     def __init__(self, clip: Frozen, bank: Tensor, vocabulary: str, base: Sequence[int]):
         self.clip: Clip = clip.module
         self.bank = bank
+        self.bank_key = content_key(bank.numpy())
         self.vocabulary = vocabulary
         self.base = torch.tensor(base) - 1
 
@@ -169,21 +182,31 @@ class TextPrior:
         return classes.repeat(1, 2)
 
     def __call__(self, episode: Episode, features: Features) -> Tensor:
-        maps = [resize(prior[None, None], features.size) for prior in self.at_annotation_size(episode)]
-        return torch.cat(maps).expand(-1, 2, -1, -1)
+        candidates = self.candidates(episode)
+        keys = [f"{image} {size} {cls} {''.join(map(str, row))}" for image, size, cls, row in zip(
+            episode.query_key, episode.annotation_hw.tolist(), episode.cls.tolist(), candidates.int().tolist(), strict=True
+        )] if episode.query_key else []  # fmt: skip
 
-    def at_annotation_size(self, episode: Episode) -> list[Tensor]:
-        """The refined prior of each query, H0 W0 in 0..1 (its largest value may fall short of 1 after resizing)."""
+        def compute(rows: Sequence[int] | slice) -> dict[str, Tensor]:
+            maps = self.at_annotation_size(episode, range(len(episode))[rows] if isinstance(rows, slice) else rows)
+            return {"map": torch.cat([resize(prior[None, None], features.size) for prior in maps])}
+
+        found = features.memo.rows(f"vtp {self.bank_key} {tuple(features.size)}", keys, episode.query.device, compute)
+        return found["map"].expand(-1, 2, -1, -1)
+
+    def at_annotation_size(self, episode: Episode, rows: Sequence[int]) -> list[Tensor]:
+        """The refined prior of some queries, H0 W0 in 0..1 (its largest value may fall short of 1 after resizing)."""
+        candidates = self.candidates(episode)
         by_size: dict[torch.Size, list[int]] = defaultdict(list)
-        for i, image in enumerate(episode.clip_query):
-            by_size[image.shape].append(i)
+        for i in rows:
+            by_size[episode.clip_query[i].shape].append(i)
         priors: dict[int, Tensor] = {}
-        for rows in by_size.values():
-            images = torch.stack([episode.clip_query[i] for i in rows])
-            for i, prior in zip(rows, self.refined(images, self.candidates(episode)[rows], episode.cls[rows] - 1), strict=True):
+        for same in by_size.values():
+            images = torch.stack([episode.clip_query[i] for i in same])
+            for i, prior in zip(same, self.refined(images, candidates[same], episode.cls[same] - 1), strict=True):
                 size = tuple(episode.annotation_hw[i].tolist())
                 priors[i] = resize(prior[None, None], size, corners=False)[0, 0]
-        return [priors[i] for i in range(len(priors))]
+        return [priors[i] for i in rows]
 
     def refined(self, images: Tensor, candidates: Tensor, target: Tensor) -> Tensor:
         """B 3 H W uint8 images of one size -> B h w maps on the patch grid."""

@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from model.backbone import BaseLearner
 from model.backbone.encoder import Encoder
 from model.clip.load import clip_tensors
-from model.few_shot.parts import binary_mask, scene_difference
-from model.few_shot.prior import CosinePrior, Features, Prior
+from model.few_shot.memo import Memo
+from model.few_shot.parts import binary_mask, gram, scene_difference
+from model.few_shot.prior import CosinePrior, Features, Prior, View
 from model.ops import resize
 from model.system import Frozen, Prediction, System, load_exactly
+from util.cache import TensorCache
 from util.config import Method
 from util.data.episodes import Episode
 from util.errors import UserError
@@ -58,6 +60,7 @@ class FewShot(System):
         self.shot = shot
         self.method = method
         self.low_stage = int(method.low_fea[-1])
+        self.memo = Memo(TensorCache(0), "")
         channels = self.encoder.channels
         self.head = self.build_head(channels[2] + channels[3], sum(p.channels for p in priors))
         self.prior_names = [prior.name for prior in priors]
@@ -87,28 +90,55 @@ class FewShot(System):
     def encoder(self) -> Encoder:
         return self.base_learner.module.encoder if self.uses_base_learner else self.backbone.module
 
-    def features(self, episode: Episode) -> Features:
-        """Frozen features of query and support; the support's stage 4 only where a prior asks for it."""
-        mask = binary_mask(episode.support_mask.flatten(0, 1))
-        query = self.encoder(episode.query)
-        last = 4 if any(prior.deep for prior in self.priors) else 3
-        support = self.encoder(episode.support.flatten(0, 1), mask if self.masks_support else None, last=last)
-        hidden = base = None
-        if self.uses_base_learner:
-            learner: BaseLearner = self.base_learner.module
-            hidden = learner.hidden(query[4])
-            base = learner.classify(hidden)
-        return Features(query, hidden, base, support, mask, episode.support.shape[1])
+    def remember(self, cache: TensorCache) -> None:
+        """From now on what depends on one image is kept in this cache; for episodes that carry keys (evaluation)."""
+        settings = f"{self.low_stage} {self.masks_support}"
+        self.memo = Memo(cache, f"{'+'.join(self.frozen_hashes().values())} {settings}")
 
-    def middle(self, features: Features) -> tuple[Tensor, Tensor]:
-        """Stages 3 and 2 of query and support, concatenated (stage 2 has the size of stage 3 but in VGG)."""
-        query, support = (torch.cat([m[3], resize(m[2], features.size)], 1) for m in (features.query, features.support))
-        return query, support
+    def features(self, episode: Episode, query_needs: frozenset[str] = frozenset(), support_needs: frozenset[str] = frozenset()
+                 ) -> Features:  # fmt: skip
+        """Frozen views of query and support, with what the priors need and what is asked for beyond."""
+        mask, images = binary_mask(episode.support_mask.flatten(0, 1)), episode.support.flatten(0, 1)
+        query_needs = query_needs.union(*(prior.query_needs for prior in self.priors))
+        if self.uses_base_learner:
+            query_needs |= {"base"}
+        support_needs = support_needs.union(*(prior.support_needs for prior in self.priors))
+        device = episode.query.device
+        query = self.memo.rows(
+            f"query {sorted(query_needs)}", episode.query_key, device,
+            lambda rows: self.view(episode.query[rows], None, query_needs),
+        )  # fmt: skip
+        support = self.memo.rows(
+            f"support {sorted(support_needs)}", sum(episode.support_key, []), device,
+            lambda rows: self.view(images[rows], mask[rows], support_needs),
+        )  # fmt: skip
+        return Features(View(**query), View(**support), mask, episode.support.shape[1], self.memo)
+
+    def view(self, images: Tensor, mask: Tensor | None, needs: frozenset[str]) -> dict[str, Tensor]:
+        """The parts of a `View` of N images; the deep stages run only where they are needed.
+
+        Args:
+            mask: N 1 S S of supports, None for queries.
+        """
+        deep = bool(needs & {"stage4", "hidden", "base"})
+        stages = self.encoder(images, mask if self.masks_support else None, last=4 if deep else 3)
+        middle = torch.cat([stages[3], resize(stages[2], stages[3].shape[2:])], 1)  # of one size but in VGG
+        found = {"middle": middle, "gram": gram(stages[self.low_stage])}
+        if "stage4" in needs:
+            found["stage4"] = stages[4]
+        if needs & {"hidden", "base"}:
+            learner: BaseLearner = self.base_learner.module
+            hidden = learner.hidden(stages[4])
+            found |= {"hidden": hidden} if "hidden" in needs else {}
+            found |= {"base": learner.classify(hidden)} if "base" in needs else {}
+        if "masked4" in needs:
+            deepest = self.encoder.last_stage(stages[3] * resize(mask, stages[3].shape[2:]))
+            found["masked4"] = deepest * resize(mask, deepest.shape[2:])
+        return found
 
     def difference(self, features: Features) -> Tensor:
         """B K scene differences of query and shots."""
-        low = features.support[self.low_stage].unflatten(0, (-1, features.shot))
-        return scene_difference(features.query[self.low_stage], low)
+        return scene_difference(features.query.gram, features.support.gram.unflatten(0, (-1, features.shot)))
 
     def prior_maps(self, episode: Episode, features: Features) -> dict[str, Tensor]:
         return {prior.name: prior(episode, features) for prior in self.priors}
@@ -122,14 +152,15 @@ class FewShot(System):
     @torch.no_grad()
     def predict(self, batch: Episode, baselines: bool = False) -> Prediction:
         self._check(batch)
-        features = self.features(batch)
+        features = self.features(batch, *((CosinePrior.query_needs, CosinePrior.support_needs) if baselines else ()))
         maps = self.prior_maps(batch, features)
         decoded = self.decode(self.trained, features, list(maps.values()), batch.base_rank)
         shown = {name: prior.float().flatten(1, -3).mean(1) for name, prior in maps.items()}
         if decoded.correlations:
             shown["correlation"] = decoded.correlations[-1].float()
         side = batch.query.shape[2:]
-        final, meta, base = (None if x is None else resize(x.float(), side) for x in (decoded.final, decoded.meta, features.base))
+        scores = (decoded.final, decoded.meta, features.query.base)
+        final, meta, base = (None if x is None else resize(x.float(), side) for x in scores)
         return Prediction(final, meta, base, shown, self.baselines(batch, features, shown) if baselines else {})
 
     def baselines(self, batch: Episode, features: Features, maps: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -139,7 +170,7 @@ class FewShot(System):
         """
         cosine = maps.get("cosine")
         if cosine is None:
-            cosine = CosinePrior(self.encoder)(batch, features).float().mean(1)[:, 0]
+            cosine = CosinePrior()(batch, features).float().mean(1)[:, 0]
         side = batch.query_mask.shape[1:]
         found = {"everything foreground": torch.ones_like(batch.query_mask, dtype=torch.bool),
                  "cosine prior > 0.5": resize(cosine[:, None], side)[:, 0] > 0.5}

@@ -97,11 +97,11 @@ def build(golden: Golden) -> FewShot:
     base_learner = Frozen(BaseLearner(encoder, len(data.base) + 1))
     system: FewShot
     if golden.system == "pfenet":
-        system = PFENet(Frozen(encoder), [CosinePrior(encoder)], golden.shot, Method(ppm_scales=[21, 10, 5, 2]))
+        system = PFENet(Frozen(encoder), [CosinePrior()], golden.shot, Method(ppm_scales=[21, 10, 5, 2]))
     elif golden.system == "bam":
-        system = BAM(base_learner, [CosinePrior(encoder)], golden.shot, Method())
+        system = BAM(base_learner, [CosinePrior()], golden.shot, Method())
     elif golden.system == "hdmnet":
-        system = HDMNet(base_learner, [SimilarityPrior(base_learner)], golden.shot, Method())
+        system = HDMNet(base_learner, [SimilarityPrior()], golden.shot, Method())
     else:
         clip = Frozen(filled_clip(golden))
         names = read_class_names(LISTS / golden.data_set / "classes.txt").texts
@@ -155,7 +155,8 @@ def check_hdmnet(golden: Golden, system: HDMNet, batch: Episode) -> Iterator[Row
         for prior, array, tolerance in (("vtp", "vtp_map", 1e-4), ("vvp", "vvp_map", 5e-6), ("similarity", "similarity", 5e-6)):
             if prior in maps:
                 yield compare(array, maps[prior], golden[array], tolerance)
-        query, support = system.head.merge(*system.middle(features), features.mask, join(list(maps.values())))
+        middle = features.query.middle, features.support.middle
+        query, support = system.head.merge(*middle, features.mask, join(list(maps.values())))
         yield compare("matcher_query", query, golden["matcher_query"], close)
         yield compare("matcher_support", support, golden["matcher_support"], 5e-6)
         yield from check_matcher(golden, system)
@@ -198,7 +199,7 @@ def check_text_prior(golden: Golden, prior: TextPrior, batch: Episode) -> Iterat
             size = tuple(batch.annotation_hw[i].tolist())
             fed = refine(torch.from_numpy(raw)[None], attention)
             yield compare(f"vtp_{i} (cam_raw fed)", resize(fed[None], size, corners=False)[0, 0], golden[f"vtp_{i}"], 1e-4)
-    for i, prior_map in enumerate(prior.at_annotation_size(batch)):
+    for i, prior_map in enumerate(prior.at_annotation_size(batch, range(len(batch)))):
         if f"vtp_{i}" in golden:
             yield compare(f"vtp_{i}", prior_map, golden[f"vtp_{i}"], 1e-4)
 

@@ -7,7 +7,7 @@ batch size, today or next year.
 from bisect import bisect_left, insort
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import lru_cache
 from hashlib import blake2b
 from pathlib import Path
@@ -183,6 +183,17 @@ class Episode(Batch):
     original_base: list[Tensor]  # B of H W uint8: base_label at file size; evaluation only, else []
     query_name: list[str]  # B image paths relative to the data root
     support_names: list[list[str]]  # B lists of K
+    query_key: list[str] = field(default_factory=list)  # hash of each query's pixels; evaluation only, else []
+    support_key: list[list[str]] = field(default_factory=list)  # B lists of K: hash of pixels and mask; evaluation only
+
+
+def content_key(*arrays: np.ndarray) -> str:
+    """Hash of arrays, 32 hex digits: the key under which an evaluation keeps what it computed of an image."""
+    digest = blake2b(digest_size=16)
+    for array in arrays:
+        digest.update(repr(array.shape).encode())
+        digest.update(np.ascontiguousarray(array).view(np.uint8))
+    return digest.hexdigest()
 
 
 def mask_table(cls: int) -> np.ndarray:
@@ -266,6 +277,8 @@ class EpisodeDataset(Dataset):
             original_base=[to_tensor(self._base_table[original])] if self.evaluation else [],
             query_name=[record.image],
             support_names=[[s.image for s in supports]],
+            query_key=[content_key(query)] if self.evaluation else [],
+            support_key=[[content_key(image.numpy(), mask.numpy()) for image, mask in pairs]] if self.evaluation else [],
         )
 
     def _support(self, record: Record, to_mask: np.ndarray, rng: np.random.Generator) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,121 @@
+"""What evaluation keeps: the same bits with and without, in any batch, from disk, after damage."""
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+
+from model.clip import Clip
+from model.clip.load import clip_from_state
+from model.few_shot.bam import BAM
+from model.few_shot.hdmnet import HDMNet
+from model.few_shot.pfenet import PFENet
+from model.few_shot.system import FewShot
+from tests.test_clip import small_clip
+from tests.test_few_shot import small_system
+from tests.test_pi_clip import episode as clip_episode
+from tests.test_pi_clip import pi_clip
+from util.cache import TensorCache, nbytes, open_cache
+from util.data.episodes import Episode, content_key
+from util.errors import UserError
+
+CPU = torch.device("cpu")
+
+
+def keyed(made: Episode) -> Episode:
+    made.query_key = [content_key(image.numpy()) for image in made.query]
+    made.support_key = [[content_key(image.numpy(), mask.numpy()) for image, mask in zip(images, masks, strict=True)]
+                        for images, masks in zip(made.support, made.support_mask, strict=True)]  # fmt: skip
+    return made
+
+
+def only(made: Episode, rows: list[int]) -> Episode:
+    def pick(value):
+        return value[rows] if isinstance(value, torch.Tensor) else [value[i] for i in rows] if value else []
+
+    return Episode(**{name: pick(value) for name, value in vars(made).items()})
+
+
+def systems() -> list[FewShot]:
+    state = small_clip().state_dict()
+    clip: Clip = clip_from_state({**state, "visual.positional_embedding": state["visual.positional_embedding"] * 20})
+    return [pi_clip(clip, 2), *(small_system(2, system=cls).eval() for cls in (HDMNet, BAM, PFENet))]
+
+
+@pytest.mark.parametrize("system", systems(), ids=lambda s: type(s).__name__)
+def test_same_bits_with_and_without(system: FewShot, tmp_path: Path) -> None:
+    made = keyed(clip_episode(shot=2))
+    plain = system.predict(made, baselines=True)
+    system.remember(TensorCache(2**30, tmp_path))
+    calls = []
+    system.encoder.register_forward_hook(lambda *_: calls.append(1))
+    cold, warm = system.predict(made, baselines=True), system.predict(made, baselines=True)
+    assert len(calls) == 3 + 6  # every query and support once
+    system.remember(TensorCache(0, tmp_path))  # a later run: from disk alone
+    later = system.predict(made, baselines=True)
+    assert len(calls) == 9
+    for other in (cold, warm, later):
+        assert torch.equal(plain.final, other.final)
+        assert all(torch.equal(plain.maps[k], other.maps[k]) for k in plain.maps)
+        assert all(torch.equal(plain.baselines[k], other.baselines[k]) for k in plain.baselines)
+    again = system.predict(only(made, [2, 0]), baselines=True)  # another batch: what is kept has the same bits
+    assert all(torch.equal(plain.maps[k][[2, 0]], again.maps[k]) for k in plain.maps if k in ("vtp", "vvp"))
+
+
+def test_content_is_the_key() -> None:
+    system, made = small_system(1).eval(), keyed(clip_episode())
+    system.remember(TensorCache(2**30))
+    before = system.predict(made).final
+    made.support_mask = 1 - made.support_mask.clamp(max=1)
+    assert not torch.equal(system.predict(keyed(made)).final, before)
+    with torch.no_grad():
+        system.encoder.stages[0][0].weight.mul_(2)
+    system.remember(system.memo.cache)  # other weights: the old entries are not theirs
+    assert not torch.equal(system.features(made).query.middle, small_system(1).eval().features(made).query.middle)
+
+
+def test_training_keeps_nothing() -> None:
+    system = small_system(1).train()
+    system.remember(cache := TensorCache(2**30))
+    system.losses(clip_episode())
+    assert cache.size == cache.hits == cache.misses == 0
+
+
+def test_budget() -> None:
+    cache = TensorCache(1000)
+    rows = {name: {"x": torch.full((100,), float(i))} for i, name in enumerate("abc")}  # 400 bytes each
+    for name in "ab":
+        cache.put(name, rows[name])
+    assert cache.get("a", CPU) and cache.size == 800
+    cache.put("c", rows["c"])
+    assert cache.get("b", CPU) is None and torch.equal(cache.get("a", CPU)["x"], rows["a"]["x"]) and cache.size == 800
+    cache.put("huge", {"x": torch.zeros(1000)})
+    assert cache.get("huge", CPU) is None and cache.size == 800
+    row = cache.put("row", {"x": torch.zeros(50, 2)[3]})
+    assert nbytes(row) == row["x"].untyped_storage().nbytes() == 8  # the batch behind it is let go
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "swapped"])
+def test_damaged_entry_is_computed_again(tmp_path: Path, damage: str) -> None:
+    cache = TensorCache(0, tmp_path)
+    for name in "ab":
+        cache.put(name, {"x": torch.arange(100.0) + ord(name)})
+    path, other = cache._path("a"), cache._path("b")
+    content = path.read_bytes()
+    path.write_bytes({"cut": content[:-5], "flipped": content[:-1] + bytes([content[-1] ^ 1]), "empty": b"",
+                      "swapped": other.read_bytes()}[damage])  # fmt: skip
+    assert cache.get("a", CPU) is None and cache.get("b", CPU) is not None
+    cache.put("a", {"x": torch.arange(100.0)})
+    assert torch.equal(cache.get("a", CPU)["x"], torch.arange(100.0))
+    assert not [p for p in tmp_path.rglob(".*")]
+
+
+def test_folder_that_cannot_be_written(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="Runtime.cache_dir"):
+        open_cache(1, str(tmp_path / "file/folder"))
+    cache = TensorCache(1000, tmp_path / "file")  # as if it became unwritable later
+    with caplog.at_level(logging.WARNING):
+        assert torch.equal(cache.put("a", {"x": torch.ones(3)})["x"], torch.ones(3))
+    assert "goes on without it" in caplog.text and cache.get("a", CPU) is not None
