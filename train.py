@@ -93,8 +93,8 @@ def train(config: Config, place: Experiment, context: Context) -> None:
             if run.validation is None:
                 save_best(run)
             run.progress.epoch = epoch + 1
-            rng = context.gather([checkpoint.rng_state(context.device)])
             if context.main:
+                rng = checkpoint.rng_state(context.device)
                 meta = run.meta | {"selection": "last"}
                 checkpoint.save_resume(place.snapshot, run.system.trained_state(), meta, run.optimizer, rng, run.progress)
         if run.validation is not None:
@@ -124,7 +124,7 @@ def start(config: Config, place: Experiment, context: Context, log: RunLog) -> R
     )  # fmt: skip
     if run.per_epoch == 0:
         raise UserError(f"Train.batch_size = {config.Train.batch_size}: an epoch has only {len(run.data)} samples")
-    torch.manual_seed(config.Train.manual_seed + context.rank)  # from here on for dropout, which differs between ranks
+    torch.manual_seed(config.Train.manual_seed)  # the same in all processes, see model.ops.Dropout
     if config.Train.resume == "auto":
         resume(run)
     if context.world > 1:
@@ -149,13 +149,10 @@ def resume(run: Run) -> None:
     if changed:
         raise UserError(f"{run.place.snapshot} holds a run with another config ({'; '.join(changed)}). Use Train.resume=none to "
                         "overwrite it, or Runtime.output=FOLDER to keep both")
-    if len(state["rng"]) != context.world:
-        raise UserError(f"{run.place.snapshot} was written by {len(state['rng'])} process(es), this run has {context.world}; "
-                        "use the same number of GPUs, or Train.resume=none to start over")
     checkpoint.check_frozen(file, checkpoint.read_meta(file), run.system.frozen_hashes())
     run.system.load_trained(weights, str(file))
     run.optimizer.load_state_dict(state["optimizer"])
-    checkpoint.set_rng_state(state["rng"][context.rank], context.device)
+    checkpoint.set_rng_state(state["rng"], context.device)
     run.progress = Progress(**state["progress"])
     rest = "" if run.progress.epoch < config.Train.epochs else ", nothing is left to train"
     run.log.info(f"{run.progress.epoch} of {config.Train.epochs} epochs are done{rest}")

@@ -3,21 +3,28 @@
 from collections.abc import Sequence
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.ops import resize
+from model.ops import full, processes, resize
 
 
 def segmentation_loss(logits: Tensor, target: Tensor) -> Tensor:
     """Mean cross entropy over the labelled pixels; 0 where every pixel is ignored.
 
+    With several processes the mean is over the pixels of all: each gives its sum over the average count, so that the
+    average of the gradients is that of one process with the whole batch.
+
     Args:
         logits: B C h w, brought to the target's size (bilinear, corners).
         target: B S S int64, 255 is ignored.
     """
-    loss = F.cross_entropy(resize(logits.float(), target.shape[1:]), target, ignore_index=255, reduction="sum")
-    return loss / (target != 255).sum().clamp(min=1)
+    loss = F.cross_entropy(resize(full(logits), target.shape[1:]), target, ignore_index=255, reduction="sum")
+    count, (_, world) = (target != 255).sum(), processes()
+    if world > 1:
+        dist.all_reduce(count)
+    return loss * world / count.clamp(min=1)
 
 
 def distillation_loss(correlations: Sequence[Tensor], target: Tensor) -> Tensor:
@@ -30,7 +37,7 @@ def distillation_loss(correlations: Sequence[Tensor], target: Tensor) -> Tensor:
     teacher = torch.where(target, 1.0, -1e9)
     terms = []
     for student in correlations:
-        student = student.float()
+        student = full(student)
         t = resize(teacher[:, None], student.shape[1:], corners=False).flatten(1).softmax(1)
         s = student.flatten(1).softmax(1)
         terms.append((t * ((t + 1e-12).log() - (s + 1e-12).log())).sum(1).mean())

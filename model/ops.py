@@ -1,10 +1,48 @@
 """Tensor operations that every system uses."""
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def resize(x: Tensor, size: tuple[int, int] | torch.Size, corners: bool = True) -> Tensor:
     """Bilinear resize of B C h w; `corners` is torch's align_corners."""
     return x if x.shape[2:] == tuple(size) else F.interpolate(x, tuple(size), mode="bilinear", align_corners=corners)
+
+
+def full(x: Tensor) -> Tensor:
+    """At least fp32, whatever the autocast made of it."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def processes() -> tuple[int, int]:
+    """(rank, number of processes) of a data-parallel training; (0, 1) otherwise."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+class Dropout(nn.Module):
+    """Dropout that does not depend on how a global batch is spread over processes.
+
+    All processes have the same random state: each draws the mask of the global batch and applies its own rows. The first
+    axis has to be ordered by episode.
+
+    Args:
+        p: probability of a zero.
+        channels: drop whole channels of B C h w (Dropout2d).
+    """
+
+    def __init__(self, p: float, channels: bool = False):
+        super().__init__()
+        self.p, self.channels = p, channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.p == 0:
+            return x
+        rank, world = processes()
+        shape = (x.shape[1], *(1 for _ in x.shape[2:])) if self.channels else x.shape[1:]
+        keep = torch.rand(world * len(x), *shape, device=x.device) >= self.p
+        return x * keep[rank * len(x) : (rank + 1) * len(x)] / (1 - self.p)
+
+    def extra_repr(self) -> str:
+        return f"p={self.p}, channels={self.channels}"

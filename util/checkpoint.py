@@ -73,7 +73,7 @@ def check_frozen(path: Path, meta: Mapping[str, Any], hashes: Mapping[str, str])
 
 
 def save_resume(folder: Path, weights: Mapping[str, Tensor], meta: Mapping[str, Any], optimizer: torch.optim.Optimizer,
-                rng: list[list[Tensor]], progress: Progress) -> None:  # fmt: skip
+                rng: list[Tensor], progress: Progress) -> None:  # fmt: skip
     """Writes last.safetensors, then last.state.pt which refers to it."""
     save_weights(folder / "last.safetensors", weights, meta)
     state = {

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.backbone.encoder import Encoder
+from model.ops import Dropout
 
 
 class PyramidPooling(nn.Module):
@@ -43,7 +44,7 @@ class BaseLearner(nn.Module):
         self.ppm = PyramidPooling(encoder.channels[4])
         self.cls = nn.Sequential(
             nn.Conv2d(self.ppm.out_channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(),
-            nn.Dropout2d(0.1), nn.Conv2d(width, classes, 1),
+            Dropout(0.1, channels=True), nn.Conv2d(width, classes, 1),
         )  # fmt: skip
 
     def hidden(self, stage4: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.ops import resize
+from model.ops import Dropout, resize
 
 EPS = 1e-6  # of every LayerNorm here
 TEMPERATURE = 0.1
@@ -53,7 +53,7 @@ class Attention(nn.Module):
             self.sr = nn.Conv2d(width, width, reduction, reduction)
             self.norm = nn.LayerNorm(width, eps=EPS)
         self.reduction = reduction
-        self.dropout = nn.Dropout(DROPOUT)
+        self.dropout = Dropout(DROPOUT)
 
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         source = x
@@ -79,7 +79,7 @@ class FeedForward(nn.Sequential):
     def __init__(self, width: int, hidden: int):
         super().__init__(
             nn.Conv2d(width, hidden, 1), nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden), nn.GELU(),
-            nn.Dropout(DROPOUT), nn.Conv2d(hidden, width, 1), nn.Dropout(DROPOUT),
+            Dropout(DROPOUT), nn.Conv2d(hidden, width, 1), Dropout(DROPOUT),
         )  # fmt: skip
 
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
@@ -108,7 +108,7 @@ class Match(nn.Module):
         self.heads = heads
         self.norm1, self.norm2 = nn.LayerNorm(width, eps=EPS), nn.LayerNorm(width, eps=EPS)
         self.q, self.k, self.v, self.o = (nn.Linear(width, width, bias=False) for _ in range(4))
-        self.dropout = nn.Dropout(DROPOUT)
+        self.dropout = Dropout(DROPOUT)
         self.ffn = FeedForward(width, 4 * width)
 
     def forward(self, query: Tensor, support: Tensor, inside: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
@@ -215,12 +215,14 @@ class Matcher(nn.Module):
             logits B 2 h w; correlation maps B h w of the levels, coarse first.
         """
         B = len(query)
-        x = torch.cat([query, support])  # shared weights: one pass for both
+        # Shared weights: one pass for query and support, ordered by episode (see `Dropout`).
+        x = torch.cat([query[:, None], support.unflatten(0, (B, -1))], 1).flatten(0, 1)
         matched, correlations = [], []
         for level in self.levels:
             tokens, size = level.encode(x)
             inside = F.interpolate(mask, size, mode="nearest").view(B, -1) > 0
-            q, correlation = level.match(tokens[:B], tokens[B:].reshape(B, -1, tokens.shape[2]), inside, size)
+            episodes = tokens.unflatten(0, (B, -1))  # B 1+K N C
+            q, correlation = level.match(episodes[:, 0], episodes[:, 1:].flatten(1, 2), inside, size)
             matched.append(level.with_priors(to_map(q, size), priors))
             correlations.append(correlation)
             x = to_map(tokens, size)

@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.ops import resize
+from model.ops import Dropout, resize
 
 
 def binary_mask(label: Tensor) -> Tensor:
@@ -64,9 +64,9 @@ def scene_difference(query: Tensor, support: Tensor) -> Tensor:
 
 
 def reduce_block(channels: int, width: int, dropout: float = 0.0) -> nn.Sequential:
-    """1x1 convolution without bias, ReLU, optional Dropout2d."""
+    """1x1 convolution without bias, ReLU, optional dropout of channels."""
     layers = [nn.Conv2d(channels, width, 1, bias=False), nn.ReLU()]
-    return nn.Sequential(*layers, nn.Dropout2d(dropout)) if dropout else nn.Sequential(*layers)
+    return nn.Sequential(*layers, Dropout(dropout, channels=True)) if dropout else nn.Sequential(*layers)
 
 
 def double_conv(width: int) -> nn.Sequential:
@@ -78,7 +78,7 @@ def double_conv(width: int) -> nn.Sequential:
 def classifier(width: int) -> nn.Sequential:
     """PFENet's and BAM's: width -> background and foreground logits."""
     return nn.Sequential(
-        nn.Conv2d(width, width, 3, padding=1, bias=False), nn.ReLU(), nn.Dropout2d(0.1), nn.Conv2d(width, 2, 1)
+        nn.Conv2d(width, width, 3, padding=1, bias=False), nn.ReLU(), Dropout(0.1, channels=True), nn.Conv2d(width, 2, 1)
     )
 
 
