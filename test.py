@@ -34,7 +34,7 @@ def main() -> None:
     config = load_config(arguments.config, arguments.arch, arguments.overrides)
     place = Experiment.from_config_path(arguments.arch, arguments.config, config.Runtime.output)
     system_class(arguments.arch)
-    context = distributed.start(arguments.gpus, config.Runtime.threads)
+    context = distributed.start(arguments.gpus, config.Runtime)
     try:
         prepare_data(config, context)
         with RunLog(place.result, "test.log", main=context.main) as log:
@@ -85,6 +85,8 @@ def score(config: Config, place: Experiment, context: Context, log: RunLog, cach
     load_weights(system, config, place, weight)
     system.to(context.device).eval()
     system.remember(cache)
+    if context.world > 1:
+        context.agree(experiment.fingerprint(config, source.records("val_list")) | system.frozen_hashes())
     for warning in system.warnings:
         log.warning(warning)
     log.info(f"{place.arch} on {place.data_set} {place.exp}, {config.Train.shot}-shot, weights {weight}")

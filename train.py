@@ -34,7 +34,7 @@ def main() -> None:
     arguments = cli.parse(__doc__)
     config = load_config(arguments.config, arguments.arch, arguments.overrides)
     place = Experiment.from_config_path(arguments.arch, arguments.config, config.Runtime.output)
-    context = distributed.start(arguments.gpus, config.Runtime.threads)
+    context = distributed.start(arguments.gpus, config.Runtime)
     try:
         prepare_data(config, context)
         if needs_base_learner(place.arch):
@@ -128,6 +128,7 @@ def start(config: Config, place: Experiment, context: Context, log: RunLog) -> R
     if config.Train.resume == "auto":
         resume(run)
     if context.world > 1:
+        context.agree(experiment.fingerprint(config, source.records("train_list")) | system.frozen_hashes())
         system.distribute(context.device)
     if context.main:
         with atomic(place.folder / "config.yaml") as file:

@@ -127,6 +127,19 @@ def test_sharded_evaluation_counts_the_same(tmp_path: Path, block, write_voc) ->
         assert found == one
 
 
+def disagree(context: Context) -> str:
+    try:
+        context.agree({"code": "same", "data": f"of {context.rank}"})
+    except UserError as error:
+        return str(error)
+    return "agreed"
+
+
+def test_processes_with_other_data_are_stopped(tmp_path: Path) -> None:
+    for found in in_processes(2, tmp_path, disagree):
+        assert "data (process 1: of 1, process 0: of 0)" in found and "code" not in found
+
+
 def test_a_batch_that_cannot_be_divided() -> None:
     with pytest.raises(UserError, match="global batch of 8 .* 3 processes"):
         RangeSampler(0, 10, 8, Context(CPU, 0, 3), drop_last=True)

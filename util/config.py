@@ -103,6 +103,7 @@ class Runtime:
     precision: Literal["fp32", "bf16"] = "fp32"  # autocast; Grad-CAM, losses and metrics stay fp32
     cache_gb: float = 4.0  # evaluation: memory, of each process, for what depends on one image alone; 0: keep nothing
     cache_dir: str = ""  # folder that keeps it for later runs too (some 30 MB an image at 473)
+    processes: int = 1  # on the CPU: how many share the work (train.sh and test.sh start them); with GPUs, one for each
     threads: int = 0  # CPU threads per process; 0: all cores, divided among the processes
     output: str = "exp"  # folder of all runs: OUTPUT/DATASET/ARCH/EXP/NET
 
@@ -273,6 +274,8 @@ def _validate(config: Config) -> None:
         raise UserError(f"Train.workers = {train.workers}: must be 0 or more")
     if not 0 < train.scale_min <= train.scale_max:
         raise UserError(f"Train.scale_min = {train.scale_min}, scale_max = {train.scale_max}: need 0 < min <= max")
+    if config.Runtime.processes < 1:
+        raise UserError(f"Runtime.processes = {config.Runtime.processes}: must be at least 1")
     if config.Runtime.cache_gb < 0:
         raise UserError(f"Runtime.cache_gb = {config.Runtime.cache_gb}: must be 0 (keep nothing) or more")
     if not config.Test_Finetune.seeds:

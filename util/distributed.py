@@ -1,7 +1,7 @@
 """One process or many: device, ranks, reductions, and which episodes a rank gets."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import Sampler
 
+from util.config import Runtime
 from util.errors import UserError
 
 
@@ -42,30 +43,40 @@ class Context:
         dist.all_gather_object(parts, value)
         return [item for part in parts for item in part]
 
+    def agree(self, facts: Mapping[str, str]) -> None:
+        """Raises UserError in all processes when one of them, on another machine perhaps, has another value of a fact."""
+        everyone = self.gather([dict(facts)])
+        wrong = [f"{key} (process {rank}: {theirs.get(key)}, process 0: {value})" for key, value in everyone[0].items()
+                 for rank, theirs in enumerate(everyone) if theirs.get(key) != value]
+        if wrong:
+            raise UserError("the processes differ, so they would not train one model: " + "; ".join(wrong))
+
     def barrier(self) -> None:
         if self.world > 1:
             dist.barrier()
 
 
-def start(gpus: int, threads: int = 0) -> Context:
+def start(gpus: int, runtime: Runtime) -> Context:
     """Joins the process group when torchrun started several processes.
 
     Args:
-        gpus: 0 is the CPU; more than the machine has is an error.
-        threads: CPU threads of this process, 0 leaves torch's choice (all cores, divided among processes).
+        gpus: of this machine; 0 is the CPU; more than the machine has is an error.
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local, local_world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     found = torch.cuda.device_count()
     if gpus > found:
         raise UserError(f"GPUS={gpus}, but torch sees {found} on this machine; 0 runs on the CPU")
-    if gpus > 1 and world == 1:
-        raise UserError(f"GPUS={gpus} needs one process per GPU: use `sh train.sh EXP DATASET {gpus}`, which starts torchrun")
+    wanted = gpus or runtime.processes
+    if wanted > 1 and world == 1:
+        raise UserError(f"{wanted} processes (GPUS, Runtime.processes) need torchrun: use `sh train.sh EXP DATASET {gpus}`")
     device = torch.device("cuda", local) if gpus else torch.device("cpu")
     if gpus:
         torch.cuda.set_device(device)
+        if runtime.precision == "bf16" and not torch.cuda.is_bf16_supported():
+            raise UserError(f"Runtime.precision=bf16: {torch.cuda.get_device_name(device)} has no bfloat16; use fp32")
     else:
-        torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // local_world))
+        torch.set_num_threads(runtime.threads or max(1, len(os.sched_getaffinity(0)) // local_world))
     if world > 1:
         dist.init_process_group("nccl" if gpus else "gloo", timeout=timedelta(minutes=30))
     return Context(device, rank, world)

@@ -1,13 +1,18 @@
 """Where a run lives and what it needs: folders, provenance, and the weights that come before it."""
 
+import dataclasses
+import hashlib
+import json
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
-from util.config import Config
+from util.config import Config, Runtime
+from util.data.index import Record
 from util.errors import UserError
 
 CACHE = Path("exp/.cache")
@@ -86,6 +91,18 @@ def identity(arch: str, config: Config, priors: list[str] | None = None) -> dict
         return shared
     return shared | {"shot": train.shot, "priors": priors, "filter_novel": train.filter_novel, "crop": train.crop,
                      "selection": train.selection}
+
+
+def fingerprint(config: Config, records: Sequence[Record]) -> dict[str, str]:
+    """Short hashes of what has to be the same in all processes of a run: code, config, and the labels as they were read."""
+    root = Path(__file__).parents[1]
+    code = hashlib.sha256()
+    for file in sorted(f for pattern in ("*.py", "model/**/*.py", "util/**/*.py", "demo/**/*.py") for f in root.glob(pattern)):
+        code.update(file.read_bytes())
+    data = hashlib.sha256(repr([(r.image, r.pixels, r.annotated) for r in records]).encode())
+    free = {"Runtime": dataclasses.asdict(Runtime())}  # threads, folders: each machine's own affair
+    whole = hashlib.sha256(json.dumps(dataclasses.asdict(config) | free, sort_keys=True).encode())
+    return {name: digest.hexdigest()[:12] for name, digest in (("code", code), ("config", whole), ("data", data))}
 
 
 def environment(device: torch.device) -> dict:

@@ -13,6 +13,9 @@ usage: [ARCH=$arch] [NET=$net] sh $stage.sh EXP DATASET [GPUS] [Section.key=valu
   EXP, DATASET, NET   pick config/DATASET/DATASET_EXP_NET.yaml
   GPUS                0 is the CPU; when left out: 1 if nvidia-smi lists a GPU, else 0
   Section.key=value   changes a key of the config; paths are relative to the repository
+  Runtime.processes=N splits the work among N processes on the CPU
+several machines: the same command on each, with NNODES, NODE_RANK, MASTER_ADDR (and MASTER_PORT) in the environment;
+  GPUS is then per machine, MAX_RESTARTS how often a failed run is restarted from its last checkpoint
 example: sh $stage.sh split0 demo 0 Data.shot=5
 EOF
     exit 2
@@ -36,9 +39,15 @@ case ${1:-} in
     *[!0-9]*) fail "GPUS must be a number, not '$1'" ;;
     *) gpus=$1; shift ;;
 esac
+processes=$gpus
 for override; do
-    case $override in --*=* | *.*=*) ;; *) fail "'$override' is not of the form Section.key=value" ;; esac
+    case $override in
+        Runtime.processes=*) [ "$gpus" -gt 0 ] || processes=${override#*=} ;;
+        --*=* | *.*=*) ;;
+        *) fail "'$override' is not of the form Section.key=value" ;;
+    esac
 done
+case $processes in "" | *[!0-9]*) fail "Runtime.processes must be a number, not '$processes'" ;; esac
 
 # 3. with which Python: the active one when it has the packages, else .venv, prepared on first use
 for candidate in python3 python3.13 python3.12 python3.11 python ""; do
@@ -54,8 +63,17 @@ case $gpus in
     0) export CUDA_VISIBLE_DEVICES="" ;;
     1) ;;
     *) found=$("$python" -c 'import torch; print(torch.cuda.device_count())')
-       [ "$gpus" -le "$found" ] || fail "asked for $gpus GPUs, torch sees $found"
-       set -- -m torch.distributed.run --standalone --nproc_per_node="$gpus" "$@" ;;
+       [ "$gpus" -le "$found" ] || fail "asked for $gpus GPUs, torch sees $found" ;;
 esac
+if [ "${NNODES:-1}" -gt 1 ]; then
+    [ -n "${NODE_RANK:-}" ] && [ -n "${MASTER_ADDR:-}" ] || fail "NNODES=$NNODES also needs NODE_RANK (0..) and MASTER_ADDR"
+    where="--nnodes=$NNODES --node_rank=$NODE_RANK --master_addr=$MASTER_ADDR --master_port=${MASTER_PORT:-29500}"
+else
+    where=--standalone
+fi
+if [ "$processes" -gt 1 ] || [ "${NNODES:-1}" -gt 1 ]; then
+    [ "$processes" -gt 0 ] || processes=1
+    set -- -m torch.distributed.run $where --nproc_per_node="$processes" --max_restarts="${MAX_RESTARTS:-0}" "$@"
+fi
 echo "$stage.sh: $python $*"
 exec "$python" "$@"
