@@ -84,7 +84,7 @@ def score(config: Config, place: Experiment, context: Context, log: RunLog, cach
     weight = weight_file(config, place)
     load_weights(system, config, place, weight)
     system.to(context.device).eval()
-    system.remember(cache)
+    system.remember(cache, fixed_head=True)
     if context.world > 1:
         context.agree(experiment.fingerprint(config, source.records("val_list")) | system.frozen_hashes())
     for warning in system.warnings:

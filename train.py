@@ -117,7 +117,7 @@ def start(config: Config, place: Experiment, context: Context, log: RunLog) -> R
     rule = "base" if source.task == "images" else config.Train.selection
     meta["selection"] = rule if validation is not None else "last"
     if validation is not None:
-        system.remember(open_cache(config.Runtime.cache_gb, config.Runtime.cache_dir))
+        system.remember(open_cache(config.Runtime.cache_gb, config.Runtime.cache_dir), fixed_head=False)
     run = Run(
         system, source, source.training(), system.optimizer(config.Train), Progress(config=dataclasses.asdict(config)),
         config, place, context, log, meta, validation,

@@ -65,8 +65,12 @@ class System(nn.Module):
         """Without gradient; with `baselines` also the trivial predictions."""
         raise NotImplementedError
 
-    def remember(self, cache: TensorCache) -> None:
-        """Lets evaluation keep frozen computations in a cache; systems without any ignore it."""
+    def remember(self, cache: TensorCache, fixed_head: bool) -> None:
+        """Lets evaluation keep in a cache what depends on one image; systems without any such thing ignore it.
+
+        Args:
+            fixed_head: the trained part will not change any more (testing), so what it makes of an image is kept too.
+        """
 
     def optimizer(self, train: Train) -> torch.optim.Optimizer:
         """The paper's optimizer over its parameter groups; poly decay acts on every group's initial rate.

@@ -43,41 +43,52 @@ def systems() -> list[FewShot]:
     return [pi_clip(clip, 2), *(small_system(2, system=cls).eval() for cls in (HDMNet, BAM, PFENet))]
 
 
+@pytest.mark.parametrize("fixed", [True, False])
 @pytest.mark.parametrize("system", systems(), ids=lambda s: type(s).__name__)
-def test_same_bits_with_and_without(system: FewShot, tmp_path: Path) -> None:
+def test_same_bits_with_and_without(system: FewShot, fixed: bool, tmp_path: Path) -> None:
     made = keyed(clip_episode(shot=2))
+    system.remember(TensorCache(0), fixed)
     plain = system.predict(made, baselines=True)
-    system.remember(TensorCache(2**30, tmp_path))
+    system.remember(TensorCache(2**30, tmp_path), fixed)
     calls = []
-    system.encoder.register_forward_hook(lambda *_: calls.append(1))
+    hook = system.encoder.register_forward_hook(lambda *_: calls.append(1))
     cold, warm = system.predict(made, baselines=True), system.predict(made, baselines=True)
     assert len(calls) == 3 + 6  # every query and support once
-    system.remember(TensorCache(0, tmp_path))  # a later run: from disk alone
+    system.remember(TensorCache(0, tmp_path), fixed)  # a later run: from disk alone
     later = system.predict(made, baselines=True)
     assert len(calls) == 9
     for other in (cold, warm, later):
         assert torch.equal(plain.final, other.final)
         assert all(torch.equal(plain.maps[k], other.maps[k]) for k in plain.maps)
         assert all(torch.equal(plain.baselines[k], other.baselines[k]) for k in plain.baselines)
+    hook.remove()
     again = system.predict(only(made, [2, 0]), baselines=True)  # another batch: what is kept has the same bits
     assert all(torch.equal(plain.maps[k][[2, 0]], again.maps[k]) for k in plain.maps if k in ("vtp", "vvp"))
 
 
 def test_content_is_the_key() -> None:
     system, made = small_system(1).eval(), keyed(clip_episode())
-    system.remember(TensorCache(2**30))
+    system.remember(TensorCache(2**30), fixed_head=True)
     before = system.predict(made).final
     made.support_mask = 1 - made.support_mask.clamp(max=1)
     assert not torch.equal(system.predict(keyed(made)).final, before)
     with torch.no_grad():
         system.encoder.stages[0][0].weight.mul_(2)
-    system.remember(system.memo.cache)  # other weights: the old entries are not theirs
-    assert not torch.equal(system.features(made).query.middle, small_system(1).eval().features(made).query.middle)
+    system.remember(system.memo.cache, fixed_head=True)  # other weights: the old entries are not theirs
+    fresh = small_system(1).eval()
+    fresh.remember(TensorCache(0), fixed_head=True)
+    assert not torch.equal(system.features(made).query.middle, fresh.features(made).query.middle)
+    fresh.remember(system.memo.cache, fixed_head=True)
+    with torch.no_grad():
+        fresh.head.down_query[0].weight.mul_(2)
+    other = fresh.predict(made).final
+    fresh.remember(system.memo.cache, fixed_head=True)  # another head, too
+    assert not torch.equal(fresh.predict(made).final, other)
 
 
 def test_training_keeps_nothing() -> None:
     system = small_system(1).train()
-    system.remember(cache := TensorCache(2**30))
+    system.remember(cache := TensorCache(2**30), fixed_head=False)
     system.losses(clip_episode())
     assert cache.size == cache.hits == cache.misses == 0
 
@@ -85,11 +96,13 @@ def test_training_keeps_nothing() -> None:
 def test_budget() -> None:
     cache = TensorCache(1000)
     rows = {name: {"x": torch.full((100,), float(i))} for i, name in enumerate("abc")}  # 400 bytes each
-    for name in "ab":
+    for name in "aab":
         cache.put(name, rows[name])
-    assert cache.get("a", CPU) and cache.size == 800
+    assert cache.get("a", CPU) and cache.get("b", CPU) and cache.size == 800
     cache.put("c", rows["c"])
-    assert cache.get("b", CPU) is None and torch.equal(cache.get("a", CPU)["x"], rows["a"]["x"]) and cache.size == 800
+    kept = {name: entry for name in "abc" if (entry := cache.get(name, CPU)) is not None}
+    assert len(kept) == 2 and "c" in kept and cache.size == 800
+    assert all(torch.equal(entry["x"], rows[name]["x"]) for name, entry in kept.items())
     cache.put("huge", {"x": torch.zeros(1000)})
     assert cache.get("huge", CPU) is None and cache.size == 800
     row = cache.put("row", {"x": torch.zeros(50, 2)[3]})

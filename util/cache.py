@@ -7,7 +7,7 @@ beside their place and renamed, which several processes may do at once; a damage
 import hashlib
 import json
 import logging
-from collections import OrderedDict
+import random
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -22,7 +22,10 @@ Entry = dict[str, Tensor]
 
 
 class TensorCache:
-    """Named tensors by key, the least recently used leaving first.
+    """Named tensors by key.
+
+    When it is full a random entry leaves: an evaluation asks for the same images in turn, where to drop the least recently
+    used would be to drop exactly what comes next.
 
     Args:
         budget: bytes kept in memory (where the tensors live: the GPU's memory on a GPU).
@@ -32,14 +35,14 @@ class TensorCache:
     def __init__(self, budget: int, folder: Path | None = None):
         self.budget, self.folder = budget, folder
         self.size = self.hits = self.misses = 0
-        self._entries: OrderedDict[str, Entry] = OrderedDict()
+        self._entries: dict[str, Entry] = {}
+        self._keys: list[str] = []  # of the entries, in no order
+        self._random = random.Random(0)
 
     def get(self, key: str, device: torch.device) -> Entry | None:
         """The entry on a device, or None."""
         entry = self._entries.get(key)
-        if entry is not None:
-            self._entries.move_to_end(key)
-        elif self.folder is not None and (entry := self._read(key)) is not None:
+        if entry is None and self.folder is not None and (entry := self._read(key)) is not None:
             entry = {name: tensor.to(device) for name, tensor in entry.items()}
             self._keep(key, entry)
         self.hits += entry is not None
@@ -55,13 +58,15 @@ class TensorCache:
         return entry
 
     def _keep(self, key: str, entry: Entry) -> None:
-        if nbytes(entry) > self.budget:
+        if nbytes(entry) > self.budget or key in self._entries:
             return
+        while self.size + nbytes(entry) > self.budget:
+            at = self._random.randrange(len(self._keys))
+            self._keys[at], self._keys[-1] = self._keys[-1], self._keys[at]
+            self.size -= nbytes(self._entries.pop(self._keys.pop()))
         self._entries[key] = entry
+        self._keys.append(key)
         self.size += nbytes(entry)
-        while self.size > self.budget:
-            _, oldest = self._entries.popitem(last=False)
-            self.size -= nbytes(oldest)
 
     def _path(self, key: str) -> Path:
         name = hashlib.blake2b(key.encode(), digest_size=16).hexdigest()

@@ -101,8 +101,8 @@ class Test_Finetune:
 @dataclass
 class Runtime:
     precision: Literal["fp32", "bf16"] = "fp32"  # autocast; Grad-CAM, losses and metrics stay fp32
-    cache_gb: float = 4.0  # evaluation: memory, of each process, for what depends on one image alone; 0: keep nothing
-    cache_dir: str = ""  # folder that keeps it for later runs too (some 30 MB an image at 473)
+    cache_gb: float = 8.0  # evaluation: memory of each process for what depends on one image; a PASCAL fold at 473 fills 8
+    cache_dir: str = ""  # folder that keeps it for later runs too (some 10 MB an image at 473)
     processes: int = 1  # on the CPU: how many share the work (train.sh and test.sh start them); with GPUs, one for each
     threads: int = 0  # CPU threads per process; 0: all cores, divided among the processes
     output: str = "exp"  # folder of all runs: OUTPUT/DATASET/ARCH/EXP/NET

@@ -87,15 +87,17 @@ class PrototypeHead(nn.Module):
 
     def __init__(self, channels: int, width: int):
         super().__init__()
+        self.channels = channels
         self.down_query = reduce_block(channels, width, dropout=0.5)
         self.down_supp = reduce_block(channels, width, dropout=0.5)
 
     def reduced(self, query: Tensor, support: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """
         Args:
-            query: B C h w; support: B*K C h w; mask: B*K 1 S S.
+            query: B C h w; support: B*K C h w, both from the backbone, or reduced before; mask: B*K 1 S S.
         Returns:
             query B width h w, support B*K width h w, prototypes B K width 1 1.
         """
-        query, support = self.down_query(query), self.down_supp(support)
+        if query.shape[1] == self.channels:
+            query, support = self.down_query(query), self.down_supp(support)
         return query, support, masked_average(support, mask).unflatten(0, (len(query), -1))

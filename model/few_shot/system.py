@@ -17,7 +17,7 @@ from model.few_shot.memo import Memo
 from model.few_shot.parts import binary_mask, gram, scene_difference
 from model.few_shot.prior import CosinePrior, Features, Prior, View
 from model.ops import resize
-from model.system import Frozen, Prediction, System, load_exactly
+from model.system import Frozen, Prediction, System, content_hash, load_exactly
 from util.cache import TensorCache
 from util.config import Method
 from util.data.episodes import Episode
@@ -60,7 +60,7 @@ class FewShot(System):
         self.shot = shot
         self.method = method
         self.low_stage = int(method.low_fea[-1])
-        self.memo = Memo(TensorCache(0), "")
+        self.memo, self.fixed_head = Memo(TensorCache(0), ""), ""
         channels = self.encoder.channels
         self.head = self.build_head(channels[2] + channels[3], sum(p.channels for p in priors))
         self.prior_names = [prior.name for prior in priors]
@@ -90,10 +90,11 @@ class FewShot(System):
     def encoder(self) -> Encoder:
         return self.base_learner.module.encoder if self.uses_base_learner else self.backbone.module
 
-    def remember(self, cache: TensorCache) -> None:
-        """From now on what depends on one image is kept in this cache; for episodes that carry keys (evaluation)."""
+    def remember(self, cache: TensorCache, fixed_head: bool) -> None:
+        """See System; acts on episodes that carry keys (evaluation)."""
         settings = f"{self.low_stage} {self.masks_support}"
         self.memo = Memo(cache, f"{'+'.join(self.frozen_hashes().values())} {settings}")
+        self.fixed_head = content_hash(self.trained) if fixed_head else ""
 
     def features(self, episode: Episode, query_needs: frozenset[str] = frozenset(), support_needs: frozenset[str] = frozenset()
                  ) -> Features:  # fmt: skip
@@ -105,11 +106,11 @@ class FewShot(System):
         support_needs = support_needs.union(*(prior.support_needs for prior in self.priors))
         device = episode.query.device
         query = self.memo.rows(
-            f"query {sorted(query_needs)}", episode.query_key, device,
+            f"query {sorted(query_needs)} {self.fixed_head}", episode.query_key, device,
             lambda rows: self.view(episode.query[rows], None, query_needs),
         )  # fmt: skip
         support = self.memo.rows(
-            f"support {sorted(support_needs)}", sum(episode.support_key, []), device,
+            f"support {sorted(support_needs)} {self.fixed_head}", sum(episode.support_key, []), device,
             lambda rows: self.view(images[rows], mask[rows], support_needs),
         )  # fmt: skip
         return Features(View(**query), View(**support), mask, episode.support.shape[1], self.memo)
@@ -123,6 +124,8 @@ class FewShot(System):
         deep = bool(needs & {"stage4", "hidden", "base"})
         stages = self.encoder(images, mask if self.masks_support else None, last=4 if deep else 3)
         middle = torch.cat([stages[3], resize(stages[2], stages[3].shape[2:])], 1)  # of one size but in VGG
+        if self.fixed_head:  # six times smaller than what it is made of
+            middle = (self.trained.down_query if mask is None else self.trained.down_supp)(middle)
         found = {"middle": middle, "gram": gram(stages[self.low_stage])}
         if "stage4" in needs:
             found["stage4"] = stages[4]
