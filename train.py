@@ -3,10 +3,11 @@
     python train.py --config config/demo/demo_split0_resnet50.yaml --arch PI_CLIP --gpus 0 [Section.key=value ...]
 
 Output goes to exp/DATASET/ARCH/EXP/NET/: config.yaml, train.log, events/ (TensorBoard), snapshot/. Running the same
-command again continues after the last finished epoch.
+command again continues where the last run stopped, bit for bit: at a signal to terminate, at the latest checkpoint otherwise.
 """
 
 import dataclasses
+import shutil
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +22,7 @@ from util.cache import open_cache
 from util.checkpoint import Progress
 from util.config import Config, load_config
 from util.data.build import Source
-from util.distributed import Context, RangeSampler
+from util.distributed import Context, RangeSampler, Termination
 from util.errors import UserError
 from util.experiment import Experiment
 from util.files import atomic
@@ -79,29 +80,44 @@ class Run:
 
 
 def train(config: Config, place: Experiment, context: Context) -> None:
-    """One run, from its first (or last finished) epoch to its end."""
-    with RunLog(place.folder, main=context.main) as log:
+    """One run, from its start, or from wherever an earlier run of the same command stopped, to its end."""
+    with RunLog(place.folder, main=context.main) as log, Termination(context) as termination:
         run = start(config, place, context, log)
-        for epoch in range(run.progress.epoch, config.Train.epochs):
-            for begin, end in parts(run.per_epoch, config.Train.SubEpoch_val):
-                iterate(run, epoch, begin, end)
-                if run.validation is not None:
-                    score = validate(run)
-                    if score > run.progress.best:
-                        run.progress.best, run.progress.best_epoch = score, epoch + end / run.per_epoch
-                        save_best(run)
-            if run.validation is None:
-                save_best(run)
-            run.progress.epoch = epoch + 1
-            if context.main:
-                rng = checkpoint.rng_state(context.device)
-                meta = run.meta | {"selection": "last"}
-                checkpoint.save_resume(place.snapshot, run.system.trained_state(), meta, run.optimizer, rng, run.progress)
+        for epoch in range(config.Train.epochs):
+            for end in parts(run.per_epoch, config.Train.SubEpoch_val):
+                if epoch * run.per_epoch + end > run.progress.closed:
+                    iterate(run, epoch, end, termination)
+                    close_part(run, epoch, end)
         if run.validation is not None:
             best = run.progress
             log.info(f"best mIoU {100 * best.best:.2f} after {best.best_epoch:.3g} epochs  {run.system.mark}".rstrip())
         log.info(f"weights: {place.best}")
         context.barrier()
+
+
+def close_part(run: Run, epoch: int, end: int) -> None:
+    """What follows the last iteration of (half) an epoch: validation, best and last weights, a resume point."""
+    progress = run.progress
+    if run.validation is not None:
+        save_point(run)  # a validation may take longer than a cluster waits
+        score = validate(run)
+        if score > progress.best:
+            progress.best, progress.best_epoch = score, epoch + end / run.per_epoch
+            save_best(run)
+    if end == run.per_epoch:
+        if run.validation is None:
+            save_best(run)
+        if run.context.main:
+            checkpoint.save_weights(run.place.last, run.system.trained_state(), run.meta | {"selection": "last"})
+    progress.closed = progress.step
+    save_point(run)
+
+
+def save_point(run: Run) -> None:
+    """Everything that is needed to go on from here, bit for bit."""
+    if run.context.main:
+        rng, state = checkpoint.rng_state(run.context.device), run.system.trained_state()
+        checkpoint.save_resume(run.place.snapshot, state, run.meta, run.optimizer, rng, run.progress)
 
 
 def start(config: Config, place: Experiment, context: Context, log: RunLog) -> Run:
@@ -125,8 +141,11 @@ def start(config: Config, place: Experiment, context: Context, log: RunLog) -> R
     if run.per_epoch == 0:
         raise UserError(f"Train.batch_size = {config.Train.batch_size}: an epoch has only {len(run.data)} samples")
     torch.manual_seed(config.Train.manual_seed)  # the same in all processes, see model.ops.Dropout
+    run.progress.total = run.per_epoch * config.Train.epochs
     if config.Train.resume == "auto":
         resume(run)
+    elif context.main:
+        shutil.rmtree(place.snapshot / "resume", ignore_errors=True)
     if context.world > 1:
         context.agree(experiment.fingerprint(config, source.records("train_list")) | system.frozen_hashes())
         system.distribute(context.device)
@@ -140,51 +159,55 @@ def start(config: Config, place: Experiment, context: Context, log: RunLog) -> R
 
 
 def resume(run: Run) -> None:
-    """Loads the last finished epoch if there is one; the config must be the same."""
+    """Goes back to the newest resume point if there is one; the config must be the same."""
     found = checkpoint.load_resume(run.place.snapshot)
     if found is None:
         return
-    weights, state = found
-    file, config, context = run.place.snapshot / "last.safetensors", run.config, run.context
+    weights, state, damaged = found
+    for message in damaged:
+        run.log.warning(f"{message}; the one before is used")
     changed = differences(state["progress"]["config"], run.progress.config)
     if changed:
         raise UserError(f"{run.place.snapshot} holds a run with another config ({'; '.join(changed)}). Use Train.resume=none to "
                         "overwrite it, or Runtime.output=FOLDER to keep both")
-    checkpoint.check_frozen(file, checkpoint.read_meta(file), run.system.frozen_hashes())
-    run.system.load_trained(weights, str(file))
+    point = run.place.snapshot / "resume" / f"{state['progress']['step']:09d}.safetensors"
+    checkpoint.check_frozen(point, checkpoint.read_meta(point), run.system.frozen_hashes())
+    run.system.load_trained(weights, str(point))
     run.optimizer.load_state_dict(state["optimizer"])
-    checkpoint.set_rng_state(state["rng"], context.device)
+    checkpoint.set_rng_state(state["rng"], run.context.device)
     run.progress = Progress(**state["progress"])
-    rest = "" if run.progress.epoch < config.Train.epochs else ", nothing is left to train"
-    run.log.info(f"{run.progress.epoch} of {config.Train.epochs} epochs are done{rest}")
+    epochs, rest = divmod(run.progress.step, run.per_epoch)
+    more = f" and {rest} iterations" if rest else ""
+    end = ", nothing is left to train" if run.progress.finished else ""
+    run.log.info(f"{epochs} of {run.config.Train.epochs} epochs{more} are done{end}")
 
 
 def differences(old: dict, new: dict) -> list[str]:
     """Keys in which two configs differ, but for how fast a run goes and what is tested later."""
     free = {"Train.workers", "Train.print_freq", "Train.resume", "Runtime.threads", "Runtime.output",
-            "Runtime.cache_gb", "Runtime.cache_dir"}
+            "Runtime.cache_gb", "Runtime.cache_dir", "Runtime.processes", "Train.save_minutes"}
     return [f"{section}.{key} was {old.get(section, {}).get(key)!r}, is {value!r}"
             for section, values in new.items() if section != "Test_Finetune"
             for key, value in values.items() if f"{section}.{key}" not in free and old.get(section, {}).get(key) != value]
 
 
-def parts(per_epoch: int, halves: bool) -> list[tuple[int, int]]:
-    """Iterations (begin, end) of an epoch between validations."""
+def parts(per_epoch: int, halves: bool) -> list[int]:
+    """Iterations of an epoch after which it is validated."""
     half = per_epoch // 2
-    return [(0, half), (half, per_epoch)] if halves and half else [(0, per_epoch)]
+    return [half, per_epoch] if halves and half else [per_epoch]
 
 
-def iterate(run: Run, epoch: int, begin: int, end: int) -> None:
-    """Iterations begin..end-1 of an epoch."""
+def iterate(run: Run, epoch: int, end: int, termination: Termination) -> None:
+    """Iterations of an epoch from where the run stands to `end`."""
     train, context, progress = run.config.Train, run.context, run.progress
     run.system.train()
-    total = run.per_epoch * train.epochs
+    begin, saved = progress.step - epoch * run.per_epoch, time.monotonic()
     first, last = ((epoch * run.per_epoch + i) * train.batch_size for i in (begin, end))
     sampler = RangeSampler(first, last, train.batch_size, context, drop_last=True)
     batches = evaluate.loader(run.data, sampler, train.workers, context.device)
     with run.log.progress(run.per_epoch, f"epoch {epoch + 1}/{train.epochs}", begin) as bar:
         for batch in batches:
-            poly(run.optimizer, progress.step, total, train.power)
+            poly(run.optimizer, progress.step, progress.total, train.power)
             batch = batch.to(context.device, non_blocking=True)
             with torch.autocast(context.device.type, torch.bfloat16, enabled=run.config.Runtime.precision == "bf16"):
                 losses = run.system.losses(batch)
@@ -200,8 +223,14 @@ def iterate(run: Run, epoch: int, begin: int, end: int) -> None:
             if progress.step % train.print_freq == 0:
                 if not torch.isfinite(loss):
                     raise UserError(f"the loss is {loss.item()} at iteration {progress.step}; lower Train.base_lr, or use "
-                                    "Runtime.precision=fp32. The checkpoints of the last finished epoch are valid")
+                                    "Runtime.precision=fp32. The last resume point is valid")
                 run.log.scalars(losses | {"rate": rate}, progress.step, "train")
+            if termination.asked():
+                save_point(run)
+                raise termination.ended(progress.step)
+            if time.monotonic() - saved > 60 * train.save_minutes:
+                save_point(run)
+                saved = time.monotonic()
 
 
 def validate(run: Run) -> float:

@@ -105,24 +105,63 @@ def test_protocols_and_episode_files(world: list[str], trained: Path, tmp_path: 
     says(sh("test.sh", *few, f"--episodes={file}"), r"episodes\.txt:\d+: the image Images/.* is not in Data.val_list")
 
 
+KILL = """
+import os, signal, sys
+import train, util.checkpoint as c
+calls = [0]
+def stop(path, value, f=c.save_json):
+    calls[0] += 1
+    if calls[0] == {call}:
+        os.kill(os.getpid(), signal.{signal})
+    f(path, value)
+c.save_json = stop
+train.cli.run(train.main)
+"""
+
+
 def test_rerun_continues_bit_for_bit(world: list[str], trained: Path, tmp_path: Path) -> None:
-    """Two epochs in one go equal one epoch, an interruption, and the same command again."""
-    straight = [*world[:-1], f"Runtime.output={tmp_path}/a", *SMALL, "Train.epochs=2", "Train.evaluate=false",
-                f"Method.pre_weight={trained.parents[2] / 'PSPNet/split0/resnet50/snapshot/best.safetensors'}"]  # fmt: skip
-    assert sh("train.sh", *straight, arch="HDMNet").returncode == 0
-    broken = [o.replace(f"{tmp_path}/a", f"{tmp_path}/b") for o in straight]
-    code = "import train, util.checkpoint as c\ndef stop(*a, f=c.save_resume): f(*a); raise KeyboardInterrupt\n" \
-           "c.save_resume = stop\ntrain.cli.run(train.main)"  # fmt: skip
-    config = "config/demo/demo_split0_resnet50.yaml"
-    run = subprocess.run([sys.executable, "-c", code, "--config", config, "--arch", "HDMNet", "--gpus", "0", *broken],
-                         cwd=ROOT, text=True, capture_output=True, timeout=600)  # fmt: skip
-    assert run.returncode == 130 and "interrupted" in run.stderr, run.stderr
+    """Two epochs in one go equal a run that is killed while it writes a checkpoint in the middle of an epoch, then terminated,
+    then finds its newest checkpoint damaged."""
+    common = [*world[:-1], *SMALL, "Train.epochs=2", "Train.evaluate=false", "Train.save_minutes=0",
+              f"Method.pre_weight={trained.parents[2] / 'PSPNet/split0/resnet50/snapshot/best.safetensors'}"]  # fmt: skip
+    assert sh("train.sh", *common, f"Runtime.output={tmp_path}/a", "Train.save_minutes=60", arch="HDMNet").returncode == 0
+    broken = [*common, f"Runtime.output={tmp_path}/b"]
+    given = ["--config", "config/demo/demo_split0_resnet50.yaml", "--arch", "HDMNet", "--gpus", "0", *broken]
+
+    def stopped(signal: str, call: int) -> subprocess.CompletedProcess:
+        code = KILL.format(signal=signal, call=call)
+        return subprocess.run([sys.executable, "-c", code, *given], cwd=ROOT, text=True, capture_output=True, timeout=600)
+
+    assert stopped("SIGKILL", 5).returncode == -9
+    points = tmp_path / "b/demo/HDMNet/split0/resnet50/snapshot/resume"
+    assert sorted(p.name for p in points.glob("*.json")) == ["000000003.json", "000000004.json"]  # 5 has no manifest
+    run = stopped("SIGTERM", 3)
+    assert run.returncode == 143 and "saved after iteration" in run.stderr, run.stderr
+    assert "0 of 2 epochs and 4 iterations are done" in run.stdout
+    newest = max(points.glob("*.safetensors"))
+    newest.write_bytes(newest.read_bytes()[:-1] + b"?")
     again = sh("train.sh", *broken, arch="HDMNet")
-    assert again.returncode == 0 and "1 of 2 epochs are done" in again.stdout, again.stdout + again.stderr
+    assert again.returncode == 0 and "is damaged" in again.stdout and "the one before is used" in again.stdout, again.stdout
+    assert len(list(points.iterdir())) == 6  # two points of three files, and nothing half written
     a, b = (load_tensors(tmp_path / name / "demo/HDMNet/split0/resnet50/snapshot/last.safetensors") for name in "ab")
     assert all(torch.equal(a[key], b[key]) for key in a)
     says(sh("train.sh", *broken, "Train.base_lr=0.1", arch="HDMNet"), r"Train\.base_lr was 0\.0", "Train.resume=none")
     assert "nothing is left" in sh("train.sh", *broken, arch="HDMNet").stdout
+    for manifest in points.glob("*.json"):
+        manifest.write_text("{")
+    says(sh("train.sh", *broken, arch="HDMNet"), "resume point .* is damaged", "Train.resume=none")
+
+
+def test_full_disk_keeps_the_last_checkpoint(world: list[str], trained: Path, tmp_path: Path) -> None:
+    """A limit on the size of files stands in for a full disk."""
+    code = ("import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+            "resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, 2_000_000)); import train; train.cli.run(train.main)")
+    base = f"Method.pre_weight={trained.parents[2] / 'PSPNet/split0/resnet50/snapshot/best.safetensors'}"
+    given = ["--config", "config/demo/demo_split0_resnet50.yaml", "--arch", "HDMNet", "--gpus", "0", *world[:-1], *SMALL, base,
+             f"Runtime.output={tmp_path}"]  # fmt: skip
+    run = subprocess.run([sys.executable, "-c", code, *given], cwd=ROOT, text=True, capture_output=True, timeout=600)
+    says(run, "could not be written", "Is the disk full")
+    assert not [p for p in (tmp_path / "demo/HDMNet/split0/resnet50/snapshot").rglob("*") if p.is_file()]
 
 
 def test_checkpoint_of_something_else(world: list[str], trained: Path) -> None:

@@ -1,26 +1,28 @@
 """Checkpoints: trained weights as safetensors with what they were trained for in the metadata, plus a resume state.
 
-    snapshot/best.safetensors    best validation score so far
-    snapshot/last.safetensors    end of the last finished epoch
-    snapshot/last.state.pt       what a resume needs besides: optimizer, RNG, epoch, best score
+    snapshot/best.safetensors              what the selection rule chose so far
+    snapshot/last.safetensors              end of the last finished epoch
+    snapshot/resume/STEP.safetensors, .pt  weights, and what a resume needs besides: optimizer, RNG, position, best score
+    snapshot/resume/STEP.json              their sha256, written last: without it the other two do not count
 
-Every file is written beside its place and renamed, so an interrupted run leaves valid ones. `last.state.pt` moves last
-and names the hash of the weights it belongs to.
+Every file is written beside its place and renamed, so a run that is killed leaves valid ones. Two resume points are kept; a
+damaged one is named and the one before is used.
 """
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from util.errors import UserError
-from util.files import atomic, load_tensors, save_tensors
+from util.files import atomic, load_tensors, save_json, save_tensors
 
 # What must agree between a checkpoint and the config it is used with, and the key that sets it.
 IDENTITY = {
@@ -34,16 +36,36 @@ IDENTITY = {
 class Progress:
     """Where a training run stands."""
 
-    epoch: int = 0  # finished epochs
     step: int = 0  # finished iterations
+    closed: int = 0  # of these, those whose part of an epoch is closed: validated, best weights saved
     best: float = -1.0
     best_epoch: float = 0.0
+    total: int = 0  # iterations of the whole run
     config: dict[str, Any] = field(default_factory=dict)  # the config it runs with
+
+    @property
+    def finished(self) -> bool:
+        return 0 < self.total <= self.closed
 
 
 def save_weights(path: Path, state: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
-    """Weights with metadata (any JSON values)."""
-    save_tensors(path, state, {key: json.dumps(value) for key, value in meta.items()})
+    """Weights with metadata (any JSON values).
+
+    Raises:
+        UserError: the disk is full or cannot be written; what was there before is kept.
+    """
+    with written(path):
+        save_tensors(path, state, {key: json.dumps(value) for key, value in meta.items()})
+
+
+@contextlib.contextmanager
+def written(path: Path) -> Iterator[None]:
+    """Turns the many errors of a failed write into one for the user."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"{path} could not be written ({error}). Is the disk full? What was there before is unharmed; make room "
+                        "and run the same command again") from error
 
 
 def read_meta(path: Path) -> dict[str, Any]:
@@ -74,39 +96,44 @@ def check_frozen(path: Path, meta: Mapping[str, Any], hashes: Mapping[str, str])
 
 def save_resume(folder: Path, weights: Mapping[str, Tensor], meta: Mapping[str, Any], optimizer: torch.optim.Optimizer,
                 rng: list[Tensor], progress: Progress) -> None:  # fmt: skip
-    """Writes last.safetensors, then last.state.pt which refers to it."""
-    save_weights(folder / "last.safetensors", weights, meta)
-    state = {
-        "weights": _digest(folder / "last.safetensors"),
-        "optimizer": optimizer.state_dict(), "rng": rng, "progress": vars(progress),
-    }  # fmt: skip
-    with atomic(folder / "last.state.pt") as temporary:
+    """Writes a resume point into folder/resume and drops all but the two newest."""
+    point = folder / "resume" / f"{progress.step:09d}"
+    save_weights(point.with_suffix(".safetensors"), weights, meta)
+    state = {"optimizer": optimizer.state_dict(), "rng": rng, "progress": vars(progress)}
+    with written(point.with_suffix(".pt")), atomic(point.with_suffix(".pt")) as temporary:
         torch.save(state, temporary)
+    with written(point.with_suffix(".json")):
+        save_json(point.with_suffix(".json"), {suffix: _digest(point.with_suffix(suffix)) for suffix in (".safetensors", ".pt")})
+    for manifest in sorted(point.parent.glob("*.json"))[:-2]:
+        for suffix in (".json", ".pt", ".safetensors"):
+            manifest.with_suffix(suffix).unlink(missing_ok=True)
 
 
-def load_resume(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-    """(weights, state) of the last finished epoch, or None for a fresh start.
+def load_resume(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any], list[str]] | None:
+    """(weights, state, messages about damaged points) of the newest sound resume point, or None for a fresh start.
 
     Raises:
-        UserError: the two files are damaged or belong to different epochs.
+        UserError: there are resume points, and none of them is sound.
     """
-    weights, state = folder / "last.safetensors", folder / "last.state.pt"
-    if not state.is_file():
-        return None
-    try:
-        content = torch.load(state, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds on damaged files
-        raise UserError(f"{state} is damaged ({error}); delete it to start over") from error
-    if not weights.is_file() or content["weights"] != _digest(weights):
-        raise UserError(f"{weights} does not belong to {state.name} (an interrupted write?); delete both to start over, "
-                        f"{folder / 'best.safetensors'} stays usable")
-    return load_tensors(weights), content
+    damaged: list[str] = []
+    for manifest in sorted((folder / "resume").glob("*.json"), reverse=True):
+        try:
+            for suffix, digest in json.loads(manifest.read_text()).items():
+                if _digest(manifest.with_suffix(suffix)) != digest:
+                    raise ValueError(f"{manifest.with_suffix(suffix).name} is not what was written")
+            state = torch.load(manifest.with_suffix(".pt"), map_location="cpu", weights_only=True)
+            return load_tensors(manifest.with_suffix(".safetensors")), state, damaged
+        except Exception as error:  # json, torch and the file system raise many kinds
+            damaged.append(f"resume point {manifest} is damaged ({error})")
+    if damaged:
+        raise UserError(f"{'; '.join(damaged)}. Use Train.resume=none to start over; {folder / 'best.safetensors'} stays usable")
+    return None
 
 
 def finished(folder: Path) -> bool:
     """Whether the run in this snapshot folder went through its last epoch."""
     found = load_resume(folder)
-    return found is not None and found[1]["progress"]["epoch"] >= found[1]["progress"]["config"]["Train"]["epochs"]
+    return found is not None and Progress(**found[1]["progress"]).finished
 
 
 def rng_state(device: torch.device) -> list[Tensor]:

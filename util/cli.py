@@ -5,6 +5,7 @@ import json
 import sys
 from collections.abc import Callable
 
+from util.distributed import Terminated
 from util.errors import UserError
 
 
@@ -24,12 +25,15 @@ def parse(description: str, episodes: bool = False) -> argparse.Namespace:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Runs a program: the user's mistakes end in one message and code 2, Ctrl-C in code 130, both leaving valid files."""
+    """Runs a program: the user's mistakes end in one message and code 2, Ctrl-C in code 130, SIGTERM in 143; files stay valid."""
     try:
         main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\ninterrupted; training continues after its last finished epoch when the same command runs again", file=sys.stderr)
+        print("\ninterrupted; training continues at its last resume point when the same command runs again", file=sys.stderr)
         sys.exit(130)
+    except Terminated as ended:
+        print(ended, file=sys.stderr)
+        sys.exit(143)  # 128 + SIGTERM, what schedulers expect

@@ -69,7 +69,8 @@ class Train:
     val_episodes: int = 1000
     batch_size_val: int = 1
     print_freq: int = 10  # iterations between points of the TensorBoard curves
-    resume: Literal["auto", "none"] = "auto"  # auto: the same command goes on after the last finished epoch
+    save_minutes: float = 10.0  # between resume points within an epoch; its end is always one
+    resume: Literal["auto", "none"] = "auto"  # auto: the same command goes on where the last run stopped
 
 
 @dataclass

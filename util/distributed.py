@@ -1,10 +1,11 @@
 """One process or many: device, ranks, reductions, and which episodes a rank gets."""
 
 import os
+import signal
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
@@ -54,6 +55,37 @@ class Context:
     def barrier(self) -> None:
         if self.world > 1:
             dist.barrier()
+
+
+class Terminated(BaseException):
+    """A run that saved its state and stops, because it was asked to."""
+
+
+class Termination:
+    """Catches SIGTERM, which clusters send before they kill; a context manager.
+
+    `asked()` says the same in all processes at the same step, so that none waits for another in vain.
+    """
+
+    def __init__(self, context: Context):
+        self.context, self.caught = context, False
+
+    def __enter__(self) -> Self:
+        self.before = signal.signal(signal.SIGTERM, lambda *_: setattr(self, "caught", True))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGTERM, self.before)
+
+    def asked(self) -> bool:
+        """To be called by all processes after every step."""
+        if self.context.world == 1:
+            return self.caught
+        return bool(self.context.all_reduce(torch.tensor([int(self.caught)], device=self.context.device)))
+
+    @staticmethod
+    def ended(step: int) -> Terminated:
+        return Terminated(f"terminated; saved after iteration {step}, the same command continues there")
 
 
 def start(gpus: int, runtime: Runtime) -> Context:

@@ -25,6 +25,7 @@ def loader(data: Dataset, sampler: RangeSampler, workers: int, device: torch.dev
     return DataLoader(
         data, batch_sampler=sampler, num_workers=workers, collate_fn=collate, worker_init_fn=worker_init,
         pin_memory=device.type == "cuda", persistent_workers=False,
+        generator=torch.Generator(),  # its own: drawing from the global one would shift dropout after a resume
     )  # fmt: skip
 
 
