@@ -6,7 +6,7 @@
 
 Each cell is `train.sh` and `test.sh` on one GPU (or on the CPU), as many at a time as there are GPUs (`--gpus`, `--jobs`), or
 a SLURM job each (through submitit). Base learners that the cells need come first (of the overrides they take those of data,
-network and machine). What is finished is not done again, what was
+network, protocol and machine). What is finished is not done again, what was
 interrupted continues. The table lands in OUT/table.md, .csv and .tex, with the layout of the papers.
 """
 
@@ -75,8 +75,8 @@ class Sweep:
                 own.append(f"Method.pre_weight={base}")
             if cell.priors:
                 own.append(f"Method.priors=[{cell.priors}]")
-        shared = ("Data.", "Method.backbone", "Method.width", "Runtime.", "Train.workers")
-        return own + [o for o in self.overrides if cell.arch != "PSPNet" or o.startswith(shared)]
+        shared = ("Data.", "Method.backbone", "Method.width", "Runtime.", "Test_Finetune.", "Train.workers", "Train.use_split")
+        return [*(o for o in self.overrides if cell.arch != "PSPNet" or o.startswith(shared)), *own]
 
 
 def run(sweep: Sweep, cell: Cell, gpus: int, device: str | None) -> str:
@@ -102,7 +102,8 @@ def run(sweep: Sweep, cell: Cell, gpus: int, device: str | None) -> str:
 def on_this_machine(sweep: Sweep, cells: Sequence[Cell], gpus: int, jobs: int) -> list[str]:
     """All cells, `jobs` at a time on the CPU or one for each GPU; messages in the order of the cells."""
     free: queue.Queue[str | None] = queue.Queue()
-    for slot in [str(i) for i in range(gpus)] or [None] * jobs:
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    for slot in (visible if len(visible) >= max(gpus, 2) else [str(i) for i in range(gpus)])[:gpus] or [None] * jobs:
         free.put(slot)
 
     def work(cell: Cell) -> str:
@@ -125,7 +126,11 @@ def on_slurm(sweep: Sweep, cells: Sequence[Cell], parameters: dict[str, str | in
     executor = submitit.AutoExecutor(folder=str(Path(sweep.out) / "slurm"))
     executor.update_parameters(**parameters)
     jobs = executor.map_array(run, *zip(*[(sweep, cell, 1, None) for cell in cells], strict=True)) if cells else []
-    return [announce(sweep, cell, job.result()) for cell, job in zip(cells, jobs, strict=True)]
+    messages = []
+    for cell, job in zip(cells, jobs, strict=True):
+        error = job.exception()
+        messages.append(announce(sweep, cell, f"the SLURM job failed: {error}" if error else job.result()))
+    return messages
 
 
 def announce(sweep: Sweep, cell: Cell, message: str) -> str:
@@ -200,8 +205,11 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     given = parse()
+    os.chdir(ROOT)  # folders are relative to the repository, as in train.sh
     if wrong := [o for o in given.overrides if "=" not in o or "." not in o.partition("=")[0]]:
         raise UserError(f"{wrong[0]!r} is not of the form Section.key=value")
+    if mine := [o for o in given.overrides if o.partition("=")[0] in ("Train.shot", "Train.manual_seed", "Runtime.output")]:
+        raise UserError(f"{mine[0]}: the sweep sets this itself (--shots, --seeds, --out)")
     out = given.out or f"exp/sweep/{given.data_set}"
     sweep = Sweep(given.data_set, given.net, out, tuple(given.overrides))
     cells = []

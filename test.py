@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from demo import prepare_data
-from model import System, load_backbone, open_system, system_class
+from model import System, content_hash, load_backbone, open_system, system_class
 from util import cli, distributed, evaluate, experiment, protocol, stats
 from util.cache import TensorCache, open_cache
 from util.checkpoint import check_frozen, check_identity, read_meta
@@ -61,21 +61,22 @@ def test(config: Config, place: Experiment, context: Context, log: RunLog) -> No
     cache = open_cache(config.Runtime.cache_gb, config.Runtime.cache_dir)
     started = time.monotonic()
     scored = score(config, place, context, log, cache)
-    seconds = time.monotonic() - started
+    result = summary(config, place, context, scored, time.monotonic() - started) if context.main else {}
+    cards = gallery(config, context, scored) if context.main else []
+    if context.main:
+        page = write_report(place.result, result, cards)
     # 2. and without what it leaks
-    other, leak_free = without_leaks(config, place, scored), {}
+    other = without_leaks(config, place, scored)
     if other:
         config_free, differences = other
         log.info(f"without leaks: {'; '.join(differences)}")
         mean, sd = summarise(score(config_free, place, context, log, cache).seeds)
-        leak_free = {"leak_free": {"mean": mean, "sd": sd, "differences": differences}}
-    if not context.main:
-        return
-    # 3. report
-    result = summary(config, place, context, scored, seconds) | leak_free
-    page = write_report(place.result, result, gallery(config, context, scored))
-    log.info("\n" + text_table(result))
-    log.info(f"report: {page}")
+        result["leak_free"] = {"mean": mean, "sd": sd, "differences": differences}
+        if context.main:
+            page = write_report(place.result, result, cards)
+    if context.main:
+        log.info("\n" + text_table(result))
+        log.info(f"report: {page}")
 
 
 def score(config: Config, place: Experiment, context: Context, log: RunLog, cache: TensorCache) -> Scored:
@@ -86,7 +87,8 @@ def score(config: Config, place: Experiment, context: Context, log: RunLog, cach
     system.to(context.device).eval()
     system.remember(cache, fixed_head=True)
     if context.world > 1:
-        context.agree(experiment.fingerprint(config, source.records("val_list")) | system.frozen_hashes())
+        facts = system.frozen_hashes() | {"weights": content_hash(system.trained)}
+        context.agree(experiment.fingerprint(config, source.records("val_list")) | facts)
     for warning in system.warnings:
         log.warning(warning)
     log.info(f"{place.arch} on {place.data_set} {place.exp}, {config.Train.shot}-shot, weights {weight}")
@@ -117,13 +119,15 @@ def weight_file(config: Config, place: Experiment) -> Path:
 
 
 def with_selection(config: Config, arch: str, weight: Path) -> Config:
-    """A checkpoint of the last epoch is one whatever the config's rule, a base learner's never saw a novel class: the
-    result has to say so."""
-    if weight.suffix == ".safetensors" and weight.is_file():
+    """The rule by which a checkpoint was chosen, where that is known better than from the config."""
+    found = None
+    if weight.suffix != ".safetensors":
+        found = "novel"  # as all published checkpoints were chosen
+    elif weight.is_file():
         found = read_meta(weight).get("selection")
-        if found == "last" or system_class(arch).task == "images":
-            return replace(config, Train=replace(config.Train, selection=found))
-    return config
+        if found != "last" and system_class(arch).task == "episodes":
+            found = None  # `check_identity` compares
+    return replace(config, Train=replace(config.Train, selection=found)) if found else config
 
 
 def without_leaks(config: Config, place: Experiment, scored: Scored) -> tuple[Config, list[str]] | None:
@@ -131,7 +135,7 @@ def without_leaks(config: Config, place: Experiment, scored: Scored) -> tuple[Co
     if scored.source.task == "images" or not config.Test_Finetune.leak_free:
         return None
     last = scored.weight.parent / place.last.name
-    ours = scored.weight.suffix == ".safetensors" and last.is_file()
+    ours = config.Train.selection == "novel" and scored.weight.suffix == ".safetensors" and last.is_file()
     free, differences = protocol.without_leaks(config, "vtp" in (scored.system.prior_names or []), last_epoch=ours)
     if ours:
         free = replace(free, Test_Finetune=replace(free.Test_Finetune, weight=str(last)))
@@ -164,7 +168,8 @@ def summary(config: Config, place: Experiment, context: Context, scored: Scored,
         "system": place.arch, "data_set": place.data_set, "split": config.Train.split, "shot": config.Train.shot,
         "backbone": f"{config.Method.backbone}" + (f" (width {config.Method.width})" if config.Method.width != 64 else ""),
         "priors": system.prior_names, "checkpoint": str(scored.weight),
-        "protocol": used.describe(), "protocol_hash": used.hash, "warnings": list(system.warnings), "mark": system.mark,
+        "protocol": used.describe("vtp" in (system.prior_names or []), source.task == "images") | trained_with(scored.weight),
+        "protocol_hash": used.hash, "warnings": list(system.warnings), "mark": system.mark,
         "environment": experiment.environment(context.device), "classes": {c: source.names.names[c - 1] for c in classes},
         "seeds": seeds, "mean": mean, "sd": sd, "baselines": baselines(seeds),
         "time": {"seconds": round(seconds, 1), "seconds per episode": round(seconds / episodes, 4)},
@@ -178,6 +183,12 @@ def summary(config: Config, place: Experiment, context: Context, scored: Scored,
         result["episodes"] = {"hash": episode_hash(lists, count), "columns": columns, "rows": texts}
         result["interval"] = stats.bootstrap(stats.read_episodes(result))
     return result
+
+
+def trained_with(weight: Path) -> dict[str, str]:
+    """What a checkpoint of ours tells of its training that the protocol of the test does not."""
+    vocabulary = read_meta(weight).get("vocabulary") if weight.suffix == ".safetensors" else None
+    return {"text vocabulary in training": vocabulary} if vocabulary else {}
 
 
 def gallery(config: Config, context: Context, scored: Scored) -> list:

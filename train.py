@@ -16,7 +16,7 @@ import torch
 from torch.utils.data import Dataset
 
 from demo import prepare_data
-from model import System, load_backbone, needs_base_learner, open_system
+from model import System, content_hash, load_backbone, needs_base_learner, open_system
 from util import checkpoint, cli, distributed, evaluate, experiment
 from util.cache import open_cache
 from util.checkpoint import Progress
@@ -51,7 +51,7 @@ def ready_base_learner(config: Config, recipe: Config, place: Experiment, contex
     if config.Train.data_set == "demo" and config.Method.pre_weight == "auto":
         if not checkpoint.finished(own.snapshot):
             recipe.Data, recipe.Method, recipe.Runtime = config.Data, config.Method, config.Runtime
-            recipe.Train.workers = config.Train.workers
+            recipe.Train.workers, recipe.Train.selection = config.Train.workers, config.Train.selection
             train(recipe, own, context)
     elif not experiment.base_learner_file(config, place).is_file():
         raise UserError(experiment.missing_base_learner(config, place))
@@ -81,13 +81,14 @@ class Run:
 
 def train(config: Config, place: Experiment, context: Context) -> None:
     """One run, from its start, or from wherever an earlier run of the same command stopped, to its end."""
-    with RunLog(place.folder, main=context.main) as log, Termination(context) as termination:
+    with RunLog(place.folder, main=context.main) as log:
         run = start(config, place, context, log)
-        for epoch in range(config.Train.epochs):
-            for end in parts(run.per_epoch, config.Train.SubEpoch_val):
-                if epoch * run.per_epoch + end > run.progress.closed:
-                    iterate(run, epoch, end, termination)
-                    close_part(run, epoch, end)
+        with Termination(context) as termination:
+            for epoch in range(config.Train.epochs):
+                for end in parts(run.per_epoch, config.Train.SubEpoch_val):
+                    if epoch * run.per_epoch + end > run.progress.closed:
+                        iterate(run, epoch, end, termination)
+                        close_part(run, epoch, end)
         if run.validation is not None:
             best = run.progress
             log.info(f"best mIoU {100 * best.best:.2f} after {best.best_epoch:.3g} epochs  {run.system.mark}".rstrip())
@@ -129,15 +130,20 @@ def start(config: Config, place: Experiment, context: Context, log: RunLog) -> R
     load_backbone(system, config, place)
     system.to(context.device)
     meta = experiment.identity(place.arch, config, system.prior_names) | {"frozen": system.frozen_hashes()}
+    meta["vocabulary"] = config.CLIP.vocabulary
     validation = source.validation() if config.Train.evaluate and config.Train.selection != "last" else None
-    rule = "base" if source.task == "images" else config.Train.selection
-    meta["selection"] = rule if validation is not None else "last"
+    meta["selection"] = config.Train.selection if validation is not None else "last"
     if validation is not None:
         system.remember(open_cache(config.Runtime.cache_gb, config.Runtime.cache_dir), fixed_head=False)
     run = Run(
         system, source, source.training(), system.optimizer(config.Train), Progress(config=dataclasses.asdict(config)),
         config, place, context, log, meta, validation,
     )  # fmt: skip
+    if source.task == "images":
+        if config.Train.batch_size // context.world < 2:
+            raise UserError(f"Train.batch_size = {config.Train.batch_size}: BatchNorm needs at least 2 images in each process")
+        if context.world > 1 and context.device.type == "cpu":
+            log.warning("on the CPU each process normalises its own part of the batch: not the base learner of one process")
     if run.per_epoch == 0:
         raise UserError(f"Train.batch_size = {config.Train.batch_size}: an epoch has only {len(run.data)} samples")
     torch.manual_seed(config.Train.manual_seed)  # the same in all processes, see model.ops.Dropout
@@ -147,7 +153,8 @@ def start(config: Config, place: Experiment, context: Context, log: RunLog) -> R
     elif context.main:
         shutil.rmtree(place.snapshot / "resume", ignore_errors=True)
     if context.world > 1:
-        context.agree(experiment.fingerprint(config, source.records("train_list")) | system.frozen_hashes())
+        facts = {"position": f"{run.progress.step}, {run.progress.closed}", "weights": content_hash(system.trained)}
+        context.agree(experiment.fingerprint(config, source.records("train_list")) | system.frozen_hashes() | facts)
         system.distribute(context.device)
     if context.main:
         with atomic(place.folder / "config.yaml") as file:
@@ -163,16 +170,15 @@ def resume(run: Run) -> None:
     found = checkpoint.load_resume(run.place.snapshot)
     if found is None:
         return
-    weights, state, damaged = found
+    file, weights, state, damaged = found
     for message in damaged:
         run.log.warning(f"{message}; the one before is used")
     changed = differences(state["progress"]["config"], run.progress.config)
     if changed:
         raise UserError(f"{run.place.snapshot} holds a run with another config ({'; '.join(changed)}). Use Train.resume=none to "
                         "overwrite it, or Runtime.output=FOLDER to keep both")
-    point = run.place.snapshot / "resume" / f"{state['progress']['step']:09d}.safetensors"
-    checkpoint.check_frozen(point, checkpoint.read_meta(point), run.system.frozen_hashes())
-    run.system.load_trained(weights, str(point))
+    checkpoint.check_frozen(file, checkpoint.read_meta(file), run.system.frozen_hashes())
+    run.system.load_trained(weights, str(file))
     run.optimizer.load_state_dict(state["optimizer"])
     checkpoint.set_rng_state(state["rng"], run.context.device)
     run.progress = Progress(**state["progress"])
@@ -220,17 +226,19 @@ def iterate(run: Run, epoch: int, end: int, termination: Termination) -> None:
             rate = run.optimizer.param_groups[0]["lr"]
             losses = {name: value.detach() for name, value in losses.items()}
             bar.step(train.batch_size, losses, rate)
-            if progress.step % train.print_freq == 0:
-                if not torch.isfinite(loss):
-                    raise UserError(f"the loss is {loss.item()} at iteration {progress.step}; lower Train.base_lr, or use "
-                                    "Runtime.precision=fp32. The last resume point is valid")
+            stopping, due = termination.asked(), time.monotonic() - saved > 60 * train.save_minutes
+            printed = progress.step % train.print_freq == 0
+            last_one = progress.step == epoch * run.per_epoch + end
+            if (printed or stopping or due or last_one) and not torch.isfinite(loss):
+                raise UserError(f"the loss is {loss.item()} at iteration {progress.step}; lower Train.base_lr, or use "
+                                "Runtime.precision=fp32. The last resume point is valid")
+            if printed:
                 run.log.scalars(losses | {"rate": rate}, progress.step, "train")
-            if termination.asked():
-                save_point(run)
-                raise termination.ended(progress.step)
-            if time.monotonic() - saved > 60 * train.save_minutes:
+            if stopping or due:
                 save_point(run)
                 saved = time.monotonic()
+            if stopping:
+                raise termination.ended(progress.step)
 
 
 def validate(run: Run) -> float:
@@ -259,7 +267,7 @@ def validate(run: Run) -> float:
 
 def save_best(run: Run) -> None:
     if run.context.main:
-        best = {"epoch": run.progress.best_epoch, "score": run.progress.best}
+        best = {"epoch": run.progress.best_epoch, "score": run.progress.best} if run.validation is not None else {}
         checkpoint.save_weights(run.place.best, run.system.trained_state(), run.meta | best)
 
 

@@ -76,11 +76,8 @@ class Bench:
         system, episode = self.system.eval(), episodes(1, self.shot).to(self.device)
         episode.query_key, episode.support_key = ["query"], [[f"support {k}" for k in range(self.shot)]]
 
-        def cold() -> None:
-            system.remember(TensorCache(0), fixed_head=True)
-            system.predict(episode)
-
-        rows = [("**evaluation, nothing cached**", self.seconds(cold))]
+        system.remember(TensorCache(0), fixed_head=True)
+        rows = [("**evaluation, nothing cached**", self.seconds(lambda: system.predict(episode)))]
         system.remember(TensorCache(2**34), fixed_head=True)
         system.predict(episode)
         entry = system.memo.cache.size / (1 + self.shot) / 2**20

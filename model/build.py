@@ -89,7 +89,11 @@ def load_backbone(system: System, config: Config, place: Experiment) -> None:
     if not path.is_file():
         raise UserError(experiment.missing_base_learner(config, place))
     if path.suffix == ".safetensors":
-        check_identity(path, read_meta(path), experiment.identity("PSPNet", config))
+        meta = read_meta(path)
+        check_identity(path, meta, experiment.identity("PSPNet", config))
+        if config.Train.selection != "novel" and meta.get("selection") == "novel":
+            system.warnings += (f"the base learner {path} was chosen where novel objects of the validation images count as "
+                                "background, a leak; train it with Test_Finetune.protocol=strict too",)  # fmt: skip
     system.load_base_learner(load_state(path), str(path))
 
 

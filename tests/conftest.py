@@ -8,6 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+# Before torch is imported, and for the programs that tests start: see env.py.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 # Palette of the synthetic labels: no colour resembles its index, so reading colours instead of indices shows.
 PALETTE = [(37 * i + 11 * channel + 90) % 256 for i in range(256) for channel in range(3)]
 

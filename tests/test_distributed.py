@@ -1,5 +1,7 @@
 """Several processes (gloo, CPU) give what one gives: the same weights after training, the same counts in evaluation."""
 
+import os
+import signal
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -19,10 +21,10 @@ from tests.test_cache import only
 from tests.test_few_shot import random_episode, small_system
 from util.config import Train
 from util.data.episodes import Episode, EpisodeDataset, EpisodeList
-from util.data.folds import fold
-from util.data.index import Record, build_index
+from util.data.folds import fold, read_class_names
+from util.data.index import Record, build_index, scan
 from util.data.transforms import ValTransform
-from util.distributed import Context, RangeSampler
+from util.distributed import Context, RangeSampler, Termination
 from util.errors import UserError
 from util.evaluate import evaluate_episodes
 from util.log import RunLog
@@ -138,6 +140,19 @@ def disagree(context: Context) -> str:
 def test_processes_with_other_data_are_stopped(tmp_path: Path) -> None:
     for found in in_processes(2, tmp_path, disagree):
         assert "data (process 1: of 1, process 0: of 0)" in found and "code" not in found
+
+
+def test_labels_are_read_in_parallel_after_a_handler_was_set(tmp_path: Path, block, write_voc) -> None:
+    """A handler for SIGTERM that workers inherit would keep a pool of them from ending."""
+    root, list_file = write_voc({f"im{i}": block((8, 8), (1, 5)) for i in range(1000)})
+    names = read_class_names(Path(__file__).parents[1] / "lists/pascal/classes.txt")
+    with Termination(Context(CPU)) as termination:
+        for attempt in range(3):
+            assert len(scan(root, list_file, names, tmp_path / str(attempt), workers=2)) == 1000
+        assert not termination.asked()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert termination.asked()
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 def test_a_batch_that_cannot_be_divided() -> None:

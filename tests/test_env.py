@@ -230,7 +230,7 @@ def test_one_gpu(scripts):
 def test_several_gpus_go_through_torchrun(scripts):
     where, arguments = scripts.called("split0", "demo", "2", "Train.epochs=1")
     assert where.endswith("GPUs any:")
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max_restarts=0"]
     assert arguments == [*torchrun, *TRAIN, "2", "Train.epochs=1"]
 
 

@@ -34,6 +34,7 @@ class TensorCache:
 
     def __init__(self, budget: int, folder: Path | None = None):
         self.budget, self.folder = budget, folder
+        self.writable = True
         self.size = self.hits = self.misses = 0
         self._entries: dict[str, Entry] = {}
         self._keys: list[str] = []  # of the entries, in no order
@@ -53,7 +54,7 @@ class TensorCache:
         """Keeps an entry and returns it in a memory of its own (a row of a batch would keep the batch alive)."""
         entry = {name: tensor.detach().clone() for name, tensor in entry.items()}
         self._keep(key, entry)
-        if self.folder is not None:
+        if self.folder is not None and self.writable:
             self._write(key, entry)
         return entry
 
@@ -86,9 +87,9 @@ class TensorCache:
         try:
             save_tensors(self._path(key), entry, {"key": key, "digest": digest(entry)})
         except (OSError, SafetensorError) as error:
-            logging.getLogger(__name__).warning("Runtime.cache_dir = %s: cannot be written (%s); this run goes on without it",
+            logging.getLogger(__name__).warning("Runtime.cache_dir = %s: cannot be written (%s); this run only reads it",
                                                 self.folder, error)  # fmt: skip
-            self.folder = None
+            self.writable = False
 
 
 def open_cache(gigabytes: float, folder: str) -> TensorCache:

@@ -28,7 +28,7 @@ from util.files import atomic, load_tensors, save_json, save_tensors
 IDENTITY = {
     "system": "ARCH", "data_set": "Train.data_set", "split": "Train.split", "shot": "Train.shot",
     "use_split_coco": "Train.use_split_coco", "backbone": "Method.backbone", "width": "Method.width", "priors": "Method.priors",
-    "filter_novel": "Train.filter_novel", "crop": "Train.crop", "selection": "Train.selection",
+    "low_fea": "Method.low_fea", "filter_novel": "Train.filter_novel", "crop": "Train.crop", "selection": "Train.selection",
 }  # fmt: skip
 
 
@@ -42,6 +42,11 @@ class Progress:
     best_epoch: float = 0.0
     total: int = 0  # iterations of the whole run
     config: dict[str, Any] = field(default_factory=dict)  # the config it runs with
+
+    @property
+    def name(self) -> str:
+        """Of a resume point; sorts by position, and nothing at the same step is written over before its part is closed."""
+        return f"{self.step:09d}{'-closed' if self.closed == self.step else ''}"
 
     @property
     def finished(self) -> bool:
@@ -97,7 +102,7 @@ def check_frozen(path: Path, meta: Mapping[str, Any], hashes: Mapping[str, str])
 def save_resume(folder: Path, weights: Mapping[str, Tensor], meta: Mapping[str, Any], optimizer: torch.optim.Optimizer,
                 rng: list[Tensor], progress: Progress) -> None:  # fmt: skip
     """Writes a resume point into folder/resume and drops all but the two newest."""
-    point = folder / "resume" / f"{progress.step:09d}"
+    point = folder / "resume" / progress.name
     save_weights(point.with_suffix(".safetensors"), weights, meta)
     state = {"optimizer": optimizer.state_dict(), "rng": rng, "progress": vars(progress)}
     with written(point.with_suffix(".pt")), atomic(point.with_suffix(".pt")) as temporary:
@@ -109,8 +114,8 @@ def save_resume(folder: Path, weights: Mapping[str, Tensor], meta: Mapping[str, 
             manifest.with_suffix(suffix).unlink(missing_ok=True)
 
 
-def load_resume(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any], list[str]] | None:
-    """(weights, state, messages about damaged points) of the newest sound resume point, or None for a fresh start.
+def load_resume(folder: Path) -> tuple[Path, dict[str, Tensor], dict[str, Any], list[str]] | None:
+    """The newest sound resume point: (file of the weights, weights, state, messages about damaged points); None: no point.
 
     Raises:
         UserError: there are resume points, and none of them is sound.
@@ -122,7 +127,8 @@ def load_resume(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any], list[s
                 if _digest(manifest.with_suffix(suffix)) != digest:
                     raise ValueError(f"{manifest.with_suffix(suffix).name} is not what was written")
             state = torch.load(manifest.with_suffix(".pt"), map_location="cpu", weights_only=True)
-            return load_tensors(manifest.with_suffix(".safetensors")), state, damaged
+            file = manifest.with_suffix(".safetensors")
+            return file, load_tensors(file), state, damaged
         except Exception as error:  # json, torch and the file system raise many kinds
             damaged.append(f"resume point {manifest} is damaged ({error})")
     if damaged:
@@ -133,7 +139,7 @@ def load_resume(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any], list[s
 def finished(folder: Path) -> bool:
     """Whether the run in this snapshot folder went through its last epoch."""
     found = load_resume(folder)
-    return found is not None and Progress(**found[1]["progress"]).finished
+    return found is not None and Progress(**found[2]["progress"]).finished
 
 
 def rng_state(device: torch.device) -> list[Tensor]:

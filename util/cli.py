@@ -18,7 +18,7 @@ def parse(description: str, episodes: bool = False) -> argparse.Namespace:
     parser.add_argument("overrides", nargs="*", metavar="Section.key=value")
     if episodes:
         parser.add_argument("--episodes", metavar="FILE", help="evaluate the episodes of this file")
-    found = parser.parse_args()
+    found = parser.parse_intermixed_args()
     if episodes and found.episodes:
         found.overrides.append(f"Test_Finetune.episodes={json.dumps(found.episodes)}")
     return found

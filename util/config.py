@@ -102,7 +102,8 @@ class Test_Finetune:
 @dataclass
 class Runtime:
     precision: Literal["fp32", "bf16"] = "fp32"  # autocast; Grad-CAM, losses and metrics stay fp32
-    cache_gb: float = 8.0  # evaluation: memory of each process for what depends on one image; a PASCAL fold at 473 fills 8
+    # Testing and validation: memory of each process (the GPU's on a GPU) for what depends on one image; PASCAL at 473 fills 8.
+    cache_gb: float = 8.0
     cache_dir: str = ""  # folder that keeps it for later runs too (some 10 MB an image at 473)
     processes: int = 1  # on the CPU: how many share the work (train.sh and test.sh start them); with GPUs, one for each
     threads: int = 0  # CPU threads per process; 0: all cores, divided among the processes
@@ -159,7 +160,7 @@ def protocol_layer(name: str, data_set: str) -> dict[str, dict]:
     if name not in protocol_names():
         raise UserError(f"Test_Finetune.protocol = {name!r}: there are {', '.join(protocol_names())} in {PROTOCOLS}")
     content = _read(PROTOCOLS / f"{name}.yaml")
-    special = {data_set: content.pop(data_set, {}) for data_set in ("pascal", "coco")}.get(data_set, {})
+    special = {name: content.pop(name, {}) for name in ("pascal", "coco", "demo")}.get(data_set, {})
     return {section: content.get(section, {}) | special.get(section, {}) for section in content | special}
 
 
@@ -275,6 +276,17 @@ def _validate(config: Config) -> None:
         raise UserError(f"Train.workers = {train.workers}: must be 0 or more")
     if not 0 < train.scale_min <= train.scale_max:
         raise UserError(f"Train.scale_min = {train.scale_min}, scale_max = {train.scale_max}: need 0 < min <= max")
+    for key, smallest in (("train_h", 33), ("val_size", 33)):
+        if getattr(train, key) < smallest:
+            raise UserError(f"Train.{key} = {getattr(train, key)}: must be at least {smallest}, four cells of the feature grid")
+    if not config.Method.ppm_scales or min(config.Method.ppm_scales) < 1:
+        raise UserError(f"Method.ppm_scales = {config.Method.ppm_scales}: name at least one side, each at least 1")
+    if config.Method.kshot_trans_dim < 1:
+        raise UserError(f"Method.kshot_trans_dim = {config.Method.kshot_trans_dim}: must be at least 1")
+    if len(set(config.Test_Finetune.seeds)) < len(config.Test_Finetune.seeds):
+        raise UserError(f"Test_Finetune.seeds = {config.Test_Finetune.seeds}: a seed is there twice")
+    if config.Runtime.threads < 0:
+        raise UserError(f"Runtime.threads = {config.Runtime.threads}: must be 0 (all cores) or more")
     if config.Runtime.processes < 1:
         raise UserError(f"Runtime.processes = {config.Runtime.processes}: must be at least 1")
     if config.Runtime.cache_gb < 0:

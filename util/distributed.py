@@ -101,7 +101,8 @@ def start(gpus: int, runtime: Runtime) -> Context:
         raise UserError(f"GPUS={gpus}, but torch sees {found} on this machine; 0 runs on the CPU")
     wanted = gpus or runtime.processes
     if wanted > 1 and world == 1:
-        raise UserError(f"{wanted} processes (GPUS, Runtime.processes) need torchrun: use `sh train.sh EXP DATASET {gpus}`")
+        raise UserError(f"{wanted} processes are started by torchrun: `sh train.sh EXP DATASET GPUS`, or on the CPU "
+                        "`sh train.sh EXP DATASET 0 Runtime.processes=N` (on the command line, not in a file)")
     device = torch.device("cuda", local) if gpus else torch.device("cpu")
     if gpus:
         torch.cuda.set_device(device)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from util.config import Config, Runtime
+from util.config import Config
 from util.data.index import Record
 from util.errors import UserError
 
@@ -90,19 +90,23 @@ def identity(arch: str, config: Config, priors: list[str] | None = None) -> dict
     if arch == "PSPNet":
         return shared
     return shared | {"shot": train.shot, "priors": priors, "filter_novel": train.filter_novel, "crop": train.crop,
-                     "selection": train.selection}
+                     "selection": train.selection, "low_fea": method.low_fea}
 
 
 def fingerprint(config: Config, records: Sequence[Record]) -> dict[str, str]:
     """Short hashes of what has to be the same in all processes of a run: code, config, and the labels as they were read."""
-    root = Path(__file__).parents[1]
-    code = hashlib.sha256()
+    data = hashlib.sha256(repr([(r.image, r.pixels, r.annotated) for r in records]).encode())
+    free = {"Runtime": config.Runtime.precision}  # threads, folders: each machine's own affair
+    whole = hashlib.sha256(json.dumps(dataclasses.asdict(config) | free, sort_keys=True).encode())
+    return {"code": code_hash(), "config": whole.hexdigest()[:12], "data": data.hexdigest()[:12]}
+
+
+def code_hash() -> str:
+    """Short hash of all of our Python files."""
+    root, code = Path(__file__).parents[1], hashlib.sha256()
     for file in sorted(f for pattern in ("*.py", "model/**/*.py", "util/**/*.py", "demo/**/*.py") for f in root.glob(pattern)):
         code.update(file.read_bytes())
-    data = hashlib.sha256(repr([(r.image, r.pixels, r.annotated) for r in records]).encode())
-    free = {"Runtime": dataclasses.asdict(Runtime())}  # threads, folders: each machine's own affair
-    whole = hashlib.sha256(json.dumps(dataclasses.asdict(config) | free, sort_keys=True).encode())
-    return {name: digest.hexdigest()[:12] for name, digest in (("code", code), ("config", whole), ("data", data))}
+    return code.hexdigest()[:12]
 
 
 def environment(device: torch.device) -> dict:

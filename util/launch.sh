@@ -16,7 +16,7 @@ usage: [ARCH=$arch] [NET=$net] sh $stage.sh EXP DATASET [GPUS] [Section.key=valu
   Runtime.processes=N splits the work among N processes on the CPU
 several machines: the same command on each, with NNODES, NODE_RANK, MASTER_ADDR (and MASTER_PORT) in the environment;
   GPUS is then per machine, MAX_RESTARTS how often a failed run is restarted from its last checkpoint
-example: sh $stage.sh split0 demo 0 Data.shot=5
+example: sh $stage.sh split0 demo 0 Train.shot=5
 EOF
     exit 2
 }

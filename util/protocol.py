@@ -44,11 +44,20 @@ class Protocol:
     def hash(self) -> str:
         return hashlib.sha256(json.dumps(self.values, sort_keys=True).encode()).hexdigest()[:12]
 
-    def describe(self) -> dict[str, str]:
-        """Lines for people; a leak is called one."""
+    def describe(self, text_prior: bool = True, base_learner: bool = False) -> dict[str, str]:
+        """Lines for people; a leak is called one.
+
+        Args:
+            text_prior: whether the system reads class texts.
+            base_learner: whether it is the base learner, of which only the resize and the selection mean anything.
+        """
         lines = {"name": self.name, "hash": self.hash}
         for key, value in self.values.items():
             words, meaning = KEYS[key]
+            if key == "CLIP.vocabulary" and not text_prior:
+                value, meaning = "no text is read", {}
+            if base_learner and key == "Train.selection" and value == "novel":
+                value, meaning = "best mIoU on base classes in all validation images, novel objects painted background", {}
             lines[words] = str(value) if isinstance(value, list) else str(meaning.get(value, value))
         return lines
 

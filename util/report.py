@@ -45,7 +45,6 @@ SCORES = {
     "fb_iou": ("FB-IoU", "foreground and background, all episodes"),
     "fg_iou": ("Foreground IoU", "all episodes pooled"),
     "meta_miou": ("Meta branch mIoU", "before the ensemble"),
-    "base_branch_miou": ("Base branch mIoU", "base learner as a few-shot answer"),
     "base_miou": ("Base-class mIoU", "of the base learner, base classes"),
 }
 REQUIRED = ("system", "data_set", "split", "shot", "backbone", "checkpoint", "protocol", "environment", "classes",
@@ -210,6 +209,8 @@ def _class_rows(result: Mapping) -> list[dict]:
               "episodes": {str(k): v for k, v in s.get("episodes_per_class", {}).items()}} for s in result["seeds"]]
     rows = []
     for key in seeds[0]["iou"]:
+        if any(s["iou"][key] is None for s in seeds):  # neither in the truth nor predicted: it has no IoU and is in no mean
+            continue
         mean, sd = _mean_sd([s["iou"][key] for s in seeds])
         rows.append({"id": key, "name": names.get(key, f"class {key}"), "mean": mean, "sd": sd,
                      "episodes": sum(s["episodes"].get(key, 0) for s in seeds) or None})

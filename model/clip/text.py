@@ -61,6 +61,7 @@ class TextEncoder(nn.Module):
 
     def _key(self, texts: Sequence[str]) -> str:
         digest = hashlib.sha256("\n".join(texts).encode())
-        for tensor in (self.clip.text_projection, self.clip.transformer.resblocks[-1].attn.in_proj_weight):
-            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        for name, tensor in sorted(self.clip.state_dict().items()):
+            if not name.startswith("visual."):
+                digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""HDMNet (CVPR 2023), and PI-CLIP (CVPR 2024) which is HDMNet with CLIP priors in place of its cosine prior."""
+"""HDMNet (CVPR 2023), and PI-CLIP (CVPR 2024) which is HDMNet with CLIP priors in place of its similarity prior."""
 
 from collections.abc import Sequence
 

@@ -22,6 +22,7 @@ from util.cache import TensorCache
 from util.config import Method
 from util.data.episodes import Episode
 from util.errors import UserError
+from util.experiment import code_hash
 
 
 @dataclass
@@ -92,8 +93,8 @@ class FewShot(System):
 
     def remember(self, cache: TensorCache, fixed_head: bool) -> None:
         """See System; acts on episodes that carry keys (evaluation)."""
-        settings = f"{self.low_stage} {self.masks_support}"
-        self.memo = Memo(cache, f"{'+'.join(self.frozen_hashes().values())} {settings}")
+        made_by = [code_hash(), torch.__version__, str(self.encoder.mean.device.type), *self.frozen_hashes().values()]
+        self.memo = Memo(cache, " ".join([*made_by, str(self.low_stage), str(self.masks_support)]))
         self.fixed_head = content_hash(self.trained) if fixed_head else ""
 
     def features(self, episode: Episode, query_needs: frozenset[str] = frozenset(), support_needs: frozenset[str] = frozenset()

@@ -31,6 +31,7 @@ class Source:
 
     def __post_init__(self) -> None:
         train, data = self.config.Train, self.config.Data
+        self._records: dict[str, list[Record]] = {}
         self.fold: Fold = fold(train.data_set, train.split, train.use_split_coco)
         self.names: ClassNames = read_class_names(data.class_names)
         if len(self.names.names) != self.fold.num_classes:
@@ -38,8 +39,10 @@ class Source:
                             f"{train.data_set} has {self.fold.num_classes}")
 
     def records(self, key: str) -> list[Record]:
-        """Scanned lines of Data.train_list or Data.val_list."""
-        return scan(self.config.Data.data_root, getattr(self.config.Data, key), self.names, self.cache)
+        """Scanned lines of Data.train_list or Data.val_list; read once."""
+        if key not in self._records:
+            self._records[key] = scan(self.config.Data.data_root, getattr(self.config.Data, key), self.names, self.cache)
+        return self._records[key]
 
     def index(self, training: bool, base: bool = False) -> Index:
         """Images of the fold: base classes (BAM's filter if asked for) in training, novel classes in validation.

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields
 from functools import lru_cache
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar, get_args
+from typing import Any, Literal, Protocol, Self, TypeVar, get_args
 
 import numpy as np
 import torch
@@ -23,7 +23,15 @@ from util.data.index import Index, Record
 from util.data.transforms import IGNORE, Augmented, bbox_mask, clip_input, read_pair, to_tensor
 from util.errors import UserError
 
-Transform = Callable[[np.random.Generator, np.ndarray, Sequence[np.ndarray]], Augmented]
+
+class Transform(Protocol):
+    """(generator, image, labels) -> (image, clean image, labels); squash: whether it ignores the aspect ratio."""
+
+    squash: bool
+
+    def __call__(self, rng: np.random.Generator | None, image: np.ndarray, labels: Sequence[np.ndarray]) -> Augmented: ...
+
+
 ClipSize = Literal["original", "train"]
 AnnType = Literal["mask", "bbox"]
 
@@ -256,7 +264,8 @@ class EpisodeDataset(Dataset):
 
         image, original = read_pair(self.root / record.image, self.root / record.label)
         query, clean, (label,) = self.transform(generator(self.episodes.seed, i, "query"), image, [original])
-        hw = label.shape if self.clip_size == "train" else original.shape
+        # Undo the squash; a crop or a letterbox kept the shape of things.
+        hw = original.shape if self.clip_size == "original" and self.transform.squash else label.shape
         pairs = [self._support(s, to_mask, generator(self.episodes.seed, i, "shot", k)) for k, s in enumerate(supports)]
 
         present = torch.zeros(1, self.num_classes, dtype=torch.bool)

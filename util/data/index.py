@@ -7,6 +7,7 @@
 import hashlib
 import json
 import os
+import signal
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -75,7 +76,8 @@ def scan(
     if workers < 2 or len(pairs) < SERIAL_BELOW:
         records = list(progress(map(read, pairs)))
     else:
-        with Pool(workers) as pool:
+        # A handler for SIGTERM, inherited from a training, would keep the workers from ending.
+        with Pool(workers, initializer=signal.signal, initargs=(signal.SIGTERM, signal.SIG_DFL)) as pool:
             records = list(progress(pool.imap(read, pairs, chunksize=32)))
     save_json(cache, [asdict(record) for record in records])
     return records

@@ -70,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--config", required=True, help="config/DATASET/DATASET_EXP_NET.yaml")
     parser.add_argument("--arch", default="PI_CLIP", help="system whose recipe counts (default PI_CLIP)")
     parser.add_argument("overrides", nargs="*", metavar="Section.key=value")
-    given = parser.parse_args(arguments)
+    given = parser.parse_intermixed_args(arguments)
     config = load_config(given.config, given.arch, given.overrides)
     source = Source(config, "episodes", CACHE)
     for part in ("train", "val"):

@@ -4,6 +4,7 @@ Images are H W 3 float32 RGB 0..255, never normalised: every encoder does that i
 ignore and are only ever moved with nearest neighbour, so recolouring a label commutes with every transform here.
 """
 
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,8 +22,10 @@ Augmented = tuple[np.ndarray, np.ndarray, list[np.ndarray]]
 
 
 def worker_init(worker_id: int) -> None:
-    """`worker_init_fn` of a DataLoader: the workers are the parallelism, threads of OpenCV would fight them."""
+    """`worker_init_fn` of a DataLoader: the workers are the parallelism, threads of OpenCV would fight them. What their
+    parent does at SIGTERM is not theirs to do."""
     cv2.setNumThreads(0)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def read_image(path: str | Path) -> np.ndarray:
@@ -90,7 +93,7 @@ class TrainTransform:
                 "Train.scale_*, Train.rotate_*: need 0 < scale_min <= scale_max and rotate_min <= rotate_max, "
                 f"got scale {scale_min}..{scale_max}, rotate {rotate_min}..{rotate_max}"
             )
-        self.size, self.crop = size, crop
+        self.size, self.crop, self.squash = size, crop, not crop
         self.scale, self.rotate = (scale_min, scale_max), (rotate_min, rotate_max)
 
     def __call__(self, rng: np.random.Generator, image: np.ndarray, labels: Sequence[np.ndarray]) -> Augmented:
