@@ -218,6 +218,15 @@ def test_labels_of_an_episode(tiny):
     assert (data[5].present[0].nonzero().flatten() + 1).tolist() == [6, 15]  # no XML: from the label
 
 
+def test_clip_undoes_the_squash_and_nothing_else(tiny):
+    """A crop or a letterbox kept the shape of things: stretching it to the file's size would distort them."""
+    for transform in (ValTransform(64, squash=False), TrainTransform(64, 0.9, 1.1, crop=True)):
+        episode = dataset(tiny, transform, clip_size="original")[0]
+        assert episode.annotation_hw.tolist() == [[64, 64]] and episode.clip_query[0].shape == (3, 64, 64)
+    squashed = dataset(tiny, TrainTransform(64, 0.9, 1.1), clip_size="original")[0]
+    assert squashed.annotation_hw.tolist() != [[64, 64]]
+
+
 def test_novel_class_has_no_base_rank(tiny):
     root, records = tiny
     f = fold("pascal", 1)  # class 6 is novel
