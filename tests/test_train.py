@@ -86,7 +86,7 @@ def test_protocols_and_episode_files(world: list[str], trained: Path, tmp_path: 
         assert run.returncode == 0, run.stdout + run.stderr
         reports.append(json.loads((trained / "result/report.json").read_text()))
     paper, strict = reports
-    assert paper["protocol"]["name"].startswith("piclip-paper but Test_Finetune.seeds=[1]")
+    assert paper["protocol"]["name"].startswith("piclip-paper but Test_Finetune.test_num=12, ")
     assert paper["checkpoint"].endswith("best.safetensors") and strict["checkpoint"].endswith("last.safetensors")
     assert paper["leak_free"]["mean"] == strict["mean"] and "leak_free" not in strict
     assert paper["protocol_hash"] != strict["protocol_hash"] and paper["episodes"]["hash"] == strict["episodes"]["hash"]
@@ -208,7 +208,8 @@ def test_wrong_labels(world: list[str], trained: Path, tmp_path: Path) -> None:
             shutil.copy(ROOT / "data/demo" / part, tmp_path / part)
     (tmp_path / "train.txt").write_text("\n".join(lines))
     bad = tmp_path / lines[7].split()[1]
-    options = [*world[2:], *SMALL, f"Data.data_root={tmp_path}", f"Data.train_list={tmp_path}/train.txt", "Train.data_set=pascal"]
+    options = [*world[2:], *SMALL, f"Data.data_root={tmp_path}", f"Data.train_list={tmp_path}/train.txt",
+               f"Data.val_list={tmp_path}/train.txt", "Train.data_set=pascal"]  # fmt: skip
     Image.new("L", (10, 10)).save(bad)
     says(sh("train.sh", *options, arch="PSPNet"), "differ in size", bad.name)
     with Image.open(tmp_path / lines[7].split()[0]) as image:

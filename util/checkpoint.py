@@ -109,7 +109,7 @@ def save_resume(folder: Path, weights: Mapping[str, Tensor], meta: Mapping[str, 
         torch.save(state, temporary)
     with written(point.with_suffix(".json")):
         save_json(point.with_suffix(".json"), {suffix: _digest(point.with_suffix(suffix)) for suffix in (".safetensors", ".pt")})
-    for manifest in sorted(point.parent.glob("*.json"))[:-2]:
+    for manifest in _manifests(folder)[:-2]:
         for suffix in (".json", ".pt", ".safetensors"):
             manifest.with_suffix(suffix).unlink(missing_ok=True)
 
@@ -121,7 +121,7 @@ def load_resume(folder: Path) -> tuple[Path, dict[str, Tensor], dict[str, Any], 
         UserError: there are resume points, and none of them is sound.
     """
     damaged: list[str] = []
-    for manifest in sorted((folder / "resume").glob("*.json"), reverse=True):
+    for manifest in reversed(_manifests(folder)):
         try:
             for suffix, digest in json.loads(manifest.read_text()).items():
                 if _digest(manifest.with_suffix(suffix)) != digest:
@@ -134,6 +134,11 @@ def load_resume(folder: Path) -> tuple[Path, dict[str, Tensor], dict[str, Any], 
     if damaged:
         raise UserError(f"{'; '.join(damaged)}. Use Train.resume=none to start over; {folder / 'best.safetensors'} stays usable")
     return None
+
+
+def _manifests(folder: Path) -> list[Path]:
+    """Of all resume points, oldest first."""
+    return sorted((folder / "resume").glob("*.json"), key=lambda path: path.stem)
 
 
 def finished(folder: Path) -> bool:
