@@ -77,10 +77,11 @@ class System(nn.Module):
 
         It is SGD but in HDMNet; `Train.optimizer: adamw` replaces it where there are too few iterations for SGD.
         """
-        parameters = self.trained.parameters()
+        parameters = list(self.trained.parameters())
+        common = {"lr": train.base_lr, "weight_decay": train.weight_decay, "fused": parameters[0].is_cuda}
         if train.optimizer == "adamw":
-            return torch.optim.AdamW(parameters, lr=train.base_lr, weight_decay=train.weight_decay)
-        return torch.optim.SGD(parameters, lr=train.base_lr, momentum=train.momentum, weight_decay=train.weight_decay)
+            return torch.optim.AdamW(parameters, **common)
+        return torch.optim.SGD(parameters, momentum=train.momentum, **common)
 
     def official_name(self, name: str) -> str | None:
         """Our state-dict name -> key of the published checkpoint; None for tensors it does not hold."""

@@ -218,6 +218,18 @@ def test_identical_shots_count_as_one_prototype() -> None:
 
 
 @pytest.mark.parametrize("cls", SYSTEMS)
+def test_bf16_is_fp32_but_for_rounding(cls: type[FewShot]) -> None:
+    """Runtime.precision=bf16: losses and scores come out in fp32."""
+    system, episode = small_system(system=cls).eval(), random_episode()
+    plain, loss = system.predict(episode), sum(system.losses(episode).values())
+    with torch.autocast("cpu", torch.bfloat16):
+        rough, rough_losses = system.predict(episode), system.losses(episode)
+    assert rough.final.dtype == torch.float32 and all(v.dtype == torch.float32 for v in rough_losses.values())
+    torch.testing.assert_close(rough.final.softmax(1), plain.final.softmax(1), rtol=0, atol=0.03)
+    torch.testing.assert_close(sum(rough_losses.values()), loss, rtol=0.02, atol=0)
+
+
+@pytest.mark.parametrize("cls", SYSTEMS)
 def test_empty_support_mask_is_finite(cls: type[FewShot]) -> None:
     system = small_system(system=cls).train()
     episode = random_episode()

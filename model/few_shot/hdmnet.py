@@ -97,7 +97,7 @@ class HDMNet(FewShot):
             {"params": list(head.matcher.parameters()), "lr": train.base_lr},
             {"params": [p for module in rest for p in module.parameters()], "lr": 10 * train.base_lr},
         ]
-        return torch.optim.AdamW(groups, weight_decay=train.weight_decay)
+        return torch.optim.AdamW(groups, weight_decay=train.weight_decay, fused=groups[0]["params"][0].is_cuda)
 
     def official_name(self, name: str) -> str | None:
         levels = "head.matcher.levels."
