@@ -102,8 +102,10 @@ def run(sweep: Sweep, cell: Cell, gpus: int, device: str | None) -> str:
 def on_this_machine(sweep: Sweep, cells: Sequence[Cell], gpus: int, jobs: int) -> list[str]:
     """All cells, `jobs` at a time on the CPU or one for each GPU; messages in the order of the cells."""
     free: queue.Queue[str | None] = queue.Queue()
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-    for slot in (visible if len(visible) >= max(gpus, 2) else [str(i) for i in range(gpus)])[:gpus] or [None] * jobs:
+    visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name] or [str(i) for i in range(gpus)]
+    if len(visible) < gpus:
+        raise UserError(f"--gpus {gpus}: CUDA_VISIBLE_DEVICES names {len(visible)}")
+    for slot in visible[:gpus] or [None] * jobs:
         free.put(slot)
 
     def work(cell: Cell) -> str:

@@ -19,7 +19,7 @@ from util.cache import TensorCache, open_cache
 from util.checkpoint import check_frozen, check_identity, read_meta
 from util.config import Config, load_config
 from util.data.build import Source
-from util.data.manifest import episode_hash
+from util.data.manifest import AnyEpisodes, episode_hash
 from util.distributed import Context
 from util.errors import UserError
 from util.evaluate import Row
@@ -45,12 +45,13 @@ def main() -> None:
 
 @dataclass
 class Scored:
-    """One evaluation: a record per seed, and its rows (none for the base learner)."""
+    """One evaluation: a record per seed, and by seed its episodes and their rows (none for the base learner)."""
 
     system: System
     source: Source
     weight: Path
     seeds: list[dict]
+    episodes: dict[int, AnyEpisodes]
     rows: dict[int, list[Row]]
 
 
@@ -93,22 +94,20 @@ def score(config: Config, place: Experiment, context: Context, log: RunLog, cach
         log.warning(warning)
     log.info(f"{place.arch} on {place.data_set} {place.exp}, {config.Train.shot}-shot, weights {weight}")
 
-    train, test = config.Train, config.Test_Finetune
-    common = {"batch": train.batch_size_val, "workers": train.workers, "squash": train.resized_val,
-              "precision": config.Runtime.precision}
+    test, common = config.Test_Finetune, evaluate.settings(config)
     if source.task == "images":
         record = evaluate.evaluate_images(system.predict, source.validation(), source.fold, context, log, **common)
-        return Scored(system, source, weight, [{"seed": 0} | record], {})
+        return Scored(system, source, weight, [{"seed": 0} | record], {}, {})
     predict = functools.partial(system.predict, baselines=test.baselines)
-    seeds, rows = [], {}
-    for seed, episodes in source.test_episodes().items():
+    seeds, rows, lists = [], {}, source.test_episodes()
+    for seed, episodes in lists.items():
         count = len(episodes) if test.episodes else test.test_num
         record, rows[seed] = evaluate.evaluate_episodes(
             predict, source.episodes(episodes), count, source.fold, context, log, label=f"seed {seed}", **common
         )
         seeds.append({"seed": seed} | record)
         log.info(f"seed {seed}: mIoU {100 * record['miou']:.2f}  FB-IoU {100 * record['fb_iou']:.2f}  {system.mark}".rstrip())
-    return Scored(system, source, weight, seeds, rows)
+    return Scored(system, source, weight, seeds, lists, rows)
 
 
 def weight_file(config: Config, place: Experiment) -> Path:
@@ -175,12 +174,11 @@ def summary(config: Config, place: Experiment, context: Context, scored: Scored,
         "time": {"seconds": round(seconds, 1), "seconds per episode": round(seconds / episodes, 4)},
     }  # fmt: skip
     if scored.rows:
-        lists = source.test_episodes()
         texts = [" ".join(map(str, (seed, row.number, row.cls, *row.counts, row.query)))
                  for seed, rows in scored.rows.items() for row in rows]
         count = None if config.Test_Finetune.episodes else config.Test_Finetune.test_num
         columns = " ".join([*stats.COLUMNS, stats.QUERY])
-        result["episodes"] = {"hash": episode_hash(lists, count), "columns": columns, "rows": texts}
+        result["episodes"] = {"hash": episode_hash(scored.episodes, count), "columns": columns, "rows": texts}
         result["interval"] = stats.bootstrap(stats.read_episodes(result))
     return result
 
@@ -196,7 +194,7 @@ def gallery(config: Config, context: Context, scored: Scored) -> list:
     if not scored.rows:
         return []
     seed, rows = next(iter(scored.rows.items()))
-    data = scored.source.episodes(scored.source.test_episodes()[seed])
+    data = scored.source.episodes(scored.episodes[seed])
     groups = {group: [rows[i].number for i in at] for group, at in choose([row.counts.iou for row in rows]).items()}
     return evaluate.gallery(scored.system.predict, data, groups, scored.source.names.names, context.device,
                             config.Train.resized_val)  # fmt: skip

@@ -125,9 +125,9 @@ def start(config: Config, place: Experiment, context: Context, log: RunLog) -> R
     """Builds model, data and optimizer, and goes back to where an earlier run of the same command stopped."""
     torch.manual_seed(config.Train.manual_seed)
     system, source = open_system(place.arch, config)
+    load_backbone(system, config, place)
     for warning in system.warnings:
         log.warning(warning)
-    load_backbone(system, config, place)
     system.to(context.device)
     meta = experiment.identity(place.arch, config, system.prior_names) | {"frozen": system.frozen_hashes()}
     meta["vocabulary"] = config.CLIP.vocabulary
@@ -244,9 +244,7 @@ def iterate(run: Run, epoch: int, end: int, termination: Termination) -> None:
 def validate(run: Run) -> float:
     """mIoU on the validation data; the first three episodes go to TensorBoard as pictures."""
     system, source, train, context = run.system.eval(), run.source, run.config.Train, run.context
-    data = run.validation
-    common = {"batch": train.batch_size_val, "workers": train.workers, "squash": train.resized_val,
-              "precision": run.config.Runtime.precision}
+    data, common = run.validation, evaluate.settings(run.config)
     started = time.monotonic()
     if source.task == "images":
         scores = evaluate.evaluate_images(system.predict, data, source.fold, context, run.log, **common)

@@ -91,7 +91,7 @@ def load_backbone(system: System, config: Config, place: Experiment) -> None:
     if path.suffix == ".safetensors":
         meta = read_meta(path)
         check_identity(path, meta, experiment.identity("PSPNet", config))
-        if config.Train.selection != "novel" and meta.get("selection") == "novel":
+        if config.Train.selection != "novel" and meta.get("selection") != "last":
             system.warnings += (f"the base learner {path} was chosen where novel objects of the validation images count as "
                                 "background, a leak; train it with Test_Finetune.protocol=strict too",)  # fmt: skip
     system.load_base_learner(load_state(path), str(path))

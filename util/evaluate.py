@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from util.config import Config
 from util.data.episodes import Episode, EpisodeDataset, collate, episodes_per_class
 from util.data.folds import Fold
 from util.data.transforms import worker_init
@@ -27,6 +28,13 @@ def loader(data: Dataset, sampler: RangeSampler, workers: int, device: torch.dev
         pin_memory=device.type == "cuda", persistent_workers=False,
         generator=torch.Generator(),  # its own: drawing from the global one would shift dropout after a resume
     )  # fmt: skip
+
+
+def settings(config: Config) -> dict[str, Any]:
+    """What of a config `evaluate_episodes` and `evaluate_images` go by."""
+    train = config.Train
+    return {"batch": train.batch_size_val, "workers": train.workers, "squash": train.resized_val,
+            "precision": config.Runtime.precision}
 
 
 class Row(NamedTuple):

@@ -56,7 +56,7 @@ class Protocol:
             words, meaning = KEYS[key]
             if key == "CLIP.vocabulary" and not text_prior:
                 value, meaning = "no text is read", {}
-            if base_learner and key == "Train.selection" and value == "novel":
+            if base_learner and key == "Train.selection" and value != "last":
                 value, meaning = "best mIoU on base classes in all validation images, novel objects painted background", {}
             lines[words] = str(value) if isinstance(value, list) else str(meaning.get(value, value))
         return lines
@@ -64,9 +64,9 @@ class Protocol:
 
 def of(config: Config) -> Protocol:
     """The protocol that a config amounts to."""
-    contiguous = config.Train.data_set != "coco"  # only COCO has two styles of folds
+    coco = config.Train.data_set == "coco"  # which alone has two styles of folds
     values = {key: lookup(config, key) for key in KEYS if key != "Test_Finetune.episodes"}
-    values["Train.use_split_coco"] = values["Train.use_split_coco"] and not contiguous
+    values["Train.use_split_coco"] = values["Train.use_split_coco"] and coco
     if config.Test_Finetune.episodes:
         del values["Test_Finetune.test_num"], values["Test_Finetune.seeds"]
         values["Test_Finetune.episodes"] = hashlib.sha256(read_bytes(Path(config.Test_Finetune.episodes))).hexdigest()[:16]
@@ -74,7 +74,7 @@ def of(config: Config) -> Protocol:
     layer = protocol_layer(name, config.Train.data_set)
     fixed = {f"{section}.{key}": value for section, keys in layer.items() for key, value in keys.items()}
     changed = [f"{key}={value}" for key, value in values.items() if key in fixed and fixed[key] != value
-               and not (contiguous and key == "Train.use_split_coco")]
+               and (coco or key != "Train.use_split_coco")]
     changed += [f"episodes of {config.Test_Finetune.episodes}"] if config.Test_Finetune.episodes else []
     return Protocol(name + (f" but {', '.join(changed)}" if changed else ""), values)
 
