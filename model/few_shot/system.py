@@ -125,9 +125,7 @@ class FewShot(System):
         deep = bool(needs & {"stage4", "hidden", "base"})
         stages = self.encoder(images, mask if self.masks_support else None, last=4 if deep else 3)
         middle = torch.cat([stages[3], resize(stages[2], stages[3].shape[2:])], 1)  # of one size but in VGG
-        if self.fixed_head:  # six times smaller than what it is made of
-            middle = (self.trained.down_query if mask is None else self.trained.down_supp)(middle)
-        found = {"middle": middle, "gram": gram(stages[self.low_stage])}
+        found = {"gram": gram(stages[self.low_stage])} | (self.reduce(middle, mask) if self.fixed_head else {"middle": middle})
         if "stage4" in needs:
             found["stage4"] = stages[4]
         if needs & {"hidden", "base"}:
@@ -139,6 +137,10 @@ class FewShot(System):
             deepest = self.encoder.last_stage(stages[3] * resize(mask, stages[3].shape[2:]))
             found["masked4"] = deepest * resize(mask, deepest.shape[2:])
         return found
+
+    def reduce(self, middle: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
+        """What a head that is fixed makes of middle features alone, as parts of a `View`: six times smaller."""
+        return {"middle": (self.trained.down_query if mask is None else self.trained.down_supp)(middle)}
 
     def difference(self, features: Features) -> Tensor:
         """B K scene differences of query and shots."""
