@@ -135,7 +135,8 @@ def main() -> None:
     cores = f"{torch.get_num_threads()} CPU threads ({platform.machine()})"
     hardware = torch.cuda.get_device_name(device) if cuda else cores
     seen = given.images or f"query {WIDTH} x {HEIGHT}"
-    print(f"## {date.today()}, {hardware}, torch {torch.__version__}, {given.precision}\n\nSide {SIDE}, {seen}, batch {given.batch} in "
+    print(f"## {date.today()}, {hardware}, torch {torch.__version__}, {given.precision}\n")
+    print(f"Side {SIDE}, {seen}, batch {given.batch} in "
           f"training. A matrix product reaches {able / 1e9:,.0f} GFLOP/s.\n")
     print("| system | shots | what | s | GFLOP/s |\n|---|---|---|---|---|")
     for arch in given.archs:
