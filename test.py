@@ -168,7 +168,7 @@ def summary(config: Config, place: Experiment, context: Context, scored: Scored,
         "backbone": f"{config.Method.backbone}" + (f" (width {config.Method.width})" if config.Method.width != 64 else ""),
         "priors": system.prior_names, "checkpoint": str(scored.weight),
         "protocol": used.describe("vtp" in (system.prior_names or []), source.task == "images") | trained_with(scored.weight),
-        "protocol_hash": used.hash, "warnings": list(system.warnings), "mark": system.mark,
+        "protocol_hash": used.hash, "warnings": [*system.warnings, *skipped(seeds)], "mark": system.mark,
         "environment": experiment.environment(context.device), "classes": {c: source.names.names[c - 1] for c in classes},
         "seeds": seeds, "mean": mean, "sd": sd, "baselines": baselines(seeds),
         "time": {"seconds": round(seconds, 1), "seconds per episode": round(seconds / episodes, 4)},
@@ -181,6 +181,12 @@ def summary(config: Config, place: Experiment, context: Context, scored: Scored,
         result["episodes"] = {"hash": episode_hash(scored.episodes, count), "columns": columns, "rows": texts}
         result["interval"] = stats.bootstrap(stats.read_episodes(result))
     return result
+
+
+def skipped(seeds: list[dict]) -> list[str]:
+    """A warning where broken files were left out (Data.on_error=skip)."""
+    count = sum(len(seed.get("skipped", [])) for seed in seeds)
+    return [f"{count} of the protocol's episodes could not be read and were left out; report.json names them."] if count else []
 
 
 def trained_with(weight: Path) -> dict[str, str]:

@@ -22,6 +22,8 @@ from util.cache import open_cache
 from util.checkpoint import Progress
 from util.config import Config, load_config
 from util.data.build import Source
+from util.data.episodes import Batch
+from util.data.loading import Loader
 from util.distributed import Context, RangeSampler, Termination
 from util.errors import UserError
 from util.experiment import Experiment
@@ -210,7 +212,8 @@ def iterate(run: Run, epoch: int, end: int, termination: Termination) -> None:
     begin, saved = progress.step - epoch * run.per_epoch, time.monotonic()
     first, last = ((epoch * run.per_epoch + i) * train.batch_size for i in (begin, end))
     sampler = RangeSampler(first, last, train.batch_size, context, drop_last=True)
-    batches = evaluate.loader(run.data, sampler, train.workers, context.device)
+    on_error = run.config.Data.on_error
+    batches = Loader(run.data, sampler, train.workers, context.device, run.log, on_error=on_error, training=True)
     with run.log.progress(run.per_epoch, f"epoch {epoch + 1}/{train.epochs}", begin) as bar:
         for batch in batches:
             poly(run.optimizer, progress.step, progress.total, train.power)
@@ -218,6 +221,8 @@ def iterate(run: Run, epoch: int, end: int, termination: Termination) -> None:
             with torch.autocast(context.device.type, torch.bfloat16, enabled=run.config.Runtime.precision == "bf16"):
                 losses = run.system.losses(batch)
             loss = sum(losses.values())
+            if not torch.isfinite(loss):
+                raise UserError(poisoned(run, batch, losses))
             run.optimizer.zero_grad(set_to_none=True)
             loss.backward()
             run.optimizer.step()
@@ -227,18 +232,23 @@ def iterate(run: Run, epoch: int, end: int, termination: Termination) -> None:
             losses = {name: value.detach() for name, value in losses.items()}
             bar.step(train.batch_size, losses, rate)
             stopping, due = termination.asked(), time.monotonic() - saved > 60 * train.save_minutes
-            printed = progress.step % train.print_freq == 0
-            last_one = progress.step == epoch * run.per_epoch + end
-            if (printed or stopping or due or last_one) and not torch.isfinite(loss):
-                raise UserError(f"the loss is {loss.item()} at iteration {progress.step}; lower Train.base_lr, or use "
-                                "Runtime.precision=fp32. The last resume point is valid")
-            if printed:
+            if progress.step % train.print_freq == 0:
                 run.log.scalars(losses | {"rate": rate}, progress.step, "train")
             if stopping or due:
                 save_point(run)
                 saved = time.monotonic()
             if stopping:
                 raise termination.ended(progress.step)
+
+
+def poisoned(run: Run, batch: Batch, losses: dict[str, torch.Tensor]) -> str:
+    """Keeps the batch and the weights that gave a loss which is no number, and says so."""
+    file = run.place.folder / f"bad_batch{run.context.rank}.safetensors"
+    shown = ", ".join(f"{name} {value.item()}" for name, value in losses.items())
+    weights = {f"weights.{name}": value for name, value in run.system.trained_state().items()}
+    checkpoint.save_weights(file, batch.tensors() | weights, {"step": run.progress.step, "losses": shown})
+    return (f"the loss is not finite at iteration {run.progress.step + 1} ({shown}); lower Train.base_lr, or use "
+            f"Runtime.precision=fp32. The last resume point is valid; batch and weights of this step are in {file}")
 
 
 def validate(run: Run) -> float:

@@ -31,6 +31,13 @@ def run(main: Callable[[], None]) -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except RuntimeError as error:  # torch raises it in the middle of anything when a worker dies or hangs
+        if "DataLoader" not in str(error):
+            raise
+        reason = str(error).strip().splitlines()[0]
+        print(f"error: reading the data failed: {reason}\nA worker process was killed (out of memory?)"
+              " or hangs (a slow disk?); try Train.workers=0. The last resume point is valid", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         print("\ninterrupted; training continues at its last resume point when the same command runs again", file=sys.stderr)
         sys.exit(130)

@@ -26,6 +26,7 @@ class Data:
     train_list: str = ""  # text file, one `image_path label_path` per line
     val_list: str = ""
     class_names: str = ""  # text file, one `NAME | text for CLIP` per line
+    on_error: Literal["stop", "skip"] = "stop"  # a broken image or label: stop, or go on without it and count it in the report
     min_pixels: int = 2048  # a class counts in an image from this many labelled pixels on (2 * 32 * 32)
 
 

@@ -5,12 +5,12 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from util.config import Config
-from util.data.episodes import Episode, EpisodeDataset, collate, episodes_per_class
+from util.data.episodes import Episode, EpisodeDataset, episodes_per_class
 from util.data.folds import Fold
-from util.data.transforms import worker_init
+from util.data.loading import Loader
 from util.distributed import Context, RangeSampler
 from util.log import RunLog
 from util.metrics import Counts, FewShotMeter, SemanticMeter, to_original
@@ -21,20 +21,11 @@ MAP_NAMES = {"vtp": "VTP", "vvp": "VVP", "cosine": "cosine prior", "similarity":
 Predict = Callable[[Any], Any]  # batch on the device -> model.Prediction
 
 
-def loader(data: Dataset, sampler: RangeSampler, workers: int, device: torch.device) -> DataLoader:
-    """Batches of a data set in the sampler's order, decoded by `workers` processes."""
-    return DataLoader(
-        data, batch_sampler=sampler, num_workers=workers, collate_fn=collate, worker_init_fn=worker_init,
-        pin_memory=device.type == "cuda", persistent_workers=False,
-        generator=torch.Generator(),  # its own: drawing from the global one would shift dropout after a resume
-    )  # fmt: skip
-
-
 def settings(config: Config) -> dict[str, Any]:
     """What of a config `evaluate_episodes` and `evaluate_images` go by."""
     train = config.Train
     return {"batch": train.batch_size_val, "workers": train.workers, "squash": train.resized_val,
-            "precision": config.Runtime.precision}
+            "precision": config.Runtime.precision, "on_error": config.Data.on_error}
 
 
 class Row(NamedTuple):
@@ -48,21 +39,23 @@ class Row(NamedTuple):
 
 def evaluate_episodes(
     predict: Predict, data: EpisodeDataset, count: int, fold: Fold, context: Context, log: RunLog, *,
-    batch: int, workers: int, squash: bool, precision: str = "fp32", label: str = "test",
+    batch: int, workers: int, squash: bool, precision: str = "fp32", on_error: str = "stop", label: str = "test",
 ) -> tuple[dict, list[Row]]:  # fmt: skip
     """Episodes 0..count-1, sharded over the ranks: any number of ranks and any batch size give the same counts.
 
     Returns:
         scores: `FewShotMeter.result()` of the final prediction with, where the system has them, `meta_miou` (few-shot
-        branch alone) and `base_miou` (base learner on the base classes, foreground); and a row for every episode.
+        branch alone), `base_miou` (base learner on the base classes, foreground) and `skipped`, messages about episodes that
+        could not be read (`Data.on_error`); and a row for every other episode.
     """
     classes = sorted(episodes_per_class(data.episodes, count))
     meters: dict[str, FewShotMeter] = defaultdict(lambda: FewShotMeter(classes, context.device))
     base = SemanticMeter(len(fold.base) + 1, context.device)
     rows: list[Row] = []
     sampler = RangeSampler(0, count, batch * context.world, context, drop_last=False)
+    loader = Loader(data, sampler, workers, context.device, log, on_error=on_error)
     with log.progress(len(sampler), label) as bar:
-        for episode in loader(data, sampler, workers, context.device):
+        for episode in loader:
             episode = episode.to(context.device, non_blocking=True)
             with torch.autocast(context.device.type, torch.bfloat16, enabled=precision == "bf16"):
                 prediction = predict(episode)
@@ -84,7 +77,7 @@ def evaluate_episodes(
         context.all_reduce(meters[name].state)
     context.all_reduce(base.state)
     results = {name: meters[name].result() for name in names}
-    scores = results["final"]
+    scores = results["final"] | skipped(loader, context)
     if "meta" in results:
         scores["meta_miou"] = results["meta"]["miou"]
     if base.state[1:].any() and base.state[:, 1:].any():
@@ -96,13 +89,14 @@ def evaluate_episodes(
 
 def evaluate_images(
     predict: Predict, data: Dataset, fold: Fold, context: Context, log: RunLog, *,
-    batch: int, workers: int, squash: bool, precision: str = "fp32",
+    batch: int, workers: int, squash: bool, precision: str = "fp32", on_error: str = "stop",
 ) -> dict:  # fmt: skip
     """The base learner on every image of the list: mIoU over the base classes, without and with background."""
     meter = SemanticMeter(len(fold.base) + 1, context.device)
     sampler = RangeSampler(0, len(data), batch * context.world, context, drop_last=False)
+    loader = Loader(data, sampler, workers, context.device, log, on_error=on_error)
     with log.progress(len(sampler), "base classes") as bar:
-        for images in loader(data, sampler, workers, context.device):
+        for images in loader:
             images = images.to(context.device, non_blocking=True)
             with torch.autocast(context.device.type, torch.bfloat16, enabled=precision == "bf16"):
                 prediction = predict(images)
@@ -110,12 +104,19 @@ def evaluate_images(
                 meter.update(to_original(scores, tuple(truth.shape), squash).argmax(0), truth)
             bar.step(len(images))
     context.all_reduce(meter.state)
-    result = meter.result()
-    return {
-        "miou": result["miou_foreground"], "background_miou": result["miou_with_background"], "episodes": len(data),
+    result, without = meter.result(), skipped(loader, context)
+    return without | {
+        "miou": result["miou_foreground"], "background_miou": result["miou_with_background"],
+        "episodes": len(data) - len(without.get("skipped", [])),
         "pixel_accuracy": result["pixel_accuracy"],
         "per_class": {cls: result["per_class"][rank] for rank, cls in enumerate(fold.base, start=1)},
     }  # fmt: skip
+
+
+def skipped(loader: Loader, context: Context) -> dict[str, list[str]]:
+    """{"skipped": messages of all ranks}, empty when nothing was skipped."""
+    messages = context.gather([f"{failure.number}: {failure.message}" for failure in loader.skipped])
+    return {"skipped": messages} if messages else {}
 
 
 def gallery(predict: Predict, data: EpisodeDataset, groups: dict[str, Sequence[int]], names: Sequence[str], device: torch.device,

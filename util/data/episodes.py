@@ -147,6 +147,14 @@ class Batch:
         """Called by the DataLoader."""
         return self._map(Tensor.pin_memory)
 
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors by name; those of a list as name.0, name.1, ..."""
+        found = {}
+        for name, value in vars(self).items():
+            named = enumerate(value) if isinstance(value, list) else [("", value)]
+            found |= {f"{name}.{i}".rstrip("."): tensor for i, tensor in named if isinstance(tensor, Tensor)}
+        return found
+
     def __len__(self) -> int:
         return len(getattr(self, fields(self)[0].name))
 
