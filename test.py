@@ -7,6 +7,7 @@ Prints the table and writes exp/DATASET/ARCH/EXP/NET/result/: report.json, repor
 runs the episodes of a file. Where the protocol leaks, the same episodes are also run without the leak.
 """
 
+import dataclasses
 import functools
 import time
 from dataclasses import dataclass, replace
@@ -14,7 +15,9 @@ from pathlib import Path
 
 from demo import prepare_data
 from model import System, content_hash, load_backbone, open_system, system_class
-from util import cli, distributed, evaluate, experiment, protocol, stats
+from model.few_shot.system import FewShot
+from model.trace import trace_all
+from util import cli, distributed, evaluate, experiment, preflight, protocol, stats
 from util.cache import TensorCache, open_cache
 from util.checkpoint import check_frozen, check_identity, read_meta
 from util.config import Config, load_config
@@ -28,6 +31,8 @@ from util.files import load_state, load_tensors
 from util.log import RunLog
 from util.report import choose, summarise, text_table, write_report
 
+TRACED = 2  # episodes of each seed whose stages a result keeps fingerprints of
+
 
 def main() -> None:
     arguments = cli.parse(__doc__, episodes=True)
@@ -38,6 +43,10 @@ def main() -> None:
     try:
         prepare_data(config, context)
         with RunLog(place.result, "test.log", main=context.main) as log:
+            if context.main:
+                ours = weight_file(config, place).suffix == ".safetensors"  # a published checkpoint brings everything along
+                preflight.require(config, place, ("val_list",), start=ours and place.arch != "PSPNet")
+            context.barrier()
             test(config, place, context, log)
     finally:
         distributed.stop()
@@ -169,10 +178,16 @@ def summary(config: Config, place: Experiment, context: Context, scored: Scored,
         "priors": system.prior_names, "checkpoint": str(scored.weight),
         "protocol": used.describe("vtp" in (system.prior_names or []), source.task == "images") | trained_with(scored.weight),
         "protocol_hash": used.hash, "warnings": [*system.warnings, *skipped(seeds)], "mark": system.mark,
-        "environment": experiment.environment(context.device), "classes": {c: source.names.names[c - 1] for c in classes},
+        "environment": experiment.environment(context.device) | provenance(config, scored),
+        "classes": {c: source.names.names[c - 1] for c in classes},
         "seeds": seeds, "mean": mean, "sd": sd, "baselines": baselines(seeds),
         "time": {"seconds": round(seconds, 1), "seconds per episode": round(seconds / episodes, 4)},
     }  # fmt: skip
+    if isinstance(system, FewShot):
+        result |= {"config": dataclasses.asdict(config), "place": [place.exp, place.net], "traces": {
+            seed: trace_all(system, source.episodes(episodes), min(TRACED, len(scored.rows[seed])), config.Train.resized_val)
+            for seed, episodes in scored.episodes.items()
+        }}  # fmt: skip
     if scored.rows:
         texts = [" ".join(map(str, (seed, row.number, row.cls, *row.counts, row.query)))
                  for seed, rows in scored.rows.items() for row in rows]
@@ -181,6 +196,12 @@ def summary(config: Config, place: Experiment, context: Context, scored: Scored,
         result["episodes"] = {"hash": episode_hash(scored.episodes, count), "columns": columns, "rows": texts}
         result["interval"] = stats.bootstrap(stats.read_episodes(result))
     return result
+
+
+def provenance(config: Config, scored: Scored) -> dict[str, str]:
+    """Hashes of code, config, data and every weight."""
+    found = experiment.fingerprint(config, scored.source.records("val_list")) | scored.system.frozen_hashes()
+    return found | {"weights": content_hash(scored.system.trained)}
 
 
 def skipped(seeds: list[dict]) -> list[str]:

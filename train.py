@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 
 from demo import prepare_data
 from model import System, content_hash, load_backbone, needs_base_learner, open_system
-from util import checkpoint, cli, distributed, evaluate, experiment
+from util import checkpoint, cli, distributed, evaluate, experiment, preflight
 from util.cache import open_cache
 from util.checkpoint import Progress
 from util.config import Config, load_config
@@ -40,6 +40,9 @@ def main() -> None:
     context = distributed.start(arguments.gpus, config.Runtime)
     try:
         prepare_data(config, context)
+        if context.main:
+            preflight.require(config, place, ("train_list", "val_list") if config.Train.evaluate else ("train_list",))
+        context.barrier()
         if needs_base_learner(place.arch):
             ready_base_learner(config, load_config(arguments.config, "PSPNet"), place, context)
         train(config, place, context)
@@ -162,6 +165,9 @@ def start(config: Config, place: Experiment, context: Context, log: RunLog) -> R
         with atomic(place.folder / "config.yaml") as file:
             file.write_text(config.to_yaml())
     parameters = sum(p.numel() for p in system.trained.parameters())
+    room = preflight.disk(config, 40 * parameters)  # three resume points of weights and two moments, and the best weights
+    if not room.ok:
+        raise UserError(f"{room.detail}; {room.remedy}")
     log.info(f"{place.arch} on {place.data_set} {place.exp}: {len(run.data)} samples, {run.per_epoch} iterations an epoch, "
              f"{parameters / 1e6:.2f} M trained parameters, {context.world} process(es) on {context.device}")
     return run

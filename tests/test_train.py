@@ -76,6 +76,26 @@ def test_train_then_test(world: list[str], trained: Path) -> None:
         assert a["episodes_per_class"] == b["episodes_per_class"]
 
 
+def test_a_result_can_be_verified(world: list[str], trained: Path, tmp_path: Path) -> None:
+    run = sh("test.sh", *world, *SMALL, "Test_Finetune.test_num=12", "Test_Finetune.seeds=[1]", "Test_Finetune.leak_free=false")
+    assert run.returncode == 0, run.stdout + run.stderr
+    result = json.loads((trained / "result/report.json").read_text())
+    assert {"code", "config", "data", "clip", "base_learner", "weights", "torch", "hardware"} <= result["environment"].keys()
+
+    def verify(file: Path) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-m", "util.report", "verify", str(file)]
+        return subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
+
+    run = verify(trained / "result/report.json")
+    assert run.returncode == 0 and run.stdout.count("the same, bit for bit") == 2, run.stdout + run.stderr
+    result["traces"]["1"][1]["prior"]["vvp"][:] = "0", result["traces"]["1"][1]["prior"]["vvp"][1] * 1.1
+    (tmp_path / "other.json").write_text(json.dumps(result))
+    run = verify(tmp_path / "other.json")
+    assert run.returncode == 1 and "episode 0: the same" in run.stdout and "first difference in prior: vvp" in run.stdout
+    (tmp_path / "other.json").write_text("{}")
+    says(verify(tmp_path / "other.json"), "has no traces")
+
+
 def test_protocols_and_episode_files(world: list[str], trained: Path, tmp_path: Path) -> None:
     """The paper's row stands beside the one without leaks; `strict` takes the last epoch; a file of episodes gives the
     numbers of the episodes it was made from."""

@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import types
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -144,6 +145,22 @@ def load_config(path: str | Path, arch: str | None = None, overrides: list[str] 
     name = PAPER.get(arch or "", "piclip-paper") if config.Test_Finetune.protocol == "auto" else config.Test_Finetune.protocol
     _apply(config, [(PROTOCOLS / f"{name}.yaml", protocol_layer(name, config.Train.data_set)), *layers])
     config.Test_Finetune.protocol = name
+    _validate(config)
+    return config
+
+
+def config_from_dict(sections: Mapping[str, Any], where: str) -> Config:
+    """A whole config, as `dataclasses.asdict` gave it.
+
+    Raises:
+        UserError: unknown or missing keys, wrong types; `where` names the file.
+    """
+    config = Config()
+    _apply(config, [(Path(where), dict(sections))])
+    missing = [f"{section}.{key}" for section, values in dataclasses.asdict(config).items() for key in values
+               if key not in sections.get(section, {})]  # fmt: skip
+    if missing:
+        raise UserError(f"{where}: of another version, {', '.join(missing)} is not there")
     _validate(config)
     return config
 

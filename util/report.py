@@ -19,6 +19,8 @@ The result, scores being fractions 0..1 (key: content; * = may be missing):
                         what was done otherwise, as texts
     date*               text; filled in when missing
 
+    config, place, traces   what `python -m util.report verify RESULT.json` needs to run a few episodes again, see verify.py
+
 `python -m util.report compare A.json B.json` tells whether system B differs from A on the same episodes.
 """
 
@@ -26,6 +28,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -249,6 +252,9 @@ def _shown(value: object) -> str:
 
 def main() -> None:
     """Exit code 0: compared, whether the difference is significant or not; 1: not comparable; 2: a wrong file."""
+    if sys.argv[1:2] == ["verify"]:  # needs the model, which nothing in util/ may import
+        verify = Path(__file__).parents[1] / "verify.py"
+        os.execv(sys.executable, [sys.executable, str(verify), *sys.argv[2:]])
     parser = argparse.ArgumentParser(description="Reports of evaluations (report.json).")
     command = parser.add_subparsers(required=True).add_parser("compare", help="is B another than A, on the same episodes?")
     command.add_argument("a", metavar="A.json")

@@ -149,6 +149,17 @@ class FewShot(System):
     def prior_maps(self, episode: Episode, features: Features) -> dict[str, Tensor]:
         return {prior.name: prior(episode, features) for prior in self.priors}
 
+    @torch.no_grad()
+    def stages(self, batch: Episode) -> dict[str, dict[str, Tensor]]:
+        """What `predict` computes on its way, for comparison with another run."""
+        features = self.features(batch)
+        maps = self.prior_maps(batch, features)
+        decoded = self.decode(self.trained, features, list(maps.values()), batch.base_rank)
+        views = {f"{role} {name}": value for role, view in (("query", features.query), ("support", features.support))
+                 for name, value in vars(view).items() if value is not None}  # fmt: skip
+        return {"features": views, "prior": maps, "matcher": {"final": decoded.final} | (
+            {} if decoded.meta is None else {"meta": decoded.meta})}  # fmt: skip
+
     def losses(self, batch: Episode) -> dict[str, Tensor]:
         self._check(batch)
         features = self.features(batch)

@@ -41,7 +41,8 @@ class Source:
     def records(self, key: str) -> list[Record]:
         """Scanned lines of Data.train_list or Data.val_list; read once."""
         if key not in self._records:
-            self._records[key] = scan(self.config.Data.data_root, getattr(self.config.Data, key), self.names, self.cache)
+            data = self.config.Data
+            self._records[key] = scan(data.data_root, getattr(data, key), self.names, self.cache, skip=data.on_error == "skip")
         return self._records[key]
 
     def index(self, training: bool, base: bool = False) -> Index:

@@ -1,6 +1,6 @@
 """Batches from files, read by worker processes; and what happens when a file is broken.
 
-A UserError in a worker travels as a value: raised there, it would reach the user inside a traceback. With `Data.on_error:
+The error of a worker travels as a value: raised there, it would reach the user inside a traceback. With `Data.on_error:
 stop` it is raised here. With `skip` training takes another sample in its place, a pure function of the broken one's number;
 evaluation leaves the episode out and counts it.
 """
@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from util.data.episodes import collate
 from util.data.transforms import worker_init
 from util.distributed import RangeSampler
-from util.errors import UserError
+from util.errors import BrokenFile, UserError
 from util.log import RunLog
 
 PATIENCE = 900  # seconds without a batch until a worker counts as hanging
@@ -29,6 +29,7 @@ class Failure:
 
     number: int
     message: str
+    broken: bool  # a file is missing or damaged; else something that no policy excuses
 
 
 class Loader:
@@ -56,8 +57,10 @@ class Loader:
     def __iter__(self) -> Iterator[Any]:
         for batch, failures, missing in self.batches:
             for failure in failures:
+                if not failure.broken:
+                    raise UserError(failure.message)
                 if self.on_error == "stop":
-                    raise UserError(f"{failure.message}. (Data.on_error=skip goes on without such files, and counts them)")
+                    raise BrokenFile(f"{failure.message}. (Data.on_error=skip goes on without such files, and counts them)")
                 self.skipped.append(failure)
                 self.log.warning(f"skipped, number {failure.number}: {failure.message}")
             if missing and self.training:
@@ -78,7 +81,7 @@ class _Guarded(Dataset):
             try:
                 return self.data[i + attempt * FAR], failures
             except UserError as error:
-                failures.append(Failure(i, str(error)))
+                failures.append(Failure(i, str(error), isinstance(error, BrokenFile)))
         return None, failures
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from util.errors import UserError
+from util.errors import BrokenFile, UserError
 
 IMAGENET_MEAN = (123.675, 116.28, 103.53)
 IGNORE = 255
@@ -33,7 +33,7 @@ def read_image(path: str | Path) -> np.ndarray:
     _require(path, "image")
     image = cv2.imread(str(path), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
     if image is None:
-        raise UserError(f"{path}: not a readable image; fetch it again")
+        raise BrokenFile(f"{path}: not a readable image; fetch it again")
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB).astype(np.float32)
 
 
@@ -46,7 +46,7 @@ def read_label(path: str | Path) -> np.ndarray:
                 raise UserError(f"{path}: a label is an 8-bit PNG of class indices (mode P or L), not {label.mode}")
             return np.array(label)
     except (OSError, SyntaxError) as error:  # PIL raises SyntaxError on a broken PNG
-        raise UserError(f"{path}: not a readable label ({error}); fetch it again") from error
+        raise BrokenFile(f"{path}: not a readable label ({error}); fetch it again") from error
 
 
 def read_pair(image_path: str | Path, label_path: str | Path) -> tuple[np.ndarray, np.ndarray]:
@@ -69,7 +69,7 @@ def check_sizes(
 
 def _require(path: str | Path, what: str) -> None:
     if not Path(path).is_file():
-        raise UserError(f"{what} not found: {path} (Data.data_root and the path in the list file are joined)")
+        raise BrokenFile(f"{what} not found: {path} (Data.data_root and the path in the list file are joined)")
 
 
 class TrainTransform:
