@@ -172,6 +172,14 @@ def test_rerun_continues_bit_for_bit(world: list[str], trained: Path, tmp_path: 
     says(sh("train.sh", *broken, arch="HDMNet"), "resume point .* is damaged", "Train.resume=none")
 
 
+def test_poisoned_loss_leaves_its_batch(world: list[str], trained: Path, tmp_path: Path) -> None:
+    base = f"Method.pre_weight={trained.parents[2] / 'PSPNet/split0/resnet50/snapshot/best.safetensors'}"
+    run = sh("train.sh", *world[:-1], *SMALL, base, f"Runtime.output={tmp_path}", "Train.base_lr=1e30", arch="HDMNet")
+    says(run, r"the loss is not finite at iteration \d+ \(main nan", r"bad_batch0\.safetensors")
+    kept = load_tensors(tmp_path / "demo/HDMNet/split0/resnet50/bad_batch0.safetensors")
+    assert kept["query"].shape == (8, 3, 65, 65) and any(name.startswith("weights.matcher") for name in kept)
+
+
 def test_full_disk_keeps_the_last_checkpoint(world: list[str], trained: Path, tmp_path: Path) -> None:
     """A limit on the size of files stands in for a full disk."""
     code = ("import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
