@@ -16,11 +16,10 @@ from multiprocessing import Pool
 from pathlib import Path, PureWindowsPath
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
 from util.data.folds import ClassNames
-from util.data.transforms import IGNORE, check_sizes, read_label
+from util.data.transforms import IGNORE, check_sizes, image_hw, read_label
 from util.errors import UserError
 from util.files import save_json
 
@@ -171,22 +170,11 @@ def _read_record(root: Path, names: tuple[str, ...], pair: tuple[str, str]) -> R
             f"{root / label}: label values {strange} are no class; expected 0..{len(names)} and 255 (ignore). "
             "Is it the label of this data set (Train.data_set, Data.data_root), with contiguous class ids?"
         )
-    check_sizes(root / image, _image_hw(root / image), root / label, array.shape)
+    check_sizes(root / image, image_hw(root / image), root / label, array.shape)
     annotated = _annotated(_xml_path(root, image), names)
     if annotated is None:
         annotated = tuple(values)
     return Record(image, label, *array.shape, {v: int(counts[v]) for v in values}, annotated)
-
-
-def _image_hw(path: Path) -> tuple[int, int]:
-    """Height and width from the header alone."""
-    try:
-        with Image.open(path) as image:
-            return image.height, image.width
-    except FileNotFoundError:
-        raise UserError(f"image not found: {path} (Data.data_root and the path in the list file are joined)") from None
-    except OSError:
-        raise UserError(f"{path}: not a readable image; fetch it again") from None
 
 
 def _xml_path(root: Path, image: str) -> Path:
