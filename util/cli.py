@@ -29,7 +29,8 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        message = str(error).rpartition("util.errors.UserError: ")[2]  # of a DataLoader's worker: without its traceback
+        print(f"error: {message}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\ninterrupted; training continues at its last resume point when the same command runs again", file=sys.stderr)
