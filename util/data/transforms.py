@@ -125,6 +125,7 @@ class TrainTransform:
         turn, blur, flip = rng.random(3) < 0.5
         offset = rng.random(2)  # every number is drawn, used or not: one choice never shifts another
 
+        scale = max(scale, 1 / min(image.shape[:2]))  # a row of pixels stays one
         image = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_LINEAR)
         labels = [cv2.resize(x, None, fx=scale, fy=scale, interpolation=cv2.INTER_NEAREST) for x in labels]
         if turn:
