@@ -10,6 +10,7 @@ import os
 import signal
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from multiprocessing import Pool
@@ -62,12 +63,13 @@ def scan(
     `workers`: processes, by default one a core. Raises UserError on anything wrong in the list or the files.
     """
     root, list_file = Path(data_root), Path(list_file)
-    if not str(data_root) or not root.is_dir():
+    if not os.path.isdir(data_root):  # unlike Path.is_dir, no error for a name that cannot be one
         raise UserError(f"Data.data_root: no such folder: {str(data_root)!r}; the paths in the lists start there")
     pairs = read_list(list_file)
     cache = Path(cache_dir) / f"{list_file.stem}-{_fingerprint(root, pairs, class_names)}.json"
     if cache.is_file():
-        return [_from_json(entry) for entry in json.loads(cache.read_text())]
+        with suppress(ValueError, LookupError, TypeError, AttributeError, RecursionError):  # damaged: read the labels again
+            return [_from_json(entry) for entry in json.loads(cache.read_text())]
 
     workers = len(os.sched_getaffinity(0)) if workers is None else workers
     read = partial(_read_record, root, class_names.names)
@@ -88,7 +90,7 @@ def read_list(list_file: str | Path) -> list[tuple[str, str]]:
     Raises UserError, naming the line, for paths that lead out of the data root or that only Windows understands.
     """
     path = Path(list_file)
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UserError(f"Data.train_list / Data.val_list: no such list: {str(list_file)!r}; lists/README.md tells what makes it")
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()  # some editors put a mark at the start
@@ -187,7 +189,7 @@ def _annotated(xml: Path, names: tuple[str, ...]) -> tuple[int, ...] | None:
         return None
     try:
         found = {obj.findtext("name", "") for obj in ElementTree.parse(xml).getroot().findall("object")}
-    except ElementTree.ParseError as error:
+    except (ElementTree.ParseError, ValueError, LookupError) as error:  # the latter two: encodings
         raise UserError(f"{xml}: not a readable VOC annotation ({error}); fetch it again") from error
     unknown = sorted(found.difference(names))
     if unknown:
@@ -204,7 +206,7 @@ def _fingerprint(root: Path, pairs: Iterable[tuple[str, str]], class_names: Clas
             try:
                 state = path.stat()
                 states.append((state.st_size, state.st_mtime_ns))
-            except FileNotFoundError:
+            except (OSError, ValueError):  # not there, or a name that cannot be one
                 states.append(None)
         digest.update(repr((image, label, states)).encode())
     return digest.hexdigest()
