@@ -69,6 +69,8 @@ def read_episodes(result: Mapping) -> Episodes:
     names = str(found["columns"]).split()
     if names not in ([*COLUMNS], [*COLUMNS, QUERY]):
         raise UserError(f"the report's \"episodes\" have the columns {' '.join(names)!r}; expected {' '.join(COLUMNS)!r}")
+    if not isinstance(found["rows"], list):
+        raise UserError("the report's \"episodes\" are malformed: its rows are no list")
     rows = np.empty((len(found["rows"]), len(names)), np.int64)
     for i, row in enumerate(found["rows"]):
         try:
@@ -97,7 +99,7 @@ def load_result(path: str | Path) -> dict:
         raise UserError(f"{path}: cannot be read ({error.strerror}); expected the report.json of an evaluation") from error
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: no valid JSON ({error}); expected the report.json of an evaluation") from error
     return result
 

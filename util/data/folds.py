@@ -63,15 +63,19 @@ def fold(data_set: str, split: int, use_split_coco: bool = True) -> Fold:
 def read_class_names(path: str | Path) -> ClassNames:
     """Read one class a line, `NAME` or `NAME | text for CLIP`; line c is PNG value c. The text defaults to the name."""
     path = Path(path)
-    if not path.is_file():
-        raise UserError(f"Data.class_names: no such file: {path} (one class a line: NAME or NAME | text for CLIP)")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise UserError(f"Data.class_names: no such file: {path} (one class a line: NAME or NAME | text for CLIP)") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"Data.class_names: {path} cannot be read as UTF-8 text ({error})") from error
     names, texts = [], []
-    for number, line in enumerate(path.read_text(encoding="utf-8").rstrip().splitlines(), start=1):
-        name, bar, text = (part.strip() for part in line.partition("|"))
-        if not name or "|" in text or (bar and not text):
+    for number, line in enumerate(text.rstrip().splitlines(), start=1):
+        name, bar, spoken = (part.strip() for part in line.partition("|"))
+        if not name or "|" in spoken or (bar and not spoken):
             raise UserError(f"{path}:{number}: expected `NAME` or `NAME | text for CLIP`, got {line!r}")
         if name in names:
             raise UserError(f"{path}:{number}: class {name!r} is already on line {names.index(name) + 1}")
         names.append(name)
-        texts.append(text or name)
+        texts.append(spoken or name)
     return ClassNames(tuple(names), tuple(texts))
