@@ -42,7 +42,7 @@ def main() -> None:
     context = distributed.start(arguments.gpus, config.Runtime)
     try:
         prepare_data(config, context)
-        with RunLog(place.result, "test.log", main=context.main) as log:
+        with RunLog(place.result, "test.log", quiet=arguments.quiet, main=context.main) as log:
             if context.main:
                 ours = weight_file(config, place).suffix == ".safetensors"  # a published checkpoint brings everything along
                 preflight.require(config, place, ("val_list",), start=ours and place.arch != "PSPNet")

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 
 from demo import prepare_data
 from model import System, content_hash, load_backbone, needs_base_learner, open_system
-from util import checkpoint, cli, distributed, evaluate, experiment, preflight
+from util import checkpoint, cli, distributed, evaluate, experiment, plan, preflight
 from util.cache import open_cache
 from util.checkpoint import Progress
 from util.config import Config, load_config
@@ -34,7 +34,7 @@ from util.viz import contact_sheet
 
 
 def main() -> None:
-    arguments = cli.parse(__doc__)
+    arguments = cli.parse(__doc__, plan=True)
     config = load_config(arguments.config, arguments.arch, arguments.overrides)
     place = Experiment.from_config_path(arguments.arch, arguments.config, config.Runtime.output)
     context = distributed.start(arguments.gpus, config.Runtime)
@@ -43,23 +43,33 @@ def main() -> None:
         if context.main:
             preflight.require(config, place, ("train_list", "val_list") if config.Train.evaluate else ("train_list",))
         context.barrier()
+        if arguments.dry_run:
+            return dry_run(config, place, context)
         if needs_base_learner(place.arch):
-            ready_base_learner(config, load_config(arguments.config, "PSPNet"), place, context)
-        train(config, place, context)
+            ready_base_learner(config, load_config(arguments.config, "PSPNet"), place, context, arguments.quiet)
+        train(config, place, context, arguments.quiet)
     finally:
         distributed.stop()
 
 
-def ready_base_learner(config: Config, recipe: Config, place: Experiment, context: Context) -> None:
+def ready_base_learner(config: Config, recipe: Config, place: Experiment, context: Context, quiet: bool) -> None:
     """The demo's base learner takes minutes, so it is trained (to its end) on the way; a real one is a run of its own."""
     own = place.of("PSPNet")
     if config.Train.data_set == "demo" and config.Method.pre_weight == "auto":
         if not checkpoint.finished(own.snapshot):
             recipe.Data, recipe.Method, recipe.Runtime = config.Data, config.Method, config.Runtime
             recipe.Train.workers, recipe.Train.selection = config.Train.workers, config.Train.selection
-            train(recipe, own, context)
+            train(recipe, own, context, quiet)
     elif not experiment.base_learner_file(config, place).is_file():
         raise UserError(experiment.missing_base_learner(config, place))
+
+
+def dry_run(config: Config, place: Experiment, context: Context) -> None:
+    """Says what a run would do and take; writes nothing."""
+    with RunLog(place.folder, main=False) as log:
+        found = plan.measure(build(config, place, context, log))
+        if context.main:
+            print(found)
 
 
 @dataclass
@@ -84,9 +94,9 @@ class Run:
         return len(self.data) // self.config.Train.batch_size
 
 
-def train(config: Config, place: Experiment, context: Context) -> None:
+def train(config: Config, place: Experiment, context: Context, quiet: bool) -> None:
     """One run, from its start, or from wherever an earlier run of the same command stopped, to its end."""
-    with RunLog(place.folder, main=context.main) as log:
+    with RunLog(place.folder, quiet=quiet, main=context.main) as log:
         run = start(config, place, context, log)
         with Termination(context) as termination:
             for epoch in range(config.Train.epochs):
@@ -126,8 +136,8 @@ def save_point(run: Run) -> None:
         checkpoint.save_resume(run.place.snapshot, state, run.meta, run.optimizer, rng, run.progress)
 
 
-def start(config: Config, place: Experiment, context: Context, log: RunLog) -> Run:
-    """Builds model, data and optimizer, and goes back to where an earlier run of the same command stopped."""
+def build(config: Config, place: Experiment, context: Context, log: RunLog) -> Run:
+    """Model, data and optimizer at the start of a run."""
     torch.manual_seed(config.Train.manual_seed)
     system, source = open_system(place.arch, config)
     load_backbone(system, config, place)
@@ -151,8 +161,15 @@ def start(config: Config, place: Experiment, context: Context, log: RunLog) -> R
             log.warning("on the CPU each process normalises its own part of the batch: not the base learner of one process")
     if run.per_epoch == 0:
         raise UserError(f"Train.batch_size = {config.Train.batch_size}: an epoch has only {len(run.data)} samples")
-    torch.manual_seed(config.Train.manual_seed)  # the same in all processes, see model.ops.Dropout
     run.progress.total = run.per_epoch * config.Train.epochs
+    return run
+
+
+def start(config: Config, place: Experiment, context: Context, log: RunLog) -> Run:
+    """A run where an earlier one of the same command stopped, or at its start."""
+    run = build(config, place, context, log)
+    system, source = run.system, run.source
+    torch.manual_seed(config.Train.manual_seed)  # the same in all processes, see model.ops.Dropout
     if config.Train.resume == "auto":
         resume(run)
     elif context.main:
@@ -165,7 +182,7 @@ def start(config: Config, place: Experiment, context: Context, log: RunLog) -> R
         with atomic(place.folder / "config.yaml") as file:
             file.write_text(config.to_yaml())
     parameters = sum(p.numel() for p in system.trained.parameters())
-    room = preflight.disk(config, 40 * parameters)  # three resume points of weights and two moments, and the best weights
+    room = preflight.disk(config, plan.checkpoints(parameters))
     if not room.ok:
         raise UserError(f"{room.detail}; {room.remedy}")
     log.info(f"{place.arch} on {place.data_set} {place.exp}: {len(run.data)} samples, {run.per_epoch} iterations an epoch, "

@@ -9,13 +9,17 @@ from util.distributed import Terminated
 from util.errors import UserError
 
 
-def parse(description: str, episodes: bool = False) -> argparse.Namespace:
-    """config, arch, gpus, overrides; with `episodes` also --episodes FILE, which becomes an override."""
+def parse(description: str, episodes: bool = False, plan: bool = False) -> argparse.Namespace:
+    """config, arch, gpus, quiet, overrides; with `episodes` also --episodes FILE, which becomes an override; with `plan`
+    --dry-run."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="config/DATASET/DATASET_EXP_NET.yaml")
     parser.add_argument("--arch", default="PI_CLIP", help="system (default PI_CLIP)")
     parser.add_argument("--gpus", type=int, default=0, help="0 is the CPU; more than one goes through torchrun")
     parser.add_argument("overrides", nargs="*", metavar="Section.key=value")
+    parser.add_argument("--quiet", action="store_true", help="only warnings and errors on the console; the log file has all")
+    if plan:
+        parser.add_argument("--dry-run", action="store_true", help="tell what it would do and take, from a few measured steps")
     if episodes:
         parser.add_argument("--episodes", metavar="FILE", help="evaluate the episodes of this file")
     found = parser.parse_intermixed_args()
