@@ -26,6 +26,7 @@ class Data:
     train_list: str = ""  # text file, one `image_path label_path` per line
     val_list: str = ""
     class_names: str = ""  # text file, one `NAME | text for CLIP` per line
+    folds: str = ""  # your own data set: YAML file, `split0: [class names]` and so on; published ones go by rules
     min_pixels: int = 2048  # a class counts in an image from this many labelled pixels on (2 * 32 * 32)
 
 

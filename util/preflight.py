@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from util.config import Config, load_config
-from util.data.folds import fold, read_class_names
+from util.data.folds import fold_of, read_class_names
 from util.data.index import read_list
 from util.errors import UserError
 from util.experiment import Experiment, base_learner_file
@@ -85,7 +85,7 @@ def backbone(config: Config) -> Finding:
 
 
 def _fold(config: Config) -> str:
-    classes = fold(config.Train.data_set, config.Train.split, config.Train.use_split_coco)
+    classes = fold_of(config)
     return f"{config.Train.data_set} {config.Train.split}: {len(classes.base)} base, {len(classes.novel)} novel classes"
 
 
