@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -43,17 +41,20 @@ def picture(label: np.ndarray) -> Image.Image:
     return Image.fromarray((noise + 40 * np.stack([label % 5, label * 2 % 5, label * 3 % 5], -1)).astype(np.uint8))
 
 
-@pytest.fixture
-def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder of 32 images with grey masks, beside an empty repository that is the working folder."""
-    root = tmp_path / "own data"
+def write_own(root: Path) -> None:
+    """32 images with grey masks."""
     for i in range(32):
         add(root, f"im{i:02}", label_of(i))
     (root / "classes.txt").write_text("star\nfish\ntree | tall tree\nhouse\n")
-    repository = tmp_path / "repository"
-    repository.mkdir()
-    monkeypatch.chdir(repository)
-    return root
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of one's own, beside an empty repository that is the working folder."""
+    write_own(tmp_path / "own data")
+    (tmp_path / "repository").mkdir()
+    monkeypatch.chdir(tmp_path / "repository")
+    return tmp_path / "own data"
 
 
 def add(root: Path, stem: str, label: np.ndarray) -> None:
@@ -165,9 +166,6 @@ def test_a_rare_class_is_in_both_parts() -> None:
     assert {s.record.image: s.part for s in check.parted(seen, 200, turned)} == turned
 
 
-# ---- VOC, colours
-
-
 def test_voc_layout(own: Path) -> None:
     voc = own.parent / "VOC"
     for folder in ("ImageSets/Segmentation", "Annotations"):
@@ -210,9 +208,6 @@ def test_masks_of_colours(own: Path) -> None:
     Image.fromarray(table[label_of(7)]).save(own / "masks/im07.png")
     make(own)
     assert read_class_names("lists/mine/classes.txt").names == tuple(COLOURS)[1:]
-
-
-# ---- COCO
 
 
 def instances(numbers: range, text: bool = False) -> dict:
@@ -401,46 +396,3 @@ def test_folds_of_a_config(own: Path) -> None:
         with pytest.raises(UserError, match=says):
             fold_of(load_config(file, overrides=[override]))
     assert read_folds("lists/mine/folds.yaml", read_class_names("lists/mine/classes.txt")) == [(1,), (2,), (3,), (4,)]
-
-
-# ---- to the end
-
-RUN = """
-import sys, test, train
-from pathlib import Path
-from util.errors import UserError
-
-def run(module, arch):
-    sys.argv = ["", "--config", "config/mine/mine_split1_resnet50.yaml", "--arch", arch, *overrides]
-    module.main()
-
-overrides = sys.argv[1:]
-for module, arch in ((train, "PSPNet"), (train, "PI_CLIP"), (test, "PI_CLIP")):
-    run(module, arch)
-Path("lists/mine/folds.yaml").write_text("split0: [tree, house]\\nsplit1: [star, fish]\\n")
-for module, arch in ((test, "PI_CLIP"), (train, "PSPNet")):
-    try:
-        run(module, arch)
-    except UserError as error:
-        print(f"REFUSED {error}")
-"""
-
-
-def test_train_and_test(own: Path) -> None:
-    """A base learner and PI-CLIP with random weights, the class names through the demo's CLIP; then the folds are changed."""
-    (own / "classes.txt").write_text("\n".join(NAMES))
-    make(own, "--folds", "2")
-    tiny = [f"CLIP.clip_path={REPO}/demo/clip", "Method.width=8", "Method.backbone_weight=none", "Train.train_h=65",
-            "Train.val_size=65", "Train.epochs=1", "Train.workers=0", "Train.val_episodes=8", "Runtime.threads=1",
-            "Test_Finetune.test_num=12", "Test_Finetune.seeds=[1]", "Test_Finetune.leak_free=false"]  # fmt: skip
-    code = f"import sys; sys.path.insert(0, {str(REPO)!r})\n{RUN}"
-    done = subprocess.run([sys.executable, "-c", code, *tiny], text=True, capture_output=True, timeout=600)
-    assert done.returncode == 0, done.stdout + done.stderr
-    report = json.loads(Path("exp/mine/PI_CLIP/split1/resnet50/result/report.json").read_text())
-    assert report["classes"] == {"3": "tree", "4": "house"} and report["data_set"] == "mine"
-    assert report["protocol"]["name"].startswith("piclip-paper but Data.min_pixels=200, Test_Finetune.test_num=12")
-    assert set(report["seeds"][0]["episodes_per_class"]) == {"3", "4"}
-    refused = done.stdout.split("REFUSED ")[1:]
-    assert len(refused) == 2, done.stdout
-    for message in refused:
-        assert "Data.folds, novel classes: the checkpoint has ['tree', 'house'], the config ['star', 'fish']" in message
