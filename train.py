@@ -202,6 +202,7 @@ def resume(run: Run) -> None:
     if changed:
         raise UserError(f"{run.place.snapshot} holds a run with another config ({'; '.join(changed)}). Use Train.resume=none to "
                         "overwrite it, or Runtime.output=FOLDER to keep both")
+    checkpoint.check_identity(file, checkpoint.read_meta(file), run.meta)
     checkpoint.check_frozen(file, checkpoint.read_meta(file), run.system.frozen_hashes())
     run.system.load_trained(weights, str(file))
     run.optimizer.load_state_dict(state["optimizer"])

@@ -30,6 +30,7 @@ class Data:
     val_list: str = ""
     class_names: str = ""  # text file, one `NAME | text for CLIP` per line
     on_error: Literal["stop", "skip"] = "stop"  # a broken image or label: stop, or go on without it and count it in the report
+    folds: str = ""  # your own data set: YAML file, `split0: [class names]` and so on; published ones go by rules
     min_pixels: int = 2048  # a class counts in an image from this many labelled pixels on (2 * 32 * 32)
 
 
