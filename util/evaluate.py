@@ -148,8 +148,11 @@ def gallery(predict: Predict, data: EpisodeDataset, groups: dict[str, Sequence[i
             original, cls = sample.original_mask[0], int(sample.cls)
             shown = to_original(prediction.final[0].cpu(), tuple(original.shape), squash).argmax(0)
             iou = FewShotMeter([cls]).update(shown, original, cls).iou
+            name = names[cls - 1]
+            if group == "confused":
+                name += f", confused with {names[spread(shown, sample.original_label[0], cls).other - 1]}"
             cards.append(Card(
-                title=f"{names[cls - 1]}, IoU {100 * iou:.1f}",
+                title=f"{name}, IoU {100 * iou:.1f}",
                 subtitle=f"episode {number}: {sample.query_name[0]} with {', '.join(sample.support_names[0])} ({side[0]} px)",
                 group=group,
                 number=number,

@@ -56,15 +56,15 @@ def styled(make: Callable) -> Callable:
 def of(result: Mapping) -> dict[str, Figure]:
     """Name -> figure, of everything that a result can tell; an older one tells less."""
     mark, found = result.get("mark", ""), {}
-    for name, curves in (result.get("curves") or {}).items():
-        if curves.get("train") or (curves.get("validation") or {}).get("miou"):
-            found["curves" if name == result["system"] else f"curves {name}"] = learning_curves(curves, mark)
     if rows := summary.class_rows(result):
         found["classes"] = class_bars({"": rows}, mark)
     if rows := summary.cause_rows(result):
         found["causes"] = cause_bars(rows, mark)
     if quality := summary.prior_quality(result):
         found["priors"] = prior_curves(quality, result["mean"]["miou"], mark)
+    for name, curves in (result.get("curves") or {}).items():
+        if curves.get("train") or (curves.get("validation") or {}).get("miou"):
+            found["curves" if name == result["system"] else f"curves {name}"] = learning_curves(curves, mark)
     return found
 
 

@@ -133,8 +133,8 @@ def render(result: Mapping, cards: Sequence[Card]) -> str:
     drawn = {name: figures.svg(figure, name) for name, figure in figures.of(result).items() if name != "classes"}
     captions = {"causes": "Share of the episodes by cause.",
                 "priors": "mIoU of each prior map alone, cut at a threshold, on the same episodes as the final mask."}
-    captions |= {name: f"Training of {name.removeprefix('curves').strip() or result['system']}." for name in drawn
-                 if name.startswith("curves")}
+    runs = {name: name.removeprefix("curves") or f" {result['system']}" for name in drawn if name.startswith("curves")}
+    captions |= {name: f"Training:{run}. Terms of the loss, validation, learning rate." for name, run in runs.items()}
     causes = summary.cause_rows(result)
     view = {
         "result": result, "title": summary.title(result), "runs": summary.runs(result), "several": several, "tiles": tiles,
@@ -178,6 +178,9 @@ def compare_files(a_file: str, b_file: str, html: Path | None) -> bool:
     if html is not None and html.is_dir():
         raise UserError(f"--html {html} is a folder: name a file")
     a, b = load_result(a_file), load_result(b_file)
+    if html is not None:
+        for file in (a_file, b_file):
+            read_result(file, check_keys)
     comparison = compare(a, b)
     print(describe(comparison, a, b))
     if html is not None and comparison.comparable:
@@ -202,7 +205,9 @@ def draw(folder: Path) -> None:
 
 
 def check_keys(result: Mapping) -> None:
-    if missing := [key for key in REQUIRED if key not in result]:
+    """Raises UserError for a result of which no page or figure can be made."""
+    missing = [key for key in REQUIRED if key not in result] or [key for key in ("classes", "seeds", "mean") if not result[key]]
+    if missing:
         raise UserError(f"no report of an evaluation: it lacks {', '.join(missing)}")
 
 
