@@ -2,7 +2,7 @@
 
     python test.py --config config/demo/demo_split0_resnet50.yaml --arch PI_CLIP --gpus 0 [Section.key=value ...]
 
-Prints the table and writes exp/DATASET/ARCH/EXP/NET/result/: report.json, report.html, gallery.png, test.log.
+Prints the table and writes exp/DATASET/ARCH/EXP/NET/result/: report.json, report.html, gallery.png, gallery.json, test.log.
 `Test_Finetune.weight` takes our checkpoints and the published .pth files; `--episodes FILE` (or Test_Finetune.episodes)
 runs the episodes of a file. Where the protocol leaks, the same episodes are also run without the leak.
 """
@@ -14,10 +14,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from demo import prepare_data
-from model import System, content_hash, load_backbone, open_system, system_class
+from model import System, content_hash, load_backbone, needs_base_learner, open_system, system_class
 from model.few_shot.system import FewShot
 from model.trace import trace_all
-from util import cli, distributed, evaluate, experiment, preflight, protocol, stats
+from util import causes, cli, curves, distributed, evaluate, experiment, preflight, protocol, stats
 from util.cache import TensorCache, open_cache
 from util.checkpoint import check_frozen, check_identity, read_meta
 from util.config import Config, load_config
@@ -31,6 +31,7 @@ from util.files import load_state, load_tensors
 from util.log import RunLog
 from util.report import choose, summarise, text_table, write_report
 
+FIRST = 6  # pictures of episodes that every run has
 TRACED = 2  # episodes of each seed whose stages a result keeps fingerprints of
 
 
@@ -180,6 +181,8 @@ def summary(config: Config, place: Experiment, context: Context, scored: Scored,
         "protocol_hash": used.hash, "warnings": [*system.warnings, *skipped(seeds)], "mark": system.mark,
         "environment": experiment.environment(context.device) | provenance(config, scored),
         "classes": {c: source.names.names[c - 1] for c in classes},
+        "other_classes": {c: name for c, name in enumerate(source.names.names, start=1) if c not in classes},
+        "curves": learning_curves(config, place, scored.weight),
         "seeds": seeds, "mean": mean, "sd": sd, "baselines": baselines(seeds),
         "time": {"seconds": round(seconds, 1), "seconds per episode": round(seconds / episodes, 4)},
     }  # fmt: skip
@@ -189,12 +192,14 @@ def summary(config: Config, place: Experiment, context: Context, scored: Scored,
             for seed, episodes in scored.episodes.items()
         }}  # fmt: skip
     if scored.rows:
-        texts = [" ".join(map(str, (seed, row.number, row.cls, *row.counts, row.query)))
+        texts = [" ".join(map(str, (seed, row.number, row.cls, *row.counts, row.query, *row.spread)))
                  for seed, rows in scored.rows.items() for row in rows]
         count = None if config.Test_Finetune.episodes else config.Test_Finetune.test_num
-        columns = " ".join([*stats.COLUMNS, stats.QUERY])
+        columns = " ".join([*stats.COLUMNS, stats.QUERY, *stats.SPREAD])
         result["episodes"] = {"hash": episode_hash(scored.episodes, count), "columns": columns, "rows": texts}
-        result["interval"] = stats.bootstrap(stats.read_episodes(result))
+        read = stats.read_episodes(result)
+        result["interval"] = stats.bootstrap(read)
+        result["causes"] = causes.tally(read.cls, read.counts, read.spread)
     return result
 
 
@@ -210,6 +215,17 @@ def skipped(seeds: list[dict]) -> list[str]:
     return [f"{count} of the protocol's episodes could not be read and were left out; report.json names them."] if count else []
 
 
+def learning_curves(config: Config, place: Experiment, weight: Path) -> dict[str, dict]:
+    """Of the runs that a checkpoint of ours and its base learner come from, as far as they are on record."""
+    if weight.suffix != ".safetensors":
+        return {}
+    files = {place.arch: weight}
+    if needs_base_learner(place.arch):
+        files["base learner"] = experiment.base_learner_file(config, place)
+    found = {name: curves.read(file.parents[1] / curves.FILE) for name, file in files.items()}
+    return {name: points for name, points in found.items() if points}
+
+
 def trained_with(weight: Path) -> dict[str, str]:
     """What a checkpoint of ours tells of its training that the protocol of the test does not."""
     vocabulary = read_meta(weight).get("vocabulary") if weight.suffix == ".safetensors" else None
@@ -217,12 +233,16 @@ def trained_with(weight: Path) -> dict[str, str]:
 
 
 def gallery(config: Config, context: Context, scored: Scored) -> list:
-    """Cards of the best, median and worst episodes of the first seed."""
+    """Cards of the first seed: best, median and worst episodes, some for every cause of failure, and the first of some
+    classes, which every run has, so that two can be laid side by side."""
     if not scored.rows:
         return []
     seed, rows = next(iter(scored.rows.items()))
     data = scored.source.episodes(scored.episodes[seed])
-    groups = {group: [rows[i].number for i in at] for group, at in choose([row.counts.iou for row in rows]).items()}
+    found = choose([row.counts.iou for row in rows])
+    found |= causes.examples([row.counts for row in rows], [row.spread for row in rows], without=sum(found.values(), []))
+    found["first of a class"] = sorted({row.cls: i for i, row in reversed([*enumerate(rows)])}.values())[:FIRST]
+    groups = {group: [rows[i].number for i in at] for group, at in found.items()}
     return evaluate.gallery(scored.system.predict, data, groups, scored.source.names.names, context.device,
                             config.Train.resized_val)  # fmt: skip
 

@@ -2,7 +2,7 @@
 
     python train.py --config config/demo/demo_split0_resnet50.yaml --arch PI_CLIP --gpus 0 [Section.key=value ...]
 
-Output goes to exp/DATASET/ARCH/EXP/NET/: config.yaml, train.log, events/ (TensorBoard), snapshot/. Running the same
+Output goes to exp/DATASET/ARCH/EXP/NET/: config.yaml, train.log, curves.jsonl, events/ (TensorBoard), snapshot/. Running the same
 command again continues where the last run stopped, bit for bit: at a signal to terminate, at the latest checkpoint otherwise.
 """
 
@@ -178,6 +178,7 @@ def start(config: Config, place: Experiment, context: Context, log: RunLog) -> R
         facts = {"position": f"{run.progress.step}, {run.progress.closed}", "weights": content_hash(system.trained)}
         context.agree(experiment.fingerprint(config, source.records("train_list")) | system.frozen_hashes() | facts)
         system.distribute(context.device)
+    log.rewind({"train": run.progress.step, "validation": run.progress.closed})
     if context.main:
         with atomic(place.folder / "config.yaml") as file:
             file.write_text(config.to_yaml())

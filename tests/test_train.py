@@ -142,7 +142,7 @@ train.cli.run(train.main)
 def test_rerun_continues_bit_for_bit(world: list[str], trained: Path, tmp_path: Path) -> None:
     """Two epochs in one go equal a run that is killed while it writes a checkpoint in the middle of an epoch, then terminated,
     then finds its newest checkpoint damaged."""
-    common = [*world[:-1], *SMALL, "Train.epochs=2", "Train.evaluate=false", "Train.save_minutes=0",
+    common = [*world[:-1], *SMALL, "Train.epochs=2", "Train.evaluate=false", "Train.save_minutes=0", "Train.print_freq=1",
               f"Method.pre_weight={trained.parents[2] / 'PSPNet/split0/resnet50/snapshot/best.safetensors'}"]  # fmt: skip
     assert sh("train.sh", *common, f"Runtime.output={tmp_path}/a", "Train.save_minutes=60", arch="HDMNet").returncode == 0
     broken = [*common, f"Runtime.output={tmp_path}/b"]
@@ -165,6 +165,8 @@ def test_rerun_continues_bit_for_bit(world: list[str], trained: Path, tmp_path: 
     assert len(list(points.iterdir())) == 6  # two points of three files, and nothing half written
     a, b = (load_tensors(tmp_path / name / "demo/HDMNet/split0/resnet50/snapshot/last.safetensors") for name in "ab")
     assert all(torch.equal(a[key], b[key]) for key in a)
+    a, b = ((tmp_path / name / "demo/HDMNet/split0/resnet50/curves.jsonl").read_text() for name in "ab")
+    assert a == b and a.count('"train"') == 30  # no point twice, none missing
     says(sh("train.sh", *broken, "Train.base_lr=0.1", arch="HDMNet"), r"Train\.base_lr was 0\.0", "Train.resume=none")
     assert "nothing is left" in sh("train.sh", *broken, arch="HDMNet").stdout
     for manifest in points.glob("*.json"):

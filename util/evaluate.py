@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.data import Dataset
 
+from util.causes import Spread, spread
 from util.config import Config
 from util.data.episodes import Episode, EpisodeDataset, episodes_per_class
 from util.data.folds import Fold
@@ -14,10 +15,9 @@ from util.data.loading import Loader
 from util.distributed import Context, RangeSampler
 from util.log import RunLog
 from util.metrics import Counts, FewShotMeter, SemanticMeter, to_original
-from util.report import Card
-from util.viz import episode_panels
+from util.priors import MAP_NAMES, PriorMeter
+from util.viz import Card, episode_panels
 
-MAP_NAMES = {"vtp": "VTP", "vvp": "VVP", "cosine": "cosine prior", "similarity": "similarity prior"}
 Predict = Callable[[Any], Any]  # batch on the device -> model.Prediction
 
 
@@ -29,12 +29,13 @@ def settings(config: Config) -> dict[str, Any]:
 
 
 class Row(NamedTuple):
-    """One evaluated episode: its number, class and query (position in the index), and its pixel counts."""
+    """One evaluated episode: its number, class and query (position in the index), its pixel counts, where its prediction lies."""
 
     number: int
     cls: int
     query: int
     counts: Counts
+    spread: Spread
 
 
 def evaluate_episodes(
@@ -45,12 +46,12 @@ def evaluate_episodes(
 
     Returns:
         scores: `FewShotMeter.result()` of the final prediction with, where the system has them, `meta_miou` (few-shot
-        branch alone), `base_miou` (base learner on the base classes, foreground) and `skipped`, messages about episodes that
-        could not be read (`Data.on_error`); and a row for every other episode.
+        branch alone), `base_miou` (base learner on the base classes, foreground), `prior_quality` (`PriorMeter.result`) and
+        `skipped`, messages about episodes that could not be read (`Data.on_error`); and a row for every other episode.
     """
     classes = sorted(episodes_per_class(data.episodes, count))
     meters: dict[str, FewShotMeter] = defaultdict(lambda: FewShotMeter(classes, context.device))
-    base = SemanticMeter(len(fold.base) + 1, context.device)
+    base, priors = SemanticMeter(len(fold.base) + 1, context.device), PriorMeter(classes, context.device)
     rows: list[Row] = []
     sampler = RangeSampler(0, count, batch * context.world, context, drop_last=False)
     loader = Loader(data, sampler, workers, context.device, log, on_error=on_error)
@@ -62,8 +63,11 @@ def evaluate_episodes(
             for i in range(len(episode)):
                 truth, cls = episode.original_mask[i], int(episode.cls[i])
                 size, number = tuple(truth.shape), int(episode.number[i])
-                counts = meters["final"].update(to_original(prediction.final[i], size, squash).argmax(0), truth, cls)
-                rows.append(Row(number, cls, data.episodes.spec(number).query, counts))
+                pred = to_original(prediction.final[i], size, squash).argmax(0)
+                counts = meters["final"].update(pred, truth, cls)
+                where = spread(pred, episode.original_label[i], cls)
+                rows.append(Row(number, cls, data.episodes.spec(number).query, counts, where))
+                priors.update({name: prior[i] for name, prior in prediction.maps.items()}, truth, cls, squash)
                 if prediction.meta is not None:
                     meters["meta"].update(to_original(prediction.meta[i], size, squash).argmax(0), truth, cls)
                 if prediction.base is not None:
@@ -82,6 +86,8 @@ def evaluate_episodes(
         scores["meta_miou"] = results["meta"]["miou"]
     if base.state[1:].any() and base.state[:, 1:].any():
         scores["base_miou"] = base.result()["miou_foreground"]
+    if quality := priors.result(context):
+        scores["prior_quality"] = quality
     baselines = {name.removeprefix("baseline "): {key: result[key] for key in ("miou", "fb_iou")}
                  for name, result in results.items() if name.startswith("baseline ")}
     return scores | ({"baselines": baselines} if baselines else {}), sorted(context.gather(rows))
@@ -142,10 +148,14 @@ def gallery(predict: Predict, data: EpisodeDataset, groups: dict[str, Sequence[i
             original, cls = sample.original_mask[0], int(sample.cls)
             shown = to_original(prediction.final[0].cpu(), tuple(original.shape), squash).argmax(0)
             iou = FewShotMeter([cls]).update(shown, original, cls).iou
+            name = names[cls - 1]
+            if group == "confused":
+                name += f", confused with {names[spread(shown, sample.original_label[0], cls).other - 1]}"
             cards.append(Card(
-                title=f"{names[cls - 1]}, IoU {100 * iou:.1f}",
+                title=f"{name}, IoU {100 * iou:.1f}",
                 subtitle=f"episode {number}: {sample.query_name[0]} with {', '.join(sample.support_names[0])} ({side[0]} px)",
                 group=group,
+                number=number,
                 panels=episode_panels(supports, _picture(sample.query[0]), maps, pred, truth),
             ))  # fmt: skip
     return cards

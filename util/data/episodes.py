@@ -201,6 +201,7 @@ class Episode(Batch):
     support_names: list[list[str]]  # B lists of K
     query_key: list[str] = field(default_factory=list)  # hash of each query's pixels; evaluation only, else []
     support_key: list[list[str]] = field(default_factory=list)  # B lists of K: hash of pixels and mask; evaluation only
+    original_label: list[Tensor] = field(default_factory=list)  # B of H W uint8: the query's label file; evaluation only
 
 
 def content_key(*arrays: np.ndarray) -> str:
@@ -296,6 +297,7 @@ class EpisodeDataset(Dataset):
             support_names=[[s.image for s in supports]],
             query_key=[content_key(query)] if self.evaluation else [],
             support_key=[[content_key(image.numpy(), mask.numpy()) for image, mask in pairs]] if self.evaluation else [],
+            original_label=[to_tensor(original)] if self.evaluation else [],
         )
 
     def _support(self, record: Record, to_mask: np.ndarray, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
