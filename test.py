@@ -13,18 +13,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from demo import prepare_data
-from model import System, content_hash, load_backbone, open_system, system_class
+from model import System, content_hash, load_weights, open_system, system_class
 from util import cli, distributed, evaluate, experiment, protocol, stats
 from util.cache import TensorCache, open_cache
-from util.checkpoint import check_frozen, check_identity, read_meta
+from util.checkpoint import read_meta
 from util.config import Config, load_config
 from util.data.build import Source
 from util.data.manifest import AnyEpisodes, episode_hash
 from util.distributed import Context
-from util.errors import UserError
 from util.evaluate import Row
 from util.experiment import Experiment
-from util.files import load_state, load_tensors
 from util.log import RunLog
 from util.report import choose, summarise, text_table, write_report
 
@@ -139,22 +137,6 @@ def without_leaks(config: Config, place: Experiment, scored: Scored) -> tuple[Co
     if ours:
         free = replace(free, Test_Finetune=replace(free.Test_Finetune, weight=str(last)))
     return (free, differences) if differences else None
-
-
-def load_weights(system: System, config: Config, place: Experiment, weight: Path) -> None:
-    """A checkpoint of ours must match the config and the frozen parts; a published one brings its base learner along."""
-    if not weight.is_file():
-        raise UserError(f"Test_Finetune.weight = {config.Test_Finetune.weight}: no checkpoint {weight}. Train first: "
-                        f"`ARCH={place.arch} NET={place.net} sh train.sh {place.command} GPUS`")
-    if weight.suffix != ".safetensors":
-        system.import_official(load_state(weight), str(weight))
-        return
-    meta = read_meta(weight)
-    check_identity(weight, meta, experiment.identity(place.arch, config, system.prior_names))
-    if system.task == "episodes":
-        load_backbone(system, config, place)
-    check_frozen(weight, meta, system.frozen_hashes())
-    system.load_trained(load_tensors(weight), str(weight))
 
 
 def summary(config: Config, place: Experiment, context: Context, scored: Scored, seconds: float) -> dict:

@@ -31,6 +31,8 @@ IDENTITY = {
     "low_fea": "Method.low_fea", "filter_novel": "Train.filter_novel", "crop": "Train.crop", "selection": "Train.selection",
 }  # fmt: skip
 
+EXPORT = "export"  # metadata key of a file that has the frozen parts too (model/share.py)
+
 
 @dataclass
 class Progress:

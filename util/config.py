@@ -147,6 +147,18 @@ def load_config(path: str | Path, arch: str | None = None, overrides: list[str] 
     return config
 
 
+def config_of(content: dict, source: str, overrides: list[str] | None = None) -> Config:
+    """A config as a checkpoint or config.yaml of a run keeps it (`dataclasses.asdict`), with `Section.key=value` overrides.
+
+    Raises:
+        UserError: as `load_config`.
+    """
+    config = Config()
+    _apply(config, [(Path(source), content), *((Path("command line"), _override(text)) for text in overrides or [])])
+    _validate(config)
+    return config
+
+
 def protocol_names() -> list[str]:
     return sorted(file.stem for file in PROTOCOLS.glob("*.yaml"))
 
