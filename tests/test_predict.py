@@ -73,8 +73,10 @@ def make(root: Path, arch: str, *overrides: str) -> tuple[Config, Path]:
         system = build_system(name, config, fold("demo", 0), read_class_names(config.Data.class_names))
         load_backbone(system, config, place)
         with torch.no_grad():
-            for parameter in system.trained.parameters():
+            for parameter in system.trained.parameters() if name == arch else ():
                 parameter.mul_(1.5)  # scores that differ, and masks that are neither empty nor full
+            if hasattr(system.trained, "ensemble"):
+                system.trained.ensemble.cls_merge.weight.fill_(1)  # so far the base learner has no say
         meta = experiment.identity(name, config, system.prior_names) | {"frozen": system.frozen_hashes()}
         save_weights(place.best, system.trained_state(), meta | {"config": asdict(config)})
     return config, place.best
