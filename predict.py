@@ -6,8 +6,9 @@
     --text star                             without supports: rough masks, from CLIP's text prior alone
     --query FOLDER 'more/*.png' clip.mp4    files, folders, patterns, videos (--every N: every N-th frame)
 
-DIR gets masks/NAME.png (0 background, 255 object), overlays/NAME.jpg, supports/N.jpg (how they were understood), scores.json, and
-with --polygons coco.json or labelme/NAME.json. docs/predict.md tells what counts as the object in a mask, and the rest.
+DIR gets masks/NAME.png (0 background, 255 object), overlays/NAME.jpg, supports/N.jpg (how they were understood), scores.json,
+overview.jpg, and with --polygons coco.json or labelme/NAME.json. docs/predict.md tells what counts as the object in a mask, and
+the rest.
 """
 
 import argparse
@@ -49,13 +50,15 @@ def main() -> None:
     print("".join(f"note: {note}\n" for note in predictor.notes), end="")
 
     # 3. one image (on a GPU: eight) after the other
-    for some in chunks(readable(paths, given.every, results), 8 if predictor.device.type == "cuda" else 1):
-        for (stem, photo), found in zip(some, predictor.predict_batch([photo for _, photo in some]), strict=True):
-            row = results.add(stem, photo, found.mask, found.score, found.seconds)
-            what = f"{100 * row['fraction']:.1f} % of it, score {row['score']:.2f}" if row["score"] else "nothing"
-            print(f"{photo.name}: {what}  ({found.seconds:.2f} s)")
-    results.close()
-    print(f"{len(results.record['images'])} masks in {given.out}: masks/, overlays/, scores.json")
+    try:
+        for some in chunks(readable(paths, given.every, results), 8 if predictor.device.type == "cuda" else 1):
+            for (stem, photo), found in zip(some, predictor.predict_batch([photo for _, photo in some]), strict=True):
+                row = results.add(stem, photo, found.mask, found.score, found.seconds)
+                score = f"score {row['score']:.2f}" if found.mask.any() else "nothing found"
+                print(f"{photo.name}: {100 * row['fraction']:.1f} % of the image, {score}  ({found.seconds:.2f} s)")
+    finally:
+        results.close()
+    print(f"{len(results.record['images'])} masks in {given.out}: masks/, overlays/, overview.jpg, scores.json")
     if unread := results.record["unread"]:
         raise UserError(f"{len(unread)} of the queries could not be read: {', '.join(item['image'] for item in unread)}")
 

@@ -12,7 +12,7 @@ from pycocotools import mask as coco_mask
 from demo import world
 from util.data.photos import ORIENTATION, box_mask, read_mask, read_photo
 from util.errors import UserError
-from util.polygons import coco, polygons
+from util.polygons import Coco, polygons
 
 
 def upright(rng: np.random.Generator, hw: tuple[int, int] = (40, 60)) -> np.ndarray:
@@ -121,7 +121,9 @@ def test_polygons_give_the_mask_back() -> None:
     ring = np.ones((9, 9), bool)
     ring[2:7, 2:7], ring[4, 4] = False, True
     for mask in [*masks, ring]:
-        record = coco([("a.jpg", mask, 0.5)], "star")
+        data = Coco("star")
+        data.add("a.jpg", mask, 0.5)
+        record = data.content()
         assert bool(record["annotations"]) == mask.any()
         for made in record["annotations"]:
             runs = coco_mask.frPyObjects(made["segmentation"], *mask.shape)

@@ -209,3 +209,18 @@ def test_large_small_and_thin(piclip: Path) -> None:
         assert predictor.predict(upright(rng, hw)).mask.shape == hw
     with pytest.raises(UserError, match="too small"):
         predictor.set_support(large, boxes=[301, 301, 303, 303], text="star")
+
+
+def test_published_checkpoints(scenes: Path, tmp_path: Path) -> None:
+    """A .pth under the published names, with the config and the system that it is of."""
+    config, weight = make(tmp_path, "HDMNet")
+    images, masks = star(scenes)
+    ours = Predictor.from_checkpoint(weight)
+    names = {name: ours.system.official_name(name) for name in ours.system.state_dict()}
+    torch.save({"state_dict": {f"module.{names[name]}": x for name, x in ours.system.state_dict().items()}}, tmp_path / "hdm.pth")
+    with pytest.raises(UserError, match="--arch PI_CLIP"):
+        Predictor.from_checkpoint(tmp_path / "hdm.pth")
+    theirs = Predictor.from_checkpoint(tmp_path / "hdm.pth", config=config, arch="HDMNet")
+    for predictor in (ours, theirs):
+        predictor.set_support(images[0], masks[0])
+    assert np.array_equal(ours.predict(images[1]).score, theirs.predict(images[1]).score)

@@ -82,7 +82,7 @@ def test_command_line(piclip: Path, scenes: Path, tmp_path: Path, program: Calla
     overlay = np.asarray(Image.open(out / "overlays/a-2.jpg")).astype(int)
     changed = np.abs(overlay - pictures[1]).max(-1) > 40
     assert overlay.shape == pictures[1].shape and changed[~found.mask].mean() < 0.02 < changed[found.mask].mean()
-    assert not [f for f in out.rglob(".*")]
+    assert not [f for f in out.rglob(".*")] and Image.open(out / "overview.jpg").width > 300
 
     code, said = program("--text", "star", "--query", folder / "a.png", "--weights", piclip, "--out", tmp_path / "text",
                          "--polygons", "labelme", "--precision", "bf16")  # fmt: skip

@@ -5,7 +5,8 @@ through it. So polygons that are filled give the mask back exactly.
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import cv2
@@ -60,26 +61,31 @@ def _outline(part: np.ndarray) -> Polygon:
     return corners
 
 
-def coco(images: Sequence[tuple[str, np.ndarray, float | None]], name: str) -> dict[str, Any]:
-    """A COCO data set of one class, with one annotation for each image that shows it.
+@dataclass
+class Coco:
+    """A COCO data set of one class, with one annotation for each image that shows it."""
 
-    images: file name, mask H W bool, mean score of the object.
-    """
-    annotations = []
-    for number, (_, mask, score) in enumerate(images, start=1):
-        if mask.any():
-            rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-            x, y = int(columns[0]), int(rows[0])
-            annotations.append({
-                "id": len(annotations) + 1, "image_id": number, "category_id": 1, "iscrowd": 0, "area": int(mask.sum()),
-                "bbox": [x, y, int(columns[-1]) + 1 - x, int(rows[-1]) + 1 - y], "score": score,
-                "segmentation": [[value for corner in polygon for value in corner] for polygon in polygons(mask)],
-            })  # fmt: skip
-    return {
-        "images": [{"id": number, "file_name": file, "height": mask.shape[0], "width": mask.shape[1]}
-                   for number, (file, mask, _) in enumerate(images, start=1)],
-        "categories": [{"id": 1, "name": name, "supercategory": ""}], "annotations": annotations,
-    }  # fmt: skip
+    name: str
+    images: list[dict[str, Any]] = field(default_factory=list)
+    annotations: list[dict[str, Any]] = field(default_factory=list)
+
+    def add(self, file: str, mask: np.ndarray, score: float | None) -> None:
+        """mask: H W bool; score: mean of the object's, None where there is none."""
+        self.images.append({"id": len(self.images) + 1, "file_name": file, "height": mask.shape[0], "width": mask.shape[1]})
+        if not mask.any():
+            return
+        rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+        x, y = int(columns[0]), int(rows[0])
+        self.annotations.append({
+            "id": len(self.annotations) + 1, "image_id": len(self.images), "category_id": 1, "iscrowd": 0, "score": score,
+            "area": int(mask.sum()), "bbox": [x, y, int(columns[-1]) + 1 - x, int(rows[-1]) + 1 - y],
+            "segmentation": [[value for corner in polygon for value in corner] for polygon in polygons(mask)],
+        })  # fmt: skip
+
+    def content(self) -> dict[str, Any]:
+        """For a JSON file."""
+        categories = [{"id": 1, "name": self.name, "supercategory": ""}]
+        return {"images": self.images, "categories": categories, "annotations": self.annotations}
 
 
 def labelme(file: str, mask: np.ndarray, name: str) -> dict[str, Any]:

@@ -15,6 +15,8 @@ from util.errors import UserError
 from util.files import atomic, save_json
 
 OVERLAY_SIDE = 1600  # pixels: overlays of larger photos are reduced to it
+SHEET = 30  # overview.jpg shows so many at most, supports first,
+ROW = 6  # so many in a row
 
 
 class Results:
@@ -32,11 +34,12 @@ class Results:
         self.out, self.kind, self.name = out, kind, name
         self.record = record | {"images": [], "unread": []}
         self._names: set[str] = set()
-        self._masks: list[tuple[str, np.ndarray, float | None]] = []
+        self._coco = polygons.Coco(name)
+        self._panels: list[viz.Panel] = []
 
     def support(self, number: int, photo: Photo, mask: np.ndarray) -> None:
         """A support as it was understood; mask: H W {0, 1, 255}."""
-        self._save_overlay(f"supports/{number}.jpg", photo.image, mask, "support mask")
+        self._save_overlay(f"supports/{number}.jpg", f"support {number}", photo.image, mask, "support mask")
 
     def add(self, stem: str, photo: Photo, mask: np.ndarray, score: np.ndarray, seconds: float) -> dict[str, Any]:
         """Writes the files of one image and returns what scores.json will tell of it.
@@ -48,12 +51,12 @@ class Results:
         name = self._free(stem)
         mean = round(float(score[mask].mean()), 4) if mask.any() else None
         self._save(f"masks/{name}.png", mask.astype(np.uint8) * 255, "PNG")
-        self._save_overlay(f"overlays/{name}.jpg", photo.image, mask.astype(np.uint8), "prediction")
+        self._save_overlay(f"overlays/{name}.jpg", name, photo.image, mask.astype(np.uint8), "prediction")
         if self.kind == "labelme":
             with _writing(self.out):
                 save_json(self.out / f"labelme/{name}.json", polygons.labelme(str(Path(photo.name).resolve()), mask, self.name))
         if self.kind == "coco":
-            self._masks.append((photo.name, mask, mean))
+            self._coco.add(photo.name, mask, mean)
         found = {
             "image": photo.name, "mask": f"masks/{name}.png", "overlay": f"overlays/{name}.jpg",
             "height": photo.hw[0], "width": photo.hw[1], "fraction": round(float(mask.mean()), 4), "score": mean,
@@ -70,8 +73,11 @@ class Results:
         """Writes what is about all images."""
         with _writing(self.out):
             if self.kind == "coco":
-                save_json(self.out / "coco.json", polygons.coco(self._masks, self.name))
+                save_json(self.out / "coco.json", self._coco.content())
             save_json(self.out / "scores.json", self.record)
+        if self._panels:
+            rows = [self._panels[i : i + ROW] for i in range(0, len(self._panels), ROW)]
+            self._save_jpeg("overview.jpg", viz.contact_sheet(rows))
 
     def _free(self, stem: str) -> str:
         name, count = stem, 2
@@ -80,10 +86,15 @@ class Results:
         self._names.add(name)
         return name
 
-    def _save_overlay(self, name: str, image: np.ndarray, mask: np.ndarray, colour: str) -> None:
+    def _save_overlay(self, name: str, caption: str, image: np.ndarray, mask: np.ndarray, colour: str) -> None:
         image, mask = shrink(image, OVERLAY_SIDE), shrink(mask, OVERLAY_SIDE, cv2.INTER_NEAREST)
-        line = max(1, round(max(mask.shape) / 300))
-        self._save(name, viz.overlay(image, mask, viz.COLOURS[colour], outline=line), "JPEG", quality=92, subsampling=0)
+        shown = viz.overlay(image, mask, viz.COLOURS[colour], outline=max(1, round(max(mask.shape) / 300)))
+        self._save_jpeg(name, shown)
+        if len(self._panels) < SHEET:
+            self._panels.append((caption, viz.fit(shown, 150)))
+
+    def _save_jpeg(self, name: str, image: np.ndarray) -> None:
+        self._save(name, image, "JPEG", quality=92, subsampling=0)
 
     def _save(self, name: str, image: np.ndarray, kind: str, **options: int) -> None:
         with _writing(self.out), atomic(self.out / name) as temporary:
