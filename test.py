@@ -14,20 +14,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from demo import prepare_data
-from model import System, content_hash, load_backbone, needs_base_learner, open_system, system_class
+from model import System, content_hash, load_weights, needs_base_learner, open_system, system_class
 from model.few_shot.system import FewShot
 from model.trace import trace_all
 from util import causes, cli, curves, distributed, evaluate, experiment, preflight, protocol, stats
 from util.cache import TensorCache, open_cache
-from util.checkpoint import check_frozen, check_identity, read_meta
+from util.checkpoint import EXPORT, read_meta
 from util.config import Config, load_config
 from util.data.build import Source
 from util.data.manifest import AnyEpisodes, episode_hash
 from util.distributed import Context
-from util.errors import UserError
 from util.evaluate import Row
 from util.experiment import Experiment
-from util.files import load_state, load_tensors
 from util.log import RunLog
 from util.report import choose, summarise, text_table, write_report
 
@@ -45,8 +43,7 @@ def main() -> None:
         prepare_data(config, context)
         with RunLog(place.result, "test.log", quiet=arguments.quiet, main=context.main) as log:
             if context.main:
-                ours = weight_file(config, place).suffix == ".safetensors"  # a published checkpoint brings everything along
-                preflight.require(config, place, ("val_list",), start=ours and place.arch != "PSPNet")
+                preflight.require(config, place, ("val_list",), start=not whole(weight_file(config, place), place.arch))
             context.barrier()
             test(config, place, context, log)
     finally:
@@ -127,6 +124,11 @@ def weight_file(config: Config, place: Experiment) -> Path:
     return place.last if config.Train.selection == "last" and place.last.is_file() else place.best
 
 
+def whole(weight: Path, arch: str) -> bool:
+    """Whether a checkpoint brings everything along: a published one, one for sharing, the base learner's own."""
+    return weight.suffix != ".safetensors" or arch == "PSPNet" or (weight.is_file() and EXPORT in read_meta(weight))
+
+
 def with_selection(config: Config, arch: str, weight: Path) -> Config:
     """The rule by which a checkpoint was chosen, where that is known better than from the config."""
     found = None
@@ -149,22 +151,6 @@ def without_leaks(config: Config, place: Experiment, scored: Scored) -> tuple[Co
     if ours:
         free = replace(free, Test_Finetune=replace(free.Test_Finetune, weight=str(last)))
     return (free, differences) if differences else None
-
-
-def load_weights(system: System, config: Config, place: Experiment, weight: Path) -> None:
-    """A checkpoint of ours must match the config and the frozen parts; a published one brings its base learner along."""
-    if not weight.is_file():
-        raise UserError(f"Test_Finetune.weight = {config.Test_Finetune.weight}: no checkpoint {weight}. Train first: "
-                        f"`ARCH={place.arch} NET={place.net} sh train.sh {place.command} GPUS`")
-    if weight.suffix != ".safetensors":
-        system.import_official(load_state(weight), str(weight))
-        return
-    meta = read_meta(weight)
-    check_identity(weight, meta, experiment.identity(place.arch, config, system.prior_names))
-    if system.task == "episodes":
-        load_backbone(system, config, place)
-    check_frozen(weight, meta, system.frozen_hashes())
-    system.load_trained(load_tensors(weight), str(weight))
 
 
 def summary(config: Config, place: Experiment, context: Context, scored: Scored, seconds: float) -> dict:

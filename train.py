@@ -146,6 +146,7 @@ def build(config: Config, place: Experiment, context: Context, log: RunLog) -> R
     system.to(context.device)
     meta = experiment.identity(place.arch, config, system.prior_names) | {"frozen": system.frozen_hashes()}
     meta["vocabulary"] = config.CLIP.vocabulary
+    meta["config"] = dataclasses.asdict(config)
     validation = source.validation() if config.Train.evaluate and config.Train.selection != "last" else None
     meta["selection"] = config.Train.selection if validation is not None else "last"
     if validation is not None:

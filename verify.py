@@ -9,13 +9,12 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from model import content_hash, open_system
+from model import content_hash, load_weights, open_system
 from model.few_shot.system import FewShot
 from model.trace import first_difference, trace_all
-from test import load_weights
 from util import cli, distributed, experiment
 from util.cache import TensorCache
-from util.config import Config, config_from_dict
+from util.config import Config, config_of
 from util.errors import UserError
 from util.experiment import Experiment
 
@@ -26,7 +25,7 @@ def main() -> None:
     parser.add_argument("--gpus", type=int, default=0, choices=(0, 1))
     given = parser.parse_args()
     result = read(given.result)
-    config = config_from_dict(result["config"], str(given.result))
+    config = config_of(result["config"], str(given.result))
     context = distributed.start(given.gpus, replace(config.Runtime, processes=1))
     wrong = verify(result, config, context)
     if wrong:

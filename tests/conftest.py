@@ -1,5 +1,6 @@
 """Data for the tests: a tiny VOC-like folder written on the spot, and the small cut of VOC where it is at hand."""
 
+import contextlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -70,3 +71,20 @@ def write_voc(tmp_path: Path) -> Callable[..., tuple[Path, Path]]:
         return root, list_file
 
     return write
+
+
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A hundred scenes of the demo world in VOC's layout, and list.txt."""
+    from tests.untrained import draw  # here: most tests need none of its imports
+
+    return draw(tmp_path_factory.mktemp("scenes"))
+
+
+@pytest.fixture(scope="session")
+def piclip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint of an untrained 1-shot PI-CLIP on the demo, its base learner where it looks for it."""
+    from tests.untrained import ROOT, make
+
+    with contextlib.chdir(ROOT):
+        return make(tmp_path_factory.mktemp("piclip"), "PI_CLIP")[1]

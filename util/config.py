@@ -9,7 +9,6 @@ import difflib
 import math
 import types
 import typing
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from reprlib import repr as short
@@ -152,18 +151,14 @@ def load_config(path: str | Path, arch: str | None = None, overrides: list[str] 
     return config
 
 
-def config_from_dict(sections: Mapping[str, Any], where: str) -> Config:
-    """A whole config, as `dataclasses.asdict` gave it.
+def config_of(content: dict, source: str, overrides: list[str] | None = None) -> Config:
+    """A config as a checkpoint or config.yaml of a run keeps it (`dataclasses.asdict`), with `Section.key=value` overrides.
 
     Raises:
-        UserError: unknown or missing keys, wrong types; `where` names the file.
+        UserError: as `load_config`.
     """
     config = Config()
-    _apply(config, [(Path(where), dict(sections))])
-    missing = [f"{section}.{key}" for section, values in dataclasses.asdict(config).items() for key in values
-               if key not in sections.get(section, {})]  # fmt: skip
-    if missing:
-        raise UserError(f"{where}: of another version, {', '.join(missing)} is not there")
+    _apply(config, [(Path(source), content), *((Path("command line"), _override(text)) for text in overrides or [])])
     _validate(config)
     return config
 

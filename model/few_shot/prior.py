@@ -167,10 +167,14 @@ class TextPrior:
 
     def __init__(self, clip: Frozen, bank: Tensor, vocabulary: str, base: Sequence[int]):
         self.clip: Clip = clip.module
-        self.bank = bank
-        self.bank_key = content_key(bank.numpy())
         self.vocabulary = vocabulary
         self.base = torch.tensor(base) - 1
+        self.use(bank)
+
+    def use(self, bank: Tensor) -> None:
+        """Other texts from now on."""
+        self.bank = bank
+        self.bank_key = content_key(bank.cpu().numpy())
 
     def candidates(self, episode: Episode) -> Tensor:
         """B 2C bool: the texts that compete; the target always does."""
