@@ -8,6 +8,7 @@ import torch
 
 from util.causes import CAUSES, NAMES, Spread, causes, examples, spread, tally
 from util.distributed import Context
+from util.errors import UserError
 from util.metrics import FewShotMeter, to_original
 from util.priors import THRESHOLDS, PriorMeter
 
@@ -112,7 +113,8 @@ def test_one_histogram_serves_all_thresholds(squash):
 
 def test_priors_that_are_not_numbers_or_leave_the_range():
     meter, truth = PriorMeter([1]), torch.ones(4, 4, dtype=torch.uint8)
-    meter.update({"vvp": torch.full((3, 3), float("nan"))}, truth, 1, True)
+    with pytest.raises(UserError, match="not finite"):
+        meter.update({"vvp": torch.full((3, 3), float("nan"))}, truth, 1, True)
     meter.update({"vvp": torch.full((3, 3), 7.0)}, truth, 1, True)
-    assert meter.result(Context(torch.device("cpu"))) == {"vvp": [0.5] * 9}
+    assert meter.result(Context(torch.device("cpu"))) == {"vvp": [1.0] * 9}
     assert PriorMeter([1]).result(Context(torch.device("cpu"))) == {}

@@ -31,7 +31,7 @@ class PriorMeter:
         for name in MAP_NAMES:
             if name in maps:
                 prior = to_original(maps[name][None], tuple(truth.shape), squash)[0]
-                above = (LEVELS * prior).nan_to_num().ceil().clamp(1, LEVELS).byte() - 1  # how many thresholds
+                above = (LEVELS * prior).ceil().clamp(1, LEVELS).byte() - 1  # how many thresholds
                 cell = 16 * truth.to(above.device) + above  # in bytes, so that 255 becomes row 15: does not count
                 pixels = torch.bincount(cell.flatten(), minlength=256).view(16, 16)[:2, :LEVELS]
                 self._state(name)[self.classes.index(cls)] += pixels.T.to(self.device)
