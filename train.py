@@ -28,7 +28,7 @@ from util.distributed import Context, RangeSampler, Termination
 from util.errors import UserError
 from util.experiment import Experiment
 from util.files import atomic
-from util.log import RunLog
+from util.log import RunLog, tracking
 from util.optim import poly
 from util.viz import contact_sheet
 
@@ -96,7 +96,11 @@ class Run:
 
 def train(config: Config, place: Experiment, context: Context, quiet: bool) -> None:
     """One run, from its start, or from wherever an earlier run of the same command stopped, to its end."""
-    with RunLog(place.folder, quiet=quiet, main=context.main) as log:
+    tracker = config.Runtime.tracker if context.main else ""
+    with (
+        tracking(tracker, f"{place.arch} {place.command} {place.net}", place.folder, dataclasses.asdict(config)) as tracked,
+        RunLog(place.folder, quiet=quiet, main=context.main, tracked=tracked) as log,
+    ):
         run = start(config, place, context, log)
         with Termination(context) as termination:
             for epoch in range(config.Train.epochs):
@@ -219,7 +223,7 @@ def resume(run: Run) -> None:
 def differences(old: dict, new: dict) -> list[str]:
     """Keys in which two configs differ, but for how fast a run goes and what is tested later."""
     free = {"Train.workers", "Train.print_freq", "Train.resume", "Runtime.threads", "Runtime.output",
-            "Runtime.cache_gb", "Runtime.cache_dir", "Runtime.processes", "Train.save_minutes"}
+            "Runtime.cache_gb", "Runtime.cache_dir", "Runtime.processes", "Runtime.tracker", "Train.save_minutes"}
     return [f"{section}.{key} was {old.get(section, {}).get(key)!r}, is {value!r}"
             for section, values in new.items() if section != "Test_Finetune"
             for key, value in values.items() if f"{section}.{key}" not in free and old.get(section, {}).get(key) != value]

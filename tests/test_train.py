@@ -174,6 +174,14 @@ def test_rerun_continues_bit_for_bit(world: list[str], trained: Path, tmp_path: 
     says(sh("train.sh", *broken, arch="HDMNet"), "resume point .* is damaged", "Train.resume=none")
 
 
+def test_dry_run_writes_nothing(world: list[str], trained: Path, tmp_path: Path) -> None:
+    base = f"Method.pre_weight={trained.parents[2] / 'PSPNet/split0/resnet50/snapshot/best.safetensors'}"
+    run = sh("train.sh", *world[:-1], *SMALL, base, f"Runtime.output={tmp_path}", "--dry-run", arch="HDMNet")
+    assert run.returncode == 0 and "nothing is written" in run.stdout, run.stdout + run.stderr
+    assert re.search(r"steps +\d+ an epoch, 1 epochs; 8 samples", run.stdout) and re.search(r"time +0:\d\d:\d\d = \d+ steps", run.stdout)
+    assert not list(tmp_path.iterdir())
+
+
 def test_poisoned_loss_leaves_its_batch(world: list[str], trained: Path, tmp_path: Path) -> None:
     base = f"Method.pre_weight={trained.parents[2] / 'PSPNet/split0/resnet50/snapshot/best.safetensors'}"
     run = sh("train.sh", *world[:-1], *SMALL, base, f"Runtime.output={tmp_path}", "Train.base_lr=1e30", arch="HDMNet")

@@ -5,19 +5,42 @@ Only the main rank speaks; on the others every call does nothing, so callers nev
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import sys
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import numpy as np
 from tensorboardX import SummaryWriter
 
 from util import curves
 from util.checkpoint import written
+from util.errors import UserError
+
+
+@contextmanager
+def tracking(tracker: str, name: str, folder: Path, config: Mapping) -> Iterator[Any]:
+    """With the tracker "wandb" a run of Weights & Biases for `RunLog`, else None.
+
+    Raises:
+        UserError: the package is not there.
+    """
+    if tracker != "wandb":
+        yield None
+        return
+    try:
+        import wandb
+    except ImportError as error:
+        raise UserError("Runtime.tracker=wandb: pip install wandb, and wandb login (or WANDB_MODE=offline)") from error
+    folder.mkdir(parents=True, exist_ok=True)
+    identity = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]  # a run that goes on stays one run
+    with wandb.init(project="few-shot", name=name, id=identity, resume="allow", dir=folder, config=dict(config)) as run:
+        yield run
 
 
 class _Console(logging.Handler):
@@ -45,12 +68,12 @@ class RunLog:
 
     folder: made if missing; holds `name` (appended to, so that a resumed run continues it) and, made with the first
     point of a curve, `curves.jsonl` (see util/curves.py) and `events/` (TensorBoard). quiet: the console shows
-    warnings only. main: False on ranks > 0, which stay silent.
+    warnings only. main: False on ranks > 0, which stay silent. tracked: see `tracking`; it gets the curves too.
     """
 
     def __init__(self, folder: str | Path, name: str = "train.log", quiet: bool = False, main: bool = True,
-                 stream: TextIO | None = None):
-        self.folder, self.main, self.quiet = Path(folder), main, quiet
+                 stream: TextIO | None = None, tracked: Any = None):
+        self.folder, self.main, self.quiet, self.tracked = Path(folder), main, quiet, tracked
         self.writer: SummaryWriter | None = None
         self._logger = logging.Logger(str(self.folder / name))  # not getLogger: two runs in one process share nothing
         self._logger.addHandler(logging.NullHandler())  # without any, Python prints warnings to stderr
@@ -77,8 +100,11 @@ class RunLog:
             values = {name: float(value) for name, value in values.items()}
             with written(self.folder / curves.FILE):
                 curves.append(self.folder / curves.FILE, group, step, values)
-            for name, value in values.items():
-                writer.add_scalar(f"{group}/{name}" if group else name, value, step)
+            named = {f"{group}/{name}" if group else name: value for name, value in values.items()}
+            for name, value in named.items():
+                writer.add_scalar(name, value, step)
+            if self.tracked is not None:
+                self.tracked.log(named, step=step)
 
     def rewind(self, steps: Mapping[str, int]) -> None:
         """Takes the points after the given step of each group out of `curves.jsonl`: a run that goes on from there, or
