@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -88,3 +89,23 @@ def piclip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     with contextlib.chdir(ROOT):
         return make(tmp_path_factory.mktemp("piclip"), "PI_CLIP")[1]
+
+
+@pytest.fixture(scope="session")
+def small_clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the pages of docs/ run on, in a folder of its own: configs, weights and a tenth of the scenes of the demo."""
+    from demo import world
+
+    root, place = Path(__file__).resolve().parents[1], tmp_path_factory.mktemp("clone")
+    for name in ("config", "lists", "demo", "notebooks"):
+        shutil.copytree(root / name, place / name)
+    shutil.copy(root / "train.py", place)
+    scenes = {"train": world.TRAIN[:120], "val": world.VAL[:60]}
+    for folder in ("JPEGImages", "SegmentationClassAug", "Annotations"):
+        (place / "data/demo" / folder).mkdir(parents=True)
+    for name, numbers in scenes.items():
+        (place / f"lists/demo/{name}.txt").write_text(world.list_lines(numbers))
+        for number in numbers:
+            world.write(place / "data/demo", number)
+    (place / "data/demo/done").write_text(f"demo world {world.VERSION}\n")
+    return place
