@@ -281,7 +281,7 @@ def test_damaged_pictures(folder: Path, kind: str, changes: list[tuple[float, in
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 @pytest.mark.parametrize("kind", sorted(FILES))
 def test_truncated_pictures(folder: Path, kind: str) -> None:
-    """Wherever the end is missing. OpenCV would paint the missing rows of a JPEG grey, without a word."""
+    """Wherever the end is missing. cv2.imread would paint the missing rows of a JPEG grey, without a word."""
     path, content = folder / f"truncated {kind}", FILES[kind]
     for size in [*range(0, len(content), len(content) // 40), len(content) - 2, len(content) - 1]:
         path.write_bytes(content[:size])
