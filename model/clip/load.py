@@ -1,8 +1,9 @@
 """Where CLIP weights come from: a local file, a folder, or a hub name."""
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import open_clip
@@ -86,24 +87,29 @@ def clip_from_state(state: Mapping[str, Tensor], name: str = "state dict") -> Cl
     if missing:
         raise UserError(f"CLIP.clip_path: {name} holds no CLIP ViT, {', '.join(missing)} not found")
 
+    with _described(name):
+        clip = _build(_sizes(state))
+        clip.load_state_dict(state, strict=True)
+    return Clip(clip)
+
+
+def _sizes(state: Mapping[str, Tensor]) -> dict:
+    """open_clip's config of a state dict in OpenAI naming."""
+
     def depth(prefix: str) -> int:
-        return 1 + max(int(k[len(prefix) :].split(".")[0]) for k in state if k.startswith(prefix))
+        return len({k[len(prefix) :].split(".")[0] for k in state if k.startswith(prefix)})
 
     width, _, patch, _ = state["visual.conv1.weight"].shape
     side = round((len(state["visual.positional_embedding"]) - 1) ** 0.5)
     vocabulary, text_width = state["token_embedding.weight"].shape
-    clip = _build(
-        {
-            "embed_dim": state["text_projection"].shape[1],
-            "quick_gelu": True,
-            "vision_cfg": {"image_size": side * patch, "layers": depth("visual.transformer.resblocks."), "width": width,
-                           "patch_size": patch},
-            "text_cfg": {"context_length": len(state["positional_embedding"]), "vocab_size": vocabulary, "width": text_width,
-                         "heads": text_width // 64, "layers": depth("transformer.resblocks.")},
-        }
-    )
-    _fill(clip, state, name)
-    return Clip(clip)
+    return {
+        "embed_dim": state["text_projection"].shape[1],
+        "quick_gelu": True,
+        "vision_cfg": {"image_size": side * patch, "layers": depth("visual.transformer.resblocks."), "width": width,
+                       "patch_size": patch},
+        "text_cfg": {"context_length": len(state["positional_embedding"]), "vocab_size": vocabulary, "width": text_width,
+                     "heads": text_width // 64, "layers": depth("transformer.resblocks.")},
+    }  # fmt: skip
 
 
 def clip_tensors(clip: Clip) -> dict[str, Tensor]:
@@ -121,11 +127,13 @@ def _build(config: dict) -> CLIP:
     )
 
 
-def _fill(clip: CLIP, state: Mapping[str, Tensor], name: str) -> None:
+@contextlib.contextmanager
+def _described(name: str) -> Iterator[None]:
+    """Weights or a config that describe no CLIP raise many kinds of errors while it is built."""
     try:
-        clip.load_state_dict(state, strict=True)
-    except RuntimeError as error:
-        raise UserError(f"CLIP.clip_path: {name} does not fit the CLIP it describes. {error}") from error
+        yield
+    except Exception as error:
+        raise UserError(f"CLIP.clip_path: {name} does not fit the CLIP it describes ({type(error).__name__}: {error})") from error
 
 
 def _from_folder(folder: Path) -> Clip:
@@ -133,15 +141,16 @@ def _from_folder(folder: Path) -> Clip:
     for file in ("config.json", "model.safetensors"):
         if not (folder / file).is_file():
             raise UserError(f"CLIP.clip_path: {folder} has no {file}; a CLIP folder holds config.json and model.safetensors")
-    clip = _build(json.loads((folder / "config.json").read_text()))
     state = {key: value if value.dtype == torch.int32 else value.float()
              for key, value in load_state(folder / "model.safetensors").items()}
     ids = state.pop("token_embedding.ids", None)
-    if ids is not None:
-        table = torch.zeros_like(clip.token_embedding.weight)
-        table[ids.long()] = state.pop("token_embedding.rows")
-        state["token_embedding.weight"] = table
-    _fill(clip, state, str(folder))
+    with _described(str(folder)):
+        clip = _build(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+        if ids is not None:
+            table = torch.zeros_like(clip.token_embedding.weight)
+            table[ids.long()] = state.pop("token_embedding.rows")
+            state["token_embedding.weight"] = table
+        clip.load_state_dict(state, strict=True)
     return Clip(clip, known_ids=ids)
 
 

@@ -72,7 +72,9 @@ def scan(
     cache = Path(cache_dir) / f"{list_file.stem}-{_fingerprint(root, pairs, class_names)}.json"
     if cache.is_file() and not skip:  # a file may be gone since
         with suppress(ValueError, LookupError, TypeError, AttributeError, RecursionError):  # damaged: read the labels again
-            return [_from_json(entry) for entry in json.loads(cache.read_text())]
+            records = [_from_json(entry) for entry in json.loads(cache.read_text())]
+            if len(records) == len(pairs):
+                return records
 
     workers = len(os.sched_getaffinity(0)) if workers is None else workers
     read = partial(_try_record, root, class_names.names)

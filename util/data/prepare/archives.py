@@ -3,6 +3,7 @@
 Nothing an archive says decides where a file goes: only plain files whose path ends as expected are taken, under that ending.
 """
 
+import gzip
 import hashlib
 import re
 import shutil
@@ -21,6 +22,7 @@ MD5 = {  # publicly known sums of the official files
     "VOCtrainval_11-May-2012.tar": "6cd6e144f989b92b3379bac3b3de84fd",
     "benchmark.tgz": "82b4d87ceb2ed10f6038a1cba92111cb",
 }
+LARGEST = 2**26  # bytes; no file that is wanted comes near
 
 
 @dataclass(frozen=True)
@@ -73,8 +75,12 @@ def unpack(archive: Path, folder: Path, pattern: str, stems: Collection[str] | N
                     continue
                 if not member.isreg():
                     raise UserError(f"{archive}: {member.name!r} is a link or device, not a file; this is not the official file")
+                if not 0 <= member.size <= LARGEST:  # a sparse member of no bytes may claim terabytes
+                    raise UserError(f"{archive}: {member.name!r} would be {member.size:,} bytes; this is not the official file")
                 _write(tar, member, folder, match[1])
-    except (tarfile.TarError, EOFError, zlib.error) as error:
+    except UserError:
+        raise
+    except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile, ValueError, OverflowError) as error:
         raise UserError(f"{archive}: damaged, truncated or no tar archive ({error}); download it again") from error
 
 

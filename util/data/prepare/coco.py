@@ -111,7 +111,7 @@ def read_annotations(path: Path, split: str, classes: Classes | None = None) -> 
         raise UserError(f"{path}: no such file") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{path}:{error.lineno}: not JSON ({error.msg}); a truncated download? fetch it again") from error
-    except UnicodeDecodeError as error:
+    except (ValueError, RecursionError) as error:  # no UTF-8, numbers too long, brackets too deep
         raise UserError(f"{path}: not JSON ({error})") from error
     keys = ("images", "annotations", "categories")
     if not isinstance(content, dict) or not all(isinstance(content.get(key), list) for key in keys):
@@ -159,7 +159,7 @@ def rasterise(path: Path, annotation: Annotation, height: int, width: int) -> np
         if not runs or sum(counts) != height * width or shape.get("size") != [height, width]:
             raise UserError(f"{where}: run lengths that do not fill its image, {height} x {width}; fetch the file again")
         return rle.decode(rle.frPyObjects({"size": [height, width], "counts": counts}, height, width)).astype(bool)
-    if not isinstance(shape, list) or not all(isinstance(p, array) and len(p) % 2 == 0 and np.isfinite(p).all() for p in shape):
+    if not isinstance(shape, list) or not all(isinstance(p, array) and _drawable(p) for p in shape):
         raise UserError(f"{where}: its segmentation is neither polygons x0, y0, x1, y1, ... nor runs; fetch the file again")
     drawn = [p for p in shape if len(p) >= 6]  # two points enclose nothing
     if not drawn:
@@ -179,6 +179,13 @@ def _runs(text: str) -> list[int]:
             runs.append(value + (runs[-2] if len(runs) > 2 else 0))
             value = shift = 0
     return runs
+
+
+def _drawable(polygon: array) -> bool:
+    """Pairs of numbers of a size and total length for which pycocotools has memory; it crashes or hangs on others."""
+    if len(polygon) % 2 or not (np.abs(polygon) < 2**16).all():  # false for NaN too
+        return False
+    return np.abs(np.diff(np.reshape(polygon, (-1, 2)), axis=0)).sum() < 2**22
 
 
 def make_label(path: Path, folder: Path, image: Labelled) -> tuple[int, int, int, int] | None:
@@ -219,7 +226,7 @@ def _checked(path: Path, split: str, content: dict, classes_of: Classes) -> tupl
 def _compact(entry: dict) -> dict:
     """Polygons as arrays: the whole of COCO train as lists of Python numbers would need several times the memory."""
     if isinstance(polygons := entry.get("segmentation"), list):
-        with suppress(TypeError):  # not numbers: `rasterise` says so
+        with suppress(TypeError, OverflowError):  # not numbers: `rasterise` says so
             entry["segmentation"] = [array("d", polygon) for polygon in polygons]
     return entry
 
