@@ -69,7 +69,7 @@ class Predictor:
         self.text_prior = next((prior for prior in system.priors if isinstance(prior, TextPrior)), None)
         self.takes_text = self.text_prior is not None
         self.notes: tuple[str, ...] = ()
-        self._groups: list[list[Shot]] | None = None  # of K shots; [[]]: text alone
+        self._groups: list[list[Shot]] | None = None  # of K shots; text alone: one empty group
         self._base_rank = -1
 
     @classmethod
@@ -146,20 +146,21 @@ class Predictor:
         if not photos:
             return []
         batch = collate([self.episode(photo, shots) for photo in photos for shots in self._groups]).to(self.device)
+        text_alone = not self._groups[0]
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            scores, maps = self._from_text(batch) if self._groups == [[]] else self._from_supports(batch)
+            scores, maps = self._from_text(batch) if text_alone else self._from_supports(batch)
         found = []
         for i, photo in enumerate(photos):
             whole = to_original(scores[i], photo.hw, self.config.Train.resized_val)
-            score = whole[1] if self._groups == [[]] else whole.softmax(0)[1]
-            mask = whole.argmax(0) == 1
+            probability = whole if text_alone else whole.softmax(0)
             shown = {name: prior[i].float().cpu().numpy() for name, prior in maps.items()}
-            found.append((mask.cpu().numpy(), score.cpu().numpy(), shown))
+            found.append(((whole.argmax(0) == 1).cpu().numpy(), probability[1].cpu().numpy(), shown))
         seconds = (time.perf_counter() - started) / len(photos)
         return [Segmentation(*parts, seconds) for parts in found]
 
     def episode(self, photo: Photo, shots: Sequence[Shot]) -> Episode:
-        """The batch of one that evaluation would make of a query and its supports; nothing is known of its annotation."""
+        """The batch of one that evaluation would make of a query and its supports (of none: a blank one, which nothing reads);
+        nothing is known of its annotation."""
         image = shrink(photo.image, self._side)
         blank = np.zeros(image.shape[:2], np.uint8)
         shots = shots or [Shot(torch.zeros(3, 1, 1), torch.zeros(1, 1, dtype=torch.uint8), "", "")]
