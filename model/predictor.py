@@ -26,7 +26,7 @@ from util.cache import TensorCache
 from util.checkpoint import read_meta
 from util.config import Config
 from util.data.episodes import Episode, EpisodeMaker, Shot, collate
-from util.data.folds import ClassNames, Fold, fold, read_class_names
+from util.data.folds import ClassNames, fold_of, read_class_names
 from util.data.photos import MAX_SIDE, Box, Photo, Source, box_mask, read_mask, read_photo, shrink
 from util.data.transforms import ValTransform
 from util.errors import UserError
@@ -212,11 +212,6 @@ class Predictor:
         """Scores 2 h w of each image (of its own shape, or the network's) and its map."""
         priors = self.text_prior.at_annotation_size(batch, range(len(batch)))
         return [torch.stack([1 - prior, prior]) for prior in priors], {"vtp": priors}
-
-
-def fold_of(config: Config) -> Fold:
-    """The fold that a config trains on."""
-    return fold(config.Train.data_set, config.Train.split, config.Train.use_split_coco)
 
 
 def class_names(config: Config, meta: dict) -> ClassNames:
