@@ -23,10 +23,10 @@ from model.few_shot.prior import TextPrior
 from model.few_shot.system import FewShot
 from util import experiment
 from util.cache import TensorCache
-from util.checkpoint import read_meta
+from util.checkpoint import EXPORT, read_meta
 from util.config import Config
 from util.data.episodes import Episode, EpisodeMaker, Shot, collate
-from util.data.folds import ClassNames, fold_of, read_class_names
+from util.data.folds import ClassNames, Fold, fold_of, read_class_names
 from util.data.photos import MAX_SIDE, Box, Photo, Source, box_mask, read_mask, read_photo, shrink
 from util.data.transforms import ValTransform
 from util.errors import UserError
@@ -57,13 +57,12 @@ class Predictor:
         notes: what the user should know of the present supports and text.
     """
 
-    def __init__(self, system: FewShot, config: Config, names: ClassNames, device: torch.device, precision: str) -> None:
+    def __init__(self, system: FewShot, config: Config, fold: Fold, names: ClassNames, device: torch.device, precision: str):
         self.system = system.to(device).eval()
-        self.config, self.names, self.device, self.precision = config, names, device, precision
+        self.config, self.fold, self.names, self.device, self.precision = config, fold, names, device, precision
         self.system.remember(TensorCache(CACHE), fixed_head=True)
-        self.fold = fold_of(config)
         self.maker = EpisodeMaker(
-            ValTransform(config.Train.val_size, squash=config.Train.resized_val), self.fold,
+            ValTransform(config.Train.val_size, squash=config.Train.resized_val), fold,
             clip_size=config.CLIP.clip_size if system.clip_patch else None, patch=system.clip_patch or 1, evaluation=True,
         )  # fmt: skip
         self.text_prior = next((prior for prior in system.priors if isinstance(prior, TextPrior)), None)
@@ -97,9 +96,10 @@ class Predictor:
             raise UserError(f"{path} is a base learner (ARCH={arch}); give the checkpoint of a few-shot system")
         config = config or experiment.recorded_config(path)
         config = replace(config, CLIP=replace(config.CLIP, vocabulary="target"))  # nothing is known of what else is there
-        system = build_system(arch, config, fold_of(config), NO_NAMES)
+        fold, names = trained_on(config, meta)
+        system = build_system(arch, config, fold, NO_NAMES)
         load_weights(system, config, Experiment.of_checkpoint(path, arch, config), path)
-        return cls(system, config, class_names(config, meta), chosen, choose_precision(precision, chosen))
+        return cls(system, config, fold, names, chosen, choose_precision(precision, chosen))
 
     def set_support(self, images: Source | Sequence[Source] | None = None, masks: Source | Sequence[Source | None] | None = None,
                     text: str | None = None, boxes: Box | Sequence[Box | Sequence[Box] | None] | None = None) -> None:
@@ -214,11 +214,13 @@ class Predictor:
         return [torch.stack([1 - prior, prior]) for prior in priors], {"vtp": priors}
 
 
-def class_names(config: Config, meta: dict) -> ClassNames:
-    """Names of the classes of training, where they are at hand: an exported file has them, the config names their list."""
-    if "classes" in meta:
-        return ClassNames(*map(tuple, meta["classes"]))
-    return read_class_names(config.Data.class_names) if Path(config.Data.class_names).is_file() else NO_NAMES
+def trained_on(config: Config, meta: dict) -> tuple[Fold, ClassNames]:
+    """Fold and class names of the training: an exported file has them, else they are where the config says (names may lack)."""
+    if EXPORT in meta:
+        names, texts, novel, base = map(tuple, meta["classes"])
+        return Fold(config.Train.data_set, config.Train.split, novel, base), ClassNames(names, texts)
+    file = Path(config.Data.class_names)
+    return fold_of(config), read_class_names(file) if file.is_file() else NO_NAMES
 
 
 def choose_device(name: str | None) -> torch.device:
