@@ -100,7 +100,7 @@ def recorded_config(path: Path, overrides: list[str] | None = None) -> Config:
     config = config_of(content, str(source), overrides)
     config.Train.selection = meta.get("selection", config.Train.selection)  # best or last, of one run
     for section, key in ((config.CLIP, "clip_path"), (config.Method, "backbone_weight"), (config.Method, "pre_weight"),
-                         (config.Data, "class_names")):  # fmt: skip
+                         (config.Data, "class_names"), (config.Data, "folds")):  # fmt: skip
         name = getattr(section, key)
         if name and not Path(name).exists() and (ROOT / name).exists():
             setattr(section, key, str(ROOT / name))
