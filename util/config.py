@@ -266,7 +266,7 @@ def _convert(value: Any, expected: Any, where: str) -> Any:
     if origin is Literal:
         if value in arguments:
             return value
-        near = difflib.get_close_matches(_short(value), arguments, n=1)
+        near = difflib.get_close_matches(_short(value).strip("'"), arguments, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise UserError(f"{where} = {_short(value)}: {hint}choose one of {', '.join(map(str, arguments))}")
     if origin is types.UnionType:
