@@ -1,9 +1,9 @@
 """Systems, and the one builder. Everything else is found in the folder of its idea: clip, backbone, few_shot."""
 
-from model.build import SYSTEMS, build_system, load_backbone, needs_base_learner, open_system, system_class
+from model.build import SYSTEMS, build_system, load_backbone, load_weights, needs_base_learner, open_system, system_class
 from model.system import Prediction, System, content_hash
 
 __all__ = [
-    "SYSTEMS", "Prediction", "System", "build_system", "content_hash", "load_backbone", "needs_base_learner", "open_system",
-    "system_class",
+    "SYSTEMS", "Prediction", "System", "build_system", "content_hash", "load_backbone", "load_weights", "needs_base_learner",
+    "open_system", "system_class",
 ]  # fmt: skip

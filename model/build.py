@@ -1,6 +1,6 @@
 """From a config to a system with its frozen weights."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -15,15 +15,15 @@ from model.few_shot.hdmnet import PICLIP, HDMNet
 from model.few_shot.pfenet import PFENet
 from model.few_shot.prior import CosinePrior, Prior, SimilarityPrior, TextPrior, VisualPrior, check_priors
 from model.few_shot.system import FewShot
-from model.system import Frozen, System
+from model.system import Frozen, System, load_exactly
 from util import experiment
-from util.checkpoint import check_identity, read_meta
+from util.checkpoint import EXPORT, check_frozen, check_identity, read_meta
 from util.config import Config
 from util.data.build import Source
 from util.data.folds import ClassNames, Fold
 from util.errors import UserError
 from util.experiment import Experiment
-from util.files import load_state
+from util.files import load_state, load_tensors
 
 SYSTEMS: dict[str, type[System]] = {"PI_CLIP": PICLIP, "HDMNet": HDMNet, "BAM": BAM, "PFENet": PFENet, "PSPNet": PSPNet}
 
@@ -45,7 +45,7 @@ def build_system(arch: str, config: Config, fold: Fold, names: ClassNames, cache
     """Builds a system with its frozen CLIP; backbone, base learner and head come without weights.
 
     Args:
-        names: of all classes of the data set, for the text bank.
+        names: of all classes of the data set, for the text bank; it may be filled later (`TextPrior.use`).
         cache: folder for text banks.
     """
     method, train = config.Method, config.Train
@@ -62,14 +62,14 @@ def build_system(arch: str, config: Config, fold: Fold, names: ClassNames, cache
         "cosine": CosinePrior,
         "similarity": SimilarityPrior,
         "vvp": lambda: VisualPrior(clip, train.shot),
-        "vtp": lambda: TextPrior(clip, text_bank(clip, names, cache), config.CLIP.vocabulary, fold.base),
+        "vtp": lambda: TextPrior(clip, text_bank(clip, names.texts, cache), config.CLIP.vocabulary, fold.base),
     }
     return cls(backbone, [makers[name]() for name in wanted], train.shot, method, clip)
 
 
-def text_bank(clip: Frozen, names: ClassNames, cache: Path | None) -> Tensor:
+def text_bank(clip: Frozen, texts: Sequence[str], cache: Path | None = None) -> Tensor:
     """2C D: a row "a photo of c." for every class, then a row "a photo without c."."""
-    return clip.module.text.bank([template.format(name) for template in (FOREGROUND, BACKGROUND) for name in names.texts], cache)
+    return clip.module.text.bank([template.format(text) for template in (FOREGROUND, BACKGROUND) for text in texts], cache)
 
 
 def open_system(arch: str, config: Config) -> tuple[System, Source]:
@@ -78,6 +78,27 @@ def open_system(arch: str, config: Config) -> tuple[System, Source]:
     system = build_system(arch, config, source.fold, source.names, experiment.CACHE)
     source.clip_patch = system.clip_patch
     return system, source
+
+
+def load_weights(system: System, config: Config, place: Experiment, weight: Path) -> None:
+    """Gives a system all its weights. A checkpoint of ours must match the config and the frozen parts; an exported one
+    (model/share.py) and a published one bring their base learner along."""
+    if not weight.is_file():
+        raise UserError(f"Test_Finetune.weight = {config.Test_Finetune.weight}: no checkpoint {weight}. Train first: "
+                        f"`ARCH={place.arch} NET={place.net} sh train.sh {place.command} GPUS`")
+    if weight.suffix != ".safetensors":
+        system.import_official(load_state(weight), str(weight))
+        return
+    meta, state = read_meta(weight), load_tensors(weight)
+    check_identity(weight, meta, experiment.identity(place.arch, config, system.prior_names))
+    if EXPORT in meta:
+        clip = {name: tensor for name, tensor in system.state_dict().items() if name.startswith("clip.")}
+        load_exactly(system, clip | state, str(weight))
+    elif system.task == "episodes":
+        load_backbone(system, config, place)
+    check_frozen(weight, meta, system.frozen_hashes())
+    if EXPORT not in meta:
+        system.load_trained(state, str(weight))
 
 
 def load_backbone(system: System, config: Config, place: Experiment) -> None:

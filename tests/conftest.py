@@ -1,6 +1,8 @@
 """Data for the tests: a tiny VOC-like folder written on the spot, and the small cut of VOC where it is at hand."""
 
+import contextlib
 import os
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -70,3 +72,40 @@ def write_voc(tmp_path: Path) -> Callable[..., tuple[Path, Path]]:
         return root, list_file
 
     return write
+
+
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A hundred scenes of the demo world in VOC's layout, and list.txt."""
+    from tests.untrained import draw  # here: most tests need none of its imports
+
+    return draw(tmp_path_factory.mktemp("scenes"))
+
+
+@pytest.fixture(scope="session")
+def piclip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint of an untrained 1-shot PI-CLIP on the demo, its base learner where it looks for it."""
+    from tests.untrained import ROOT, make
+
+    with contextlib.chdir(ROOT):
+        return make(tmp_path_factory.mktemp("piclip"), "PI_CLIP")[1]
+
+
+@pytest.fixture(scope="session")
+def small_clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the pages of docs/ run on, in a folder of its own: configs, weights and a tenth of the scenes of the demo."""
+    from demo import world
+
+    root, place = Path(__file__).resolve().parents[1], tmp_path_factory.mktemp("clone")
+    for name in ("config", "lists", "demo", "notebooks"):
+        shutil.copytree(root / name, place / name)
+    shutil.copy(root / "train.py", place)
+    scenes = {"train": world.TRAIN[:120], "val": world.VAL[:60]}
+    for folder in ("JPEGImages", "SegmentationClassAug", "Annotations"):
+        (place / "data/demo" / folder).mkdir(parents=True)
+    for name, numbers in scenes.items():
+        (place / f"lists/demo/{name}.txt").write_text(world.list_lines(numbers))
+        for number in numbers:
+            world.write(place / "data/demo", number)
+    (place / "data/demo/done").write_text(f"demo world {world.VERSION}\n")
+    return place

@@ -280,5 +280,7 @@ def test_bootstrap_intervals(rows: list[list[int]], seed: int, rng) -> None:
 
     found, scores = bootstrap(read(rows), 200, seed), pooled(read(rows))
     assert bootstrap(read(rng.sample(rows, len(rows))), 200, seed) == found
+    for low, high in found.pop("per_class").values():
+        assert -1e-12 <= low <= high <= 1 + 1e-12
     for key, (low, high) in found.items():
         assert -1e-12 <= low <= high <= 1 + 1e-12 and low - 1e-9 <= scores[key] <= high + 1e-9

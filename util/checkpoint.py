@@ -5,6 +5,8 @@
     snapshot/resume/STEP.safetensors, .pt  weights, and what a resume needs besides: optimizer, RNG, position, best score
     snapshot/resume/STEP.json              their sha256, written last: without it the other two do not count
 
+`python -m util.checkpoint export` and `pull` (model/share.py): one file to hand on.
+
 Every file is written beside its place and renamed, so a run that is killed leaves valid ones. Two resume points are kept; a
 damaged one is named and the one before is used.
 """
@@ -29,7 +31,10 @@ IDENTITY = {
     "system": "ARCH", "data_set": "Train.data_set", "split": "Train.split", "shot": "Train.shot",
     "use_split_coco": "Train.use_split_coco", "backbone": "Method.backbone", "width": "Method.width", "priors": "Method.priors",
     "low_fea": "Method.low_fea", "filter_novel": "Train.filter_novel", "crop": "Train.crop", "selection": "Train.selection",
+    "novel": "Data.folds, novel classes", "base": "Data.folds, base classes",
 }  # fmt: skip
+
+EXPORT = "export"  # metadata key of a file that has the frozen parts too (model/share.py)
 
 
 @dataclass
@@ -161,3 +166,10 @@ def set_rng_state(states: list[Tensor], device: torch.device) -> None:
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+if __name__ == "__main__":
+    from model.share import main  # here: the commands need the model, this file does not
+    from util import cli
+
+    cli.run(main)

@@ -28,6 +28,8 @@ class Data:
     train_list: str = ""  # text file, one `image_path label_path` per line
     val_list: str = ""
     class_names: str = ""  # text file, one `NAME | text for CLIP` per line
+    on_error: Literal["stop", "skip"] = "stop"  # a broken image or label: stop, or go on without it and count it in the report
+    folds: str = ""  # your own data set: YAML file, `split0: [class names]` and so on; published ones go by rules
     min_pixels: int = 2048  # a class counts in an image from this many labelled pixels on (2 * 32 * 32)
 
 
@@ -109,6 +111,7 @@ class Runtime:
     cache_dir: str = ""  # folder that keeps it for later runs too (some 10 MB an image at 473)
     processes: int = 1  # on the CPU: how many share the work (train.sh and test.sh start them); with GPUs, one for each
     threads: int = 0  # CPU threads per process; 0: all cores, divided among the processes
+    tracker: Literal["tensorboard", "wandb"] = "tensorboard"  # wandb: the curves go to Weights & Biases too (pip install wandb)
     output: str = "exp"  # folder of all runs: OUTPUT/DATASET/ARCH/EXP/NET
 
 
@@ -145,6 +148,18 @@ def load_config(path: str | Path, arch: str | None = None, overrides: list[str] 
     name = PAPER.get(arch or "", "piclip-paper") if config.Test_Finetune.protocol == "auto" else config.Test_Finetune.protocol
     _apply(config, [(PROTOCOLS / f"{name}.yaml", protocol_layer(name, config.Train.data_set)), *layers])
     config.Test_Finetune.protocol = name
+    _validate(config)
+    return config
+
+
+def config_of(content: dict, source: str, overrides: list[str] | None = None) -> Config:
+    """A config as a checkpoint or config.yaml of a run keeps it (`dataclasses.asdict`), with `Section.key=value` overrides.
+
+    Raises:
+        UserError: as `load_config`.
+    """
+    config = Config()
+    _apply(config, [(Path(source), content), *((Path("command line"), _override(text)) for text in overrides or [])])
     _validate(config)
     return config
 

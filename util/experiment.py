@@ -10,12 +10,16 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+import yaml
 
-from util.config import Config
+from util.checkpoint import read_meta
+from util.config import Config, config_of
+from util.data.folds import fold_of, read_class_names
 from util.data.index import Record
 from util.errors import UserError
 
 CACHE = Path("exp/.cache")
+ROOT = Path(__file__).parents[1]  # of the repository
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,14 @@ class Experiment:
         if rest == path.stem or not net:
             raise UserError(f"config file {path}: expected the name config/DATASET/DATASET_EXP_NET.yaml")
         return cls(arch, data_set, exp, net, Path(root))
+
+    @classmethod
+    def of_checkpoint(cls, path: Path, arch: str, config: Config) -> "Experiment":
+        """The run that a checkpoint lies in, ROOT/DATASET/ARCH/EXP/NET/snapshot/FILE; by the config's names when elsewhere."""
+        parts = path.resolve().parts
+        if parts[-5:-4] == (arch,) and parts[-2] == "snapshot":
+            return cls(arch, parts[-6], parts[-4], parts[-3], Path(*parts[:-6]))
+        return cls(arch, config.Train.data_set, f"split{config.Train.split}", config.Method.backbone, Path(config.Runtime.output))
 
     @property
     def folder(self) -> Path:
@@ -69,6 +81,32 @@ class Experiment:
         return f"{self.exp} {self.data_set}"
 
 
+def recorded_config(path: Path, overrides: list[str] | None = None) -> Config:
+    """The config that a checkpoint of ours was trained with: from its metadata, or of the run that it lies in.
+
+    Relative paths in it that lead nowhere from here are taken from the repository.
+
+    Raises:
+        UserError: there is none, or an override is wrong.
+    """
+    meta = read_meta(path)
+    content, source = meta.get("config"), path
+    if content is None:
+        source = path.parent.parent / "config.yaml"
+        if not source.is_file():
+            raise UserError(f"{path} does not tell its config, and there is no {source}. Keep a checkpoint of before this was "
+                            "recorded in the folder of its run, or export it there: `python -m util.checkpoint export`")
+        content = yaml.safe_load(source.read_text())
+    config = config_of(content, str(source), overrides)
+    config.Train.selection = meta.get("selection", config.Train.selection)  # best or last, of one run
+    for section, key in ((config.CLIP, "clip_path"), (config.Method, "backbone_weight"), (config.Method, "pre_weight"),
+                         (config.Data, "class_names"), (config.Data, "folds")):  # fmt: skip
+        name = getattr(section, key)
+        if name and not Path(name).exists() and (ROOT / name).exists():
+            setattr(section, key, str(ROOT / name))
+    return config
+
+
 def base_learner_file(config: Config, place: Experiment) -> Path:
     """Where the frozen base learner of a few-shot system comes from (`Method.pre_weight`)."""
     return place.of("PSPNet").best if config.Method.pre_weight == "auto" else Path(config.Method.pre_weight)
@@ -87,6 +125,9 @@ def identity(arch: str, config: Config, priors: list[str] | None = None) -> dict
     coco = train.use_split_coco if train.data_set == "coco" else None
     shared = {"system": arch, "data_set": train.data_set, "split": train.split, "use_split_coco": coco,
               "backbone": method.backbone, "width": method.width}
+    if config.Data.folds:  # your own data set: the files may have changed since
+        names, fold = read_class_names(config.Data.class_names).names, fold_of(config)
+        shared |= {"novel": [names[c - 1] for c in fold.novel], "base": [names[c - 1] for c in fold.base]}
     if arch == "PSPNet":
         return shared
     return shared | {"shot": train.shot, "priors": priors, "filter_novel": train.filter_novel, "crop": train.crop,

@@ -1,20 +1,46 @@
-"""What a run says: lines to `train.log` and the console, a live progress line, curves for TensorBoard.
+"""What a run says: lines to `train.log` and the console, a live progress line, curves (`curves.jsonl` and TensorBoard).
 
 Only the main rank speaks; on the others every call does nothing, so callers never ask which rank they are.
 """
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import sys
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import numpy as np
 from tensorboardX import SummaryWriter
+
+from util import curves
+from util.checkpoint import written
+from util.errors import UserError
+
+
+@contextmanager
+def tracking(tracker: str, name: str, folder: Path, config: Mapping) -> Iterator[Any]:
+    """With the tracker "wandb" a run of Weights & Biases for `RunLog`, else None.
+
+    Raises:
+        UserError: the package is not there.
+    """
+    if tracker != "wandb":
+        yield None
+        return
+    try:
+        import wandb
+    except ImportError as error:
+        raise UserError("Runtime.tracker=wandb: pip install wandb, and wandb login (or WANDB_MODE=offline)") from error
+    folder.mkdir(parents=True, exist_ok=True)
+    identity = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]  # a run that goes on stays one run
+    with wandb.init(project="few-shot", name=name, id=identity, resume="allow", dir=folder, config=dict(config)) as run:
+        yield run
 
 
 class _Console(logging.Handler):
@@ -40,14 +66,14 @@ class _Console(logging.Handler):
 class RunLog:
     """The log of one run, a context manager.
 
-    folder: made if missing; holds `name` (appended to, so that a resumed run continues it) and `events/`
-    (TensorBoard, made with the first curve). quiet: the console shows warnings only. main: False on
-    ranks > 0, which stay silent.
+    folder: made if missing; holds `name` (appended to, so that a resumed run continues it) and, made with the first
+    point of a curve, `curves.jsonl` (see util/curves.py) and `events/` (TensorBoard). quiet: the console shows
+    warnings only. main: False on ranks > 0, which stay silent. tracked: see `tracking`; it gets the curves too.
     """
 
     def __init__(self, folder: str | Path, name: str = "train.log", quiet: bool = False, main: bool = True,
-                 stream: TextIO | None = None):
-        self.folder, self.main, self.quiet = Path(folder), main, quiet
+                 stream: TextIO | None = None, tracked: Any = None):
+        self.folder, self.main, self.quiet, self.tracked = Path(folder), main, quiet, tracked
         self.writer: SummaryWriter | None = None
         self._logger = logging.Logger(str(self.folder / name))  # not getLogger: two runs in one process share nothing
         self._logger.addHandler(logging.NullHandler())  # without any, Python prints warnings to stderr
@@ -69,10 +95,23 @@ class RunLog:
         self._logger.warning(f"WARNING: {text}")
 
     def scalars(self, values: Mapping[str, float], step: int, group: str = "") -> None:
-        """Points of TensorBoard curves `group/name`; the values may be 0-dim tensors."""
+        """Points of the curves `group/name`; the values may be 0-dim tensors."""
         if writer := self._events():
-            for name, value in values.items():
-                writer.add_scalar(f"{group}/{name}" if group else name, float(value), step)
+            values = {name: float(value) for name, value in values.items()}
+            with written(self.folder / curves.FILE):
+                curves.append(self.folder / curves.FILE, group, step, values)
+            named = {f"{group}/{name}" if group else name: value for name, value in values.items()}
+            for name, value in named.items():
+                writer.add_scalar(name, value, step)
+            if self.tracked is not None:
+                self.tracked.log(named, step=step)
+
+    def rewind(self, steps: Mapping[str, int]) -> None:
+        """Takes the points after the given step of each group out of `curves.jsonl`: a run that goes on from there, or
+        starts over at 0, writes them again."""
+        if self.main:
+            with written(self.folder / curves.FILE):
+                curves.cut(self.folder / curves.FILE, steps)
 
     def image(self, name: str, image: np.ndarray, step: int) -> None:
         """A picture for TensorBoard: H W 3 uint8 RGB."""

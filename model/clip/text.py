@@ -47,14 +47,15 @@ class TextEncoder(nn.Module):
 
     @torch.no_grad()
     def bank(self, texts: Sequence[str], cache: Path | None = None) -> Tensor:
-        """One embedding per text: n D fp32, L2-normalised.
+        """One embedding per text: n D fp32, L2-normalised; n may be 0.
 
         With a `cache` folder the bank is kept on disk under a hash of its texts and the tower's weights.
         """
         file = cache and cache / f"text-{self._key(texts)}.safetensors"
         if file and file.is_file():
             return load_tensors(file)["bank"].to(self.clip.positional_embedding.device)
-        bank = torch.cat([self(texts[i : i + 64]) for i in range(0, len(texts), 64)])
+        none = self.clip.text_projection.new_zeros(0, self.clip.text_projection.shape[1])
+        bank = torch.cat([none, *(self(texts[i : i + 64]) for i in range(0, len(texts), 64))])
         if file:
             save_tensors(file, {"bank": bank})
         return bank

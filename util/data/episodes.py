@@ -147,6 +147,14 @@ class Batch:
         """Called by the DataLoader."""
         return self._map(Tensor.pin_memory)
 
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors by name; those of a list as name.0, name.1, ..."""
+        found = {}
+        for name, value in vars(self).items():
+            named = enumerate(value) if isinstance(value, list) else [("", value)]
+            found |= {f"{name}.{i}".rstrip("."): tensor for i, tensor in named if isinstance(tensor, Tensor)}
+        return found
+
     def __len__(self) -> int:
         return len(getattr(self, fields(self)[0].name))
 
@@ -193,6 +201,7 @@ class Episode(Batch):
     support_names: list[list[str]]  # B lists of K
     query_key: list[str] = field(default_factory=list)  # hash of each query's pixels; evaluation only, else []
     support_key: list[list[str]] = field(default_factory=list)  # B lists of K: hash of pixels and mask; evaluation only
+    original_label: list[Tensor] = field(default_factory=list)  # B of H W uint8: the query's label file; evaluation only
 
 
 def content_key(*arrays: np.ndarray) -> str:
@@ -221,14 +230,72 @@ def _table(values: dict[int, int]) -> np.ndarray:
     return table
 
 
+@dataclass(frozen=True)
+class Shot:
+    """An annotated example as the network sees it."""
+
+    image: Tensor  # 3 S S float32
+    mask: Tensor  # S S uint8 {0, 1, 255}
+    name: str
+    key: str  # hash of pixels and mask; evaluation only, else ""
+
+
+class EpisodeMaker:
+    """Arrays -> an `Episode` of B = 1; what a data set on disk (`EpisodeDataset`) and anybody's photos (`model.predictor`) share.
+
+    clip_size    the size that the clean query is brought to for CLIP: "original" = that of the file (PASCAL, undoes
+                 the squash), "train" = S (COCO), rounded up to multiples of `patch`; None = no CLIP input
+    evaluation   keep the masks at file size too, and the keys of what may be kept
+    """
+
+    def __init__(self, transform: Transform, fold: Fold, *, clip_size: ClipSize | None, patch: int, evaluation: bool) -> None:
+        if clip_size is not None and clip_size not in get_args(ClipSize):
+            raise UserError(f"CLIP.clip_size: unknown size {clip_size!r}; choose original or train")
+        self.transform, self.clip_size, self.patch, self.evaluation = transform, clip_size, patch, evaluation
+        self._base_table = base_table(fold)
+
+    def shot(self, image: np.ndarray, mask: np.ndarray, name: str, rng: np.random.Generator | None = None) -> Shot:
+        """image: H W 3 float32 RGB 0..255; mask: H W uint8 {0, 1, 255}."""
+        image, _, (mask,) = self.transform(rng, image, [mask])
+        return Shot(to_tensor(image), to_tensor(mask), name, content_key(image, mask) if self.evaluation else "")
+
+    def episode(
+        self, image: np.ndarray, original: np.ndarray, shots: Sequence[Shot], *, cls: int, base_rank: int, present: Tensor,
+        name: str, number: int = 0, rng: np.random.Generator | None = None,
+    ) -> Episode:  # fmt: skip
+        """image: H W 3 float32 RGB 0..255 of the query; original: H W uint8, its label; the rest as in `Episode`."""
+        to_mask = mask_table(cls)
+        query, clean, (label,) = self.transform(rng, image, [original])
+        # Undo the squash; a crop or a letterbox kept the shape of things.
+        hw = original.shape if self.clip_size == "original" and self.transform.squash else label.shape
+        return Episode(
+            query=to_tensor(query)[None],
+            query_mask=to_tensor(to_mask[label])[None],
+            support=torch.stack([shot.image for shot in shots])[None],
+            support_mask=torch.stack([shot.mask for shot in shots])[None],
+            base_label=to_tensor(self._base_table[label])[None],
+            cls=torch.tensor([cls]),
+            base_rank=torch.tensor([base_rank]),
+            present=present[None],
+            clip_query=[clip_input(clean, hw, self.patch)] if self.clip_size else [],
+            annotation_hw=torch.tensor([hw]),
+            number=torch.tensor([number]),
+            original_mask=[to_tensor(to_mask[original])] if self.evaluation else [],
+            original_base=[to_tensor(self._base_table[original])] if self.evaluation else [],
+            query_name=[name],
+            support_names=[[shot.name for shot in shots]],
+            query_key=[content_key(query)] if self.evaluation else [],
+            support_key=[[shot.key for shot in shots]] if self.evaluation else [],
+            original_label=[to_tensor(original)] if self.evaluation else [],
+        )
+
+
 class EpisodeDataset(Dataset):
     """Episode i, for any i >= 0, as an `Episode` of B = 1 read from disk and augmented.
 
     num_classes  C, the width of `Episode.present`
-    clip_size    the size that the clean query is brought to for CLIP: "original" = that of the file (PASCAL, undoes
-                 the squash), "train" = S (COCO), rounded up to multiples of `patch`; None = no CLIP input
     ann_type     support annotation: "mask", or "bbox" = each component's bounding box filled
-    evaluation   keep the masks at file size too
+    The rest: see `EpisodeMaker`.
     """
 
     def __init__(
@@ -246,12 +313,9 @@ class EpisodeDataset(Dataset):
     ) -> None:
         if ann_type not in get_args(AnnType):
             raise UserError(f"Test_Finetune.ann_type: unknown annotation {ann_type!r}; choose mask or bbox")
-        if clip_size is not None and clip_size not in get_args(ClipSize):
-            raise UserError(f"CLIP.clip_size: unknown size {clip_size!r}; choose original or train")
-        self.episodes, self.fold, self.root, self.transform = episodes, fold, Path(data_root), transform
-        self.num_classes, self.clip_size, self.patch = num_classes, clip_size, patch
-        self.ann_type, self.evaluation = ann_type, evaluation
-        self._base_table = base_table(fold)
+        self.episodes, self.fold, self.root = episodes, fold, Path(data_root)
+        self.num_classes, self.ann_type = num_classes, ann_type
+        self.maker = EpisodeMaker(transform, fold, clip_size=clip_size, patch=patch, evaluation=evaluation)
 
     def __len__(self) -> int:
         return len(self.episodes)
@@ -261,42 +325,21 @@ class EpisodeDataset(Dataset):
         to_mask = mask_table(spec.cls)
         record = self.episodes.index.records[spec.query]
         supports = [self.episodes.index.records[s] for s in spec.supports]
+        shots = [self._shot(s, to_mask, generator(self.episodes.seed, i, "shot", k)) for k, s in enumerate(supports)]
+        image, label = read_pair(self.root / record.image, self.root / record.label)
+        present = torch.zeros(self.num_classes, dtype=torch.bool)
+        present[[c - 1 for c in record.annotated]] = True
+        return self.maker.episode(
+            image, label, shots, cls=spec.cls, base_rank=self.fold.base_rank(spec.cls), present=present, name=record.image,
+            number=spec.number, rng=generator(self.episodes.seed, i, "query"),
+        )  # fmt: skip
 
-        image, original = read_pair(self.root / record.image, self.root / record.label)
-        query, clean, (label,) = self.transform(generator(self.episodes.seed, i, "query"), image, [original])
-        # Undo the squash; a crop or a letterbox kept the shape of things.
-        hw = original.shape if self.clip_size == "original" and self.transform.squash else label.shape
-        pairs = [self._support(s, to_mask, generator(self.episodes.seed, i, "shot", k)) for k, s in enumerate(supports)]
-
-        present = torch.zeros(1, self.num_classes, dtype=torch.bool)
-        present[0, [c - 1 for c in record.annotated]] = True
-        return Episode(
-            query=to_tensor(query)[None],
-            query_mask=to_tensor(to_mask[label])[None],
-            support=torch.stack([image for image, _ in pairs])[None],
-            support_mask=torch.stack([mask for _, mask in pairs])[None],
-            base_label=to_tensor(self._base_table[label])[None],
-            cls=torch.tensor([spec.cls]),
-            base_rank=torch.tensor([self.fold.base_rank(spec.cls)]),
-            present=present,
-            clip_query=[clip_input(clean, hw, self.patch)] if self.clip_size else [],
-            annotation_hw=torch.tensor([hw]),
-            number=torch.tensor([spec.number]),
-            original_mask=[to_tensor(to_mask[original])] if self.evaluation else [],
-            original_base=[to_tensor(self._base_table[original])] if self.evaluation else [],
-            query_name=[record.image],
-            support_names=[[s.image for s in supports]],
-            query_key=[content_key(query)] if self.evaluation else [],
-            support_key=[[content_key(image.numpy(), mask.numpy()) for image, mask in pairs]] if self.evaluation else [],
-        )
-
-    def _support(self, record: Record, to_mask: np.ndarray, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    def _shot(self, record: Record, to_mask: np.ndarray, rng: np.random.Generator) -> Shot:
         image, label = read_pair(self.root / record.image, self.root / record.label)
         mask = to_mask[label]
         if self.ann_type == "bbox":  # drawn on the file's mask, then augmented like any other
             mask = bbox_mask(mask)
-        image, _, (mask,) = self.transform(rng, image, [mask])
-        return to_tensor(image), to_tensor(mask)
+        return self.maker.shot(image, mask, record.image, rng)
 
 
 if __name__ == "__main__":

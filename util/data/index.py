@@ -6,6 +6,7 @@
 
 import hashlib
 import json
+import logging
 import os
 import signal
 import xml.etree.ElementTree as ElementTree
@@ -21,7 +22,7 @@ from tqdm import tqdm
 
 from util.data.folds import ClassNames
 from util.data.transforms import IGNORE, check_sizes, image_hw, read_label
-from util.errors import UserError
+from util.errors import BrokenFile, UserError
 from util.files import save_json
 
 MIN_PIXELS = 2 * 32 * 32
@@ -56,25 +57,27 @@ def scan(
     class_names: ClassNames,
     cache_dir: str | Path,
     workers: int | None = None,
+    skip: bool = False,
 ) -> list[Record]:
     """Read every label (and VOC XML) of a list, in list order.
 
     Cached under `cache_dir` by the list, the class names and name, size and time of every label and XML.
-    `workers`: processes, by default one a core. Raises UserError on anything wrong in the list or the files.
+    `workers`: processes, by default one a core. `skip`: leave out lines whose files are missing or damaged, with a warning.
+    Raises UserError on anything else that is wrong in the list or the files; all files that are, the first of them by name.
     """
     root, list_file = Path(data_root), Path(list_file)
     if not os.path.isdir(data_root):  # unlike Path.is_dir, no error for a name that cannot be one
         raise UserError(f"Data.data_root: no such folder: {str(data_root)!r}; the paths in the lists start there")
     pairs = read_list(list_file)
     cache = Path(cache_dir) / f"{list_file.stem}-{_fingerprint(root, pairs, class_names)}.json"
-    if cache.is_file():
+    if cache.is_file() and not skip:  # a file may be gone since
         with suppress(ValueError, LookupError, TypeError, AttributeError, RecursionError):  # damaged: read the labels again
             records = [_from_json(entry) for entry in json.loads(cache.read_text())]
             if len(records) == len(pairs):
                 return records
 
     workers = len(os.sched_getaffinity(0)) if workers is None else workers
-    read = partial(_read_record, root, class_names.names)
+    read = partial(_try_record, root, class_names.names)
     progress = partial(tqdm, total=len(pairs), desc=f"reading the labels of {list_file.name}", disable=None)
     if workers < 2 or len(pairs) < SERIAL_BELOW:
         records = list(progress(map(read, pairs)))
@@ -82,8 +85,24 @@ def scan(
         # A handler for SIGTERM, inherited from a training, would keep the workers from ending.
         with Pool(workers, initializer=signal.signal, initargs=(signal.SIGTERM, signal.SIG_DFL)) as pool:
             records = list(progress(pool.imap(read, pairs, chunksize=32)))
-    save_json(cache, [asdict(record) for record in records])
+    wrong = [record for record in records if isinstance(record, UserError)]
+    left_out = [error for error in wrong if skip and isinstance(error, BrokenFile)]
+    if len(left_out) < len(wrong):
+        more = "".join(f"\n{error}" for error in wrong[1:4]) + (f"\n... {len(wrong)} files in all" if len(wrong) > 4 else "")
+        raise UserError(f"{wrong[0]}{more}")
+    for error in left_out:
+        logging.getLogger(__name__).warning("left out: %s", error)
+    records = [record for record in records if isinstance(record, Record)]
+    if not wrong:
+        save_json(cache, [asdict(record) for record in records])
     return records
+
+
+def _try_record(root: Path, names: tuple[str, ...], pair: tuple[str, str]) -> Record | UserError:
+    try:
+        return _read_record(root, names, pair)
+    except UserError as error:
+        return error
 
 
 def read_list(list_file: str | Path) -> list[tuple[str, str]]:

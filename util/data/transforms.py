@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from util.errors import UserError
+from util.errors import BrokenFile, UserError
 
 IMAGENET_MEAN = (123.675, 116.28, 103.53)
 IGNORE = 255
@@ -40,7 +40,7 @@ def read_image(path: str | Path) -> np.ndarray:
     except cv2.error:
         image = None
     if image is None:
-        raise UserError(f"{path}: not a readable image; fetch it again")
+        raise BrokenFile(f"{path}: not a readable image; fetch it again")
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB).astype(np.float32)
 
 
@@ -51,7 +51,7 @@ def image_hw(path: str | Path) -> tuple[int, int]:
         with Image.open(path) as image:
             return image.height, image.width
     except Exception as error:  # PIL raises many kinds on damaged files, and its own on absurd sizes
-        raise UserError(f"{path}: not a readable image ({error}); fetch it again") from error
+        raise BrokenFile(f"{path}: not a readable image ({error}); fetch it again") from error
 
 
 def read_label(path: str | Path) -> np.ndarray:
@@ -61,7 +61,7 @@ def read_label(path: str | Path) -> np.ndarray:
         with Image.open(path) as label:
             mode, array = label.mode, np.array(label) if label.mode in ("P", "L") else None
     except Exception as error:  # as in image_hw
-        raise UserError(f"{path}: not a readable label ({error}); fetch it again") from error
+        raise BrokenFile(f"{path}: not a readable label ({error}); fetch it again") from error
     if array is None:
         raise UserError(f"{path}: a label is an 8-bit PNG of class indices (mode P or L), not {mode}")
     return array
@@ -87,7 +87,7 @@ def check_sizes(
 
 def _require(path: str | Path, what: str) -> None:
     if not os.path.isfile(path):  # unlike Path.is_file, no error for a name that cannot be one
-        raise UserError(f"{what} not found: {path} (Data.data_root and the path in the list file are joined)")
+        raise BrokenFile(f"{what} not found: {path} (Data.data_root and the path in the list file are joined)")
 
 
 class TrainTransform:

@@ -1,0 +1,284 @@
+"""Segment your own images: supports once, any number of queries after them, on the path that test.py takes.
+
+    predictor = Predictor.from_checkpoint("exp/demo/PI_CLIP/split0/resnet50/snapshot/best.safetensors")
+    predictor.set_support("a.jpg", "a.png", text="star")
+    found = predictor.predict("b.jpg")  # found.mask, found.score, found.maps
+
+How many supports: a checkpoint is trained for K shots (Train.shot). With fewer they repeat in turn; with more, each K of them in
+turn make a prediction (the last K filled up from the first on), and the mean of the scores counts.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+
+from model.build import build_system, load_weights, system_class, text_bank
+from model.few_shot.prior import TextPrior
+from model.few_shot.system import FewShot
+from util import experiment
+from util.cache import TensorCache
+from util.checkpoint import EXPORT, read_meta
+from util.config import Config
+from util.data.episodes import Episode, EpisodeMaker, Shot, collate
+from util.data.folds import ClassNames, Fold, fold_of, read_class_names
+from util.data.photos import MAX_SIDE, Box, Photo, Source, box_mask, read_mask, read_photo, shrink
+from util.data.transforms import ValTransform
+from util.errors import UserError
+from util.experiment import Experiment
+from util.metrics import to_original
+
+CACHE = 2**30  # bytes for what the supports and the latest queries gave
+NO_NAMES = ClassNames((), ())
+
+
+@dataclass(frozen=True)
+class Segmentation:
+    """What was found in one image of H x W pixels, upright."""
+
+    mask: np.ndarray  # H W bool
+    score: np.ndarray  # H W float32 0..1, foreground probability as trained; the mask is where it is above one half
+    maps: dict[str, np.ndarray]  # name -> h w float32, the priors (of text alone: the refined text prior)
+    seconds: float
+
+
+class Predictor:
+    """A trained few-shot system for images at hand. Use `from_checkpoint`, then `set_support`, then `predict`.
+
+    Attributes:
+        system: in evaluation mode, on `device`.
+        config: what it was trained with.
+        takes_text: whether its priors read a text (VTP); other systems use a text only to know a base class by its name.
+        notes: what the user should know of the present supports and text.
+    """
+
+    def __init__(self, system: FewShot, config: Config, fold: Fold, names: ClassNames, device: torch.device, precision: str):
+        self.system = system.to(device).eval()
+        self.config, self.fold, self.names, self.device, self.precision = config, fold, names, device, precision
+        self.system.remember(TensorCache(CACHE), fixed_head=True)
+        self.maker = EpisodeMaker(
+            ValTransform(config.Train.val_size, squash=config.Train.resized_val), fold,
+            clip_size=config.CLIP.clip_size if system.clip_patch else None, patch=system.clip_patch or 1, evaluation=True,
+        )  # fmt: skip
+        self.text_prior = next((prior for prior in system.priors if isinstance(prior, TextPrior)), None)
+        self.takes_text = self.text_prior is not None
+        self.notes: tuple[str, ...] = ()
+        self._groups: list[list[Shot]] | None = None  # of K shots; text alone: one empty group
+        self._base_rank = -1
+
+    @classmethod
+    def from_checkpoint(cls, path: str | Path, device: str | None = None, precision: str | None = None,
+                        config: Config | None = None, arch: str | None = None) -> "Predictor":  # fmt: skip
+        """Loads a checkpoint with everything it was trained with, checked by hash as in test.py.
+
+        Args:
+            path: snapshot/best.safetensors of a run, an exported file, or a published .pth.
+            device: cuda, cpu, ...; None: the GPU where there is one.
+            precision: fp32 or bf16; None: bf16 on a GPU that has it, fp32 otherwise.
+            config: instead of the recorded one; needed, with `arch`, for a published .pth (`load_config(file, arch)`).
+        Raises:
+            UserError: no such checkpoint, of another kind, or what it was trained with is not at hand.
+        """
+        path, chosen = Path(path), choose_device(device)
+        if not path.is_file():
+            raise UserError(f"no checkpoint {path}; `sh train.sh` trains one (README)")
+        meta = read_meta(path) if path.suffix == ".safetensors" else {}
+        arch = arch or meta.get("system")
+        if arch is None or (not meta and config is None):
+            raise UserError(f"{path} does not tell what it is: a published checkpoint needs the config and the system that it is "
+                            "of (--config config/pascal/pascal_split0_resnet50.yaml --arch PI_CLIP)")
+        if not issubclass(system_class(arch), FewShot):
+            raise UserError(f"{path} is a base learner (ARCH={arch}); give the checkpoint of a few-shot system")
+        config = config or experiment.recorded_config(path)
+        config = replace(config, CLIP=replace(config.CLIP, vocabulary="target"))  # nothing is known of what else is there
+        fold, names = trained_on(config, meta)
+        system = build_system(arch, config, fold, NO_NAMES)
+        load_weights(system, config, Experiment.of_checkpoint(path, arch, config), path)
+        return cls(system, config, fold, names, chosen, choose_precision(precision, chosen))
+
+    def set_support(self, images: Source | Sequence[Source] | None = None, masks: Source | Sequence[Source | None] | None = None,
+                    text: str | None = None, boxes: Box | Sequence[Box | Sequence[Box] | None] | None = None) -> None:
+        """Says what to look for, until the next call.
+
+        Args:
+            images: supports: paths, Pillow images, uint8 arrays H W 3 or uint8 tensors 3 H W. None: the text alone.
+            masks: one for each image, None where it has boxes; see util/data/photos.py for what counts as the object.
+            text: what is to be found, "golden retriever".
+            boxes: one entry for each image: None, a box x0 y0 x1 y1 in pixels, or several boxes.
+        Raises:
+            UserError: not one mask or box for each image, an image or mask that cannot be used, no text where the priors read
+                one, a text that this CLIP does not know.
+        """
+        text = (text or "").strip()
+        photos = [read_photo(source, f"support {i}") for i, source in enumerate(as_list(images), start=1)]
+        shots = [self._shot(*pair) for pair in annotated(photos, as_list(masks), box_lists(boxes))]
+        self._check(shots, text)
+        if self.takes_text:
+            self.text_prior.use(text_bank(self.system.clip, [text]))
+        shot, count = self.system.shot, len(shots)
+        turns = [shots[i % count] for i in range(-(-count // shot) * shot)]
+        self._groups = [turns[i : i + shot] for i in range(0, len(turns), shot)] or [[]]
+        base = {name.casefold(): rank for rank, c in enumerate(self.fold.base) if c <= len(self.names.names)
+                for name in (self.names.names[c - 1], self.names.texts[c - 1])}
+        self._base_rank = base.get(text.casefold(), -1)
+        self.notes = tuple(self._notes(count, text))
+
+    def predict(self, image: Source) -> Segmentation:
+        """Finds the object in an image: a path, Pillow image, uint8 array H W 3 or uint8 tensor 3 H W.
+
+        Raises:
+            UserError: no support yet, or an image that cannot be used.
+        """
+        return self.predict_batch([image])[0]
+
+    @torch.no_grad()
+    def predict_batch(self, images: Sequence[Source]) -> list[Segmentation]:
+        """`predict` for several images at once, of any sizes; faster on a GPU."""
+        if self._groups is None:
+            raise UserError("nothing to look for yet: call set_support(images, masks, text) first")
+        started = time.perf_counter()
+        photos = [read_photo(source, f"query {i}") for i, source in enumerate(images, start=1)]
+        if not photos:
+            return []
+        batch = collate([self.episode(photo, shots) for photo in photos for shots in self._groups]).to(self.device)
+        text_alone = not self._groups[0]
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            scores, maps = self._from_text(batch) if text_alone else self._from_supports(batch)
+        found = []
+        for i, photo in enumerate(photos):
+            whole = to_original(scores[i], photo.hw, self.config.Train.resized_val)
+            probability = whole if text_alone else whole.softmax(0)
+            shown = {name: prior[i].float().cpu().numpy() for name, prior in maps.items()}
+            found.append(((whole.argmax(0) == 1).cpu().numpy(), probability[1].cpu().numpy(), shown))
+        seconds = (time.perf_counter() - started) / len(photos)
+        return [Segmentation(*parts, seconds) for parts in found]
+
+    def episode(self, photo: Photo, shots: Sequence[Shot]) -> Episode:
+        """The batch of one that evaluation would make of a query and its supports (of none: a blank one, which nothing reads);
+        nothing is known of its annotation."""
+        image = shrink(photo.image, self._side)
+        blank = np.zeros(image.shape[:2], np.uint8)
+        shots = shots or [Shot(torch.zeros(3, 1, 1), torch.zeros(1, 1, dtype=torch.uint8), "", "")]
+        return self.maker.episode(image.astype(np.float32), blank, shots, cls=1, base_rank=self._base_rank,
+                                  present=torch.zeros(1, dtype=torch.bool), name=photo.name)  # fmt: skip
+
+    @property
+    def _side(self) -> int:
+        """To which the longer side of a larger photo is reduced; with smaller patches than CLIP's usual 16 pixels, less."""
+        return max(self.config.Train.val_size, MAX_SIDE * (self.system.clip_patch or 16) // 16)
+
+    def _shot(self, photo: Photo, mask: np.ndarray) -> Shot:
+        image = shrink(photo.image, self._side)
+        shot = self.maker.shot(image.astype(np.float32), shrink(mask, self._side, cv2.INTER_NEAREST), photo.name)
+        if not (shot.mask == 1).any():
+            raise UserError(f"the object in {photo.name} is too small: no pixel of its mask is left at the network's side of "
+                            f"{self.config.Train.val_size} pixels; cut the photo around it")
+        return shot
+
+    def _check(self, shots: Sequence[Shot], text: str) -> None:
+        if self.takes_text and not text:
+            raise UserError("this checkpoint's priors read the name of what is to be found: give a text, for instance 'dog'")
+        if not shots and not text:
+            raise UserError("nothing to look for: give supports (images with masks or boxes), a text, or both")
+        if not shots and not self.takes_text:
+            raise UserError("this checkpoint has no text prior (CLIP): it needs at least one image with a mask or a box")
+
+    def _notes(self, count: int, text: str) -> list[str]:
+        found, shot = list(self.system.warnings), self.system.shot
+        if not count:
+            found.append("text alone: the refined text prior (VTP) above one half, without the trained network; masks are rough")
+        elif count > shot:
+            found.append(f"{count} supports for a {shot}-shot checkpoint: the mean of {len(self._groups)} predictions")
+        elif count < shot:
+            found.append(f"{count} of {shot} supports: they are repeated in turn")
+        if text and self._base_rank >= 0 and self.system.uses_base_learner:
+            found.append(f"{text!r} is one of the classes that the base learner knows, and is not held for background")
+        elif text and not self.takes_text:
+            found.append("this system has no text prior: the text changes nothing")
+        return found
+
+    def _from_supports(self, batch: Episode) -> tuple[Tensor, dict[str, Tensor]]:
+        """Scores B 2 S S and maps, the mean over the groups of supports."""
+        prediction, groups = self.system.predict(batch), len(self._groups)
+        maps = {name: value.unflatten(0, (-1, groups)).mean(1) for name, value in prediction.maps.items()}
+        return prediction.final.unflatten(0, (-1, groups)).mean(1), maps
+
+    def _from_text(self, batch: Episode) -> tuple[list[Tensor], dict[str, list[Tensor]]]:
+        """Scores 2 h w of each image (of its own shape, or the network's) and its map."""
+        priors = self.text_prior.at_annotation_size(batch, range(len(batch)))
+        return [torch.stack([1 - prior, prior]) for prior in priors], {"vtp": priors}
+
+
+def trained_on(config: Config, meta: dict) -> tuple[Fold, ClassNames]:
+    """Fold and class names of the training: an exported file has them, else they are where the config says (names may lack)."""
+    if EXPORT in meta:
+        names, texts, novel, base = map(tuple, meta["classes"])
+        return Fold(config.Train.data_set, config.Train.split, novel, base), ClassNames(names, texts)
+    file = Path(config.Data.class_names)
+    return fold_of(config), read_class_names(file) if file.is_file() else NO_NAMES
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The named device, or the GPU where there is one.
+
+    Raises:
+        UserError: there is no such device.
+    """
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device {name!r}: {str(error).splitlines()[0]}; there is cpu"
+                        + (", and cuda" if torch.cuda.is_available() else "")) from error
+    return device
+
+
+def choose_precision(name: str | None, device: torch.device) -> str:
+    """bf16 on a GPU that has it, unless named.
+
+    Raises:
+        UserError: no such precision.
+    """
+    if name not in (None, "fp32", "bf16"):
+        raise UserError(f"precision {name!r}: choose fp32 or bf16")
+    return name or ("bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32")
+
+
+def as_list(value: Source | Sequence | None) -> list:
+    """None, one thing or several -> a list."""
+    return [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def box_lists(boxes: Box | Sequence | None) -> list[list[Box]]:
+    """The boxes of each image, whichever way they were given."""
+    def is_box(value: Sequence) -> bool:
+        return len(value) > 0 and not any(isinstance(x, (list, tuple, np.ndarray, type(None))) for x in value)
+
+    boxes = [] if boxes is None else list(boxes)
+    if is_box(boxes):
+        boxes = [boxes]
+    return [[] if entry is None else [entry] if is_box(entry) else list(entry) for entry in boxes]
+
+
+def annotated(photos: Sequence[Photo], masks: Sequence[Source | None], boxes: Sequence[Sequence[Box]]
+              ) -> list[tuple[Photo, np.ndarray]]:  # fmt: skip
+    """Each photo with its mask, H W uint8 {0, 1, 255}.
+
+    Raises:
+        UserError: not one mask, or one entry of boxes, for each.
+    """
+    for what, given in (("masks", masks), ("entries of boxes", boxes)):
+        if given and len(given) != len(photos):
+            raise UserError(f"{len(photos)} supports and {len(given)} {what}: each support needs a mask or a box of its own")
+    pairs = []
+    for i, photo in enumerate(photos):
+        mask, box = masks[i] if masks else None, boxes[i] if boxes else []
+        if (mask is None) == (not len(box)):
+            raise UserError(f"support {photo.name}: give a mask or boxes" + ("" if mask is None else ", not both"))
+        pairs.append((photo, box_mask(box, photo) if mask is None else read_mask(mask, photo)))
+    return pairs

@@ -1,0 +1,146 @@
+"""Segment your own images: what the supports show, and the text names, is found in every query.
+
+    python predict.py --support a.jpg --mask a.png --query photos/*.jpg --text "golden retriever" --weights W --out DIR
+
+    --support b.jpg --box 10,20,200,300     a box x0,y0,x1,y1 in pixels instead of a mask; several --box for one support
+    --text star                             without supports: rough masks, from CLIP's text prior alone
+    --query FOLDER 'more/*.png' clip.mp4    files, folders, patterns, videos (--every N: every N-th frame)
+
+DIR gets masks/NAME.png (0 background, 255 object), overlays/NAME.jpg, supports/N.jpg (how they were understood), scores.json,
+overview.jpg, and with --polygons coco.json or labelme/NAME.json. docs/predict.md tells what counts as the object in a mask, and
+the rest.
+"""
+
+import argparse
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from model.predictor import Predictor, annotated
+from util import cli
+from util.config import load_config
+from util.data.photos import Photo, find, frames, read_photo
+from util.errors import UserError
+from util.experiment import ROOT, recorded_config
+from util.results import Results
+
+DEMO = "exp/demo/PI_CLIP/split0/resnet50/snapshot/best.safetensors"
+
+
+def main() -> None:
+    given = parse()
+    # 1. what is to be done
+    paths, weights = find(given.query), weight_file(given.weights)
+    photos = [read_photo(support["image"]) for support in given.support]
+    masks, boxes = ([support[key] for support in given.support] for key in ("mask", "boxes"))
+    record = {"weights": str(weights), "text": given.text, "supports": given.support}
+    results = Results(given.out, given.polygons, given.text or "object", record)
+    for i, (photo, mask) in enumerate(annotated(photos, masks, boxes), start=1):
+        results.support(i, photo, mask)
+
+    # 2. the model, and what it looks for
+    config = None
+    if given.config:
+        config = load_config(given.config, given.arch, given.overrides)
+    elif given.overrides:
+        config = recorded_config(weights, given.overrides)
+    predictor = Predictor.from_checkpoint(weights, given.device, given.precision, config, given.arch)
+    predictor.set_support(photos, masks, given.text, boxes)
+    results.record |= {"device": str(predictor.device), "precision": predictor.precision, "notes": predictor.notes}
+    print(f"{weights}, {predictor.system.shot}-shot, on {predictor.device} in {predictor.precision}")
+    print("".join(f"note: {note}\n" for note in predictor.notes), end="")
+
+    # 3. one image (on a GPU: eight) after the other
+    try:
+        for some in chunks(readable(paths, given.every, results), 8 if predictor.device.type == "cuda" else 1):
+            for (stem, photo), found in zip(some, predictor.predict_batch([photo for _, photo in some]), strict=True):
+                row = results.add(stem, photo, found.mask, found.score, found.seconds)
+                score = f"score {row['score']:.2f}" if found.mask.any() else "nothing found"
+                print(f"{photo.name}: {100 * row['fraction']:.1f} % of the image, {score}  ({found.seconds:.2f} s)")
+    finally:
+        results.close()
+    print(f"{len(results.record['images'])} masks in {given.out}: masks/, overlays/, overview.jpg, scores.json")
+    if unread := results.record["unread"]:
+        raise UserError(f"{len(unread)} of the queries could not be read: {', '.join(item['image'] for item in unread)}")
+
+
+def readable(paths: Sequence[Path], every: int, results: Results) -> Iterator[tuple[str, Photo]]:
+    """Stem and photo of all images and frames; what cannot be read is told, and the rest goes on."""
+    for path in paths:
+        try:
+            yield from frames(path, every)
+        except UserError as error:
+            print(f"skipped: {error}")
+            results.unread(str(path), str(error))
+
+
+def chunks(items: Iterator, size: int) -> Iterator[list]:
+    """Lists of at most `size` items."""
+    some = []
+    for item in items:
+        some.append(item)
+        if len(some) == size:
+            yield some
+            some = []
+    if some:
+        yield some
+
+
+def weight_file(given: str | None) -> Path:
+    """The named checkpoint, or the demo's.
+
+    Raises:
+        UserError: there is none.
+    """
+    found = next((path for path in (Path(given or DEMO), ROOT / (given or DEMO)) if path.is_file()), None)
+    if found is None and given:
+        raise UserError(f"--weights {given}: no such file")
+    if found is None:
+        raise UserError("no weights: `sh train.sh split0 demo 0` trains the demo's model (a drawn world, minutes on a CPU), "
+                        "which is then taken. For photographs give --weights FILE of a system trained on PASCAL or COCO "
+                        "(README, Real data), or a published .pth with --config FILE --arch SYSTEM")
+    return found
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--support", action=AddSupport, default=[], metavar="IMAGE", help="example; its --mask or --box follows")
+    parser.add_argument("--mask", action=AddSupport, metavar="PNG", help="where the object is: 0 background, the rest object")
+    parser.add_argument("--box", action=AddSupport, metavar="X0,Y0,X1,Y1", help="or a box around it")
+    parser.add_argument("--text", help="what it is, in any words; systems with CLIP's text prior need it")
+    parser.add_argument("--query", nargs="+", required=True, help="images, folders, patterns, videos")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the results")
+    parser.add_argument("--weights", help="checkpoint, exported file, or published .pth; default: the demo's trained PI-CLIP")
+    parser.add_argument("--polygons", choices=("coco", "labelme"), help="also write the masks as polygons")
+    parser.add_argument("--every", type=int, default=1, metavar="N", help="of a video, every N-th frame")
+    parser.add_argument("--device", help="cpu, cuda, ...; default: the GPU where there is one")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), help="default: bf16 on a GPU that has it")
+    parser.add_argument("--config", help="of a published .pth: config/DATASET/DATASET_EXP_NET.yaml")
+    parser.add_argument("--arch", help="of a published .pth: PI_CLIP, HDMNet, BAM, PFENet")
+    parser.add_argument("overrides", nargs="*", metavar="Section.key=value", help="where files are now, CLIP.clip_path=...")
+    given = parser.parse_intermixed_args()
+    if given.every < 1:
+        raise UserError(f"--every {given.every}: must be at least 1")
+    return given
+
+
+class AddSupport(argparse.Action):
+    """--support begins a support; --mask and --box belong to the one before them."""
+
+    def __call__(self, parser, namespace, value, option=None) -> None:  # noqa: ANN001
+        if option == "--support":
+            namespace.support = [*namespace.support, {"image": value, "mask": None, "boxes": []}]
+        elif not namespace.support:
+            parser.error(f"{option} {value}: give its --support first")
+        elif option == "--mask":
+            if namespace.support[-1]["mask"] is not None:
+                parser.error(f"--mask {value}: the support before it has a mask already")
+            namespace.support[-1]["mask"] = value
+        else:
+            try:
+                namespace.support[-1]["boxes"].append([float(number) for number in value.split(",")])
+            except ValueError:
+                parser.error(f"--box {value}: give four numbers x0,y0,x1,y1")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,41 @@
+"""Where curves go: curves.jsonl, TensorBoard, and Weights & Biases where it is asked for."""
+
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from util.errors import UserError
+from util.log import RunLog, tracking
+
+
+def test_weights_and_biases_gets_the_curves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, points = {}, []
+    run = SimpleNamespace(log=lambda values, step: points.append((step, values)))
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **how: asked.update(how) or nullcontext(run)))
+    with tracking("wandb", "PI_CLIP split0 demo", tmp_path, {"Train": {}}) as tracked, RunLog(tmp_path, tracked=tracked) as log:
+        log.scalars({"loss": 0.5}, 10, "train")
+    assert points == [(10, {"train/loss": 0.5})] and asked["name"] == "PI_CLIP split0 demo" and asked["resume"] == "allow"
+    assert "loss" in (tmp_path / "curves.jsonl").read_text() and list((tmp_path / "events").iterdir())
+    with tracking("wandb", "again", tmp_path, {}):
+        assert len(asked["id"]) == 16
+    first = asked["id"]
+    with tracking("wandb", "another", tmp_path / "b", {}):
+        assert asked["id"] != first
+
+
+def test_nobody_else_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)  # an import fails
+    with tracking("tensorboard", "x", tmp_path, {}) as tracked:
+        assert tracked is None
+    with pytest.raises(UserError, match="pip install wandb"), tracking("wandb", "x", tmp_path, {}):
+        pass
+
+
+def test_quiet_keeps_the_file(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    with RunLog(tmp_path, quiet=True) as log:
+        log.info("all is well")
+        log.warning("look here")
+    assert "all is well" not in capsys.readouterr().out and "all is well" in (tmp_path / "train.log").read_text()

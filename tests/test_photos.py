@@ -1,0 +1,132 @@
+"""People's files: photos of every kind, masks by one rule, what is refused, and masks as polygons."""
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pycocotools import mask as coco_mask
+
+from demo import world
+from util.data.photos import ORIENTATION, box_mask, read_mask, read_photo
+from util.errors import UserError
+from util.polygons import Coco, polygons
+
+
+def upright(rng: np.random.Generator, hw: tuple[int, int] = (40, 60)) -> np.ndarray:
+    return cv2.resize(rng.integers(0, 255, (5, 7, 3), dtype=np.uint8), hw[::-1], interpolation=cv2.INTER_NEAREST)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_photos_are_upright_and_masks_follow(orientation: int, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    image, mask = upright(rng), np.zeros((40, 60), np.uint8)
+    mask[5:20, 30:58] = 255
+    method = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}.get(orientation)  # that undoes it: the other quarter turn
+    store = (lambda x: x) if method is None else (lambda x: x.transpose(Image.Transpose(method)))
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    store(Image.fromarray(image)).save(tmp_path / "a.png", exif=exif)
+    found = read_photo(tmp_path / "a.png")
+    assert np.array_equal(found.image, image)
+    Image.fromarray(mask).save(tmp_path / "upright.png")
+    assert np.array_equal(read_mask(tmp_path / "upright.png", found), mask // 255)
+    if orientation > 4:  # otherwise the size does not tell
+        store(Image.fromarray(mask)).save(tmp_path / "stored.png")
+        assert np.array_equal(read_mask(tmp_path / "stored.png", found), mask // 255)
+        found = read_photo(Image.fromarray(image.transpose(1, 0, 2)))
+        with pytest.raises(UserError, match="60 x 40 pixels, its photo .* 40 x 60"):
+            read_mask(tmp_path / "upright.png", found)
+
+
+def test_kinds_of_photos(tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    image = upright(rng)
+    grey = np.asarray(Image.fromarray(image).convert("L"))
+    alpha = np.full((40, 60), 255, np.uint8)
+    alpha[:10] = 0
+    over_white = image.copy()
+    over_white[:10] = 255
+    kinds = {
+        "rgb.png": (Image.fromarray(image), image),
+        "grey.png": (Image.fromarray(grey), np.repeat(grey[..., None], 3, 2)),
+        "sixteen.png": (Image.fromarray(grey.astype(np.uint16) * 256 + 77), np.repeat(grey[..., None], 3, 2)),
+        "alpha.png": (Image.fromarray(np.dstack([image, alpha])), over_white),
+        "palette.gif": (Image.fromarray(image).quantize(256), image),
+        "cmyk.tif": (Image.fromarray(image).convert("CMYK"), image),
+        "line.png": (Image.fromarray(grey > 128), np.repeat(((grey > 128) * np.uint8(255))[..., None], 3, 2)),
+    }
+    for name, (stored, expected) in kinds.items():
+        stored.save(tmp_path / name)
+        assert np.abs(read_photo(tmp_path / name).image.astype(int) - expected).max() <= 2, name
+    frames_ = [Image.fromarray(image), Image.fromarray(255 - image)]
+    frames_[0].save(tmp_path / "moving.webp", save_all=True, append_images=frames_[1:], lossless=True)
+    assert np.array_equal(read_photo(tmp_path / "moving.webp").image, image)  # the first frame
+
+
+def test_kinds_of_masks(tmp_path: Path) -> None:
+    found = read_photo(np.zeros((4, 6, 3), np.uint8))
+    values = np.zeros((4, 6), np.uint8)
+    values[1, 1:5], values[2, 2], values[3, 3] = 1, 7, 255
+    both, ignored = (values != 0).astype(np.uint8), np.where(values == 255, 255, values != 0).astype(np.uint8)
+    opaque = np.dstack([np.zeros((4, 6, 3), np.uint8), both * 255])
+    palette = Image.fromarray(values, "P")
+    palette.putpalette(world.palette())
+    for name, stored, expected in (
+        ("grey", Image.fromarray(values), both), ("palette", palette, ignored), ("bit", Image.fromarray(values != 0), both),
+        ("colour", Image.fromarray(np.dstack([values, 0 * values, 0 * values])), both), ("alpha", Image.fromarray(opaque), both),
+        ("sixteen", Image.fromarray(values.astype(np.uint16)), both),
+    ):  # fmt: skip
+        stored.save(tmp_path / f"{name}.png")
+        assert np.array_equal(read_mask(tmp_path / f"{name}.png", found), expected), name
+    assert np.array_equal(read_mask(values.astype(np.int64), found), both)
+    Image.fromarray(values).save(tmp_path / "mask.jpg")
+    with pytest.raises(UserError, match="lossless"):
+        read_mask(tmp_path / "mask.jpg", found)
+    with pytest.raises(UserError, match="empty"):
+        read_mask(np.zeros((4, 6), bool), found)
+    assert box_mask([[1, 1, 3, 9], [-5, 0, 1, 1]], found).tolist() == [[1, 0, 0, 0, 0, 0], *[[0, 1, 1, 0, 0, 0]] * 3]
+    for box in ([3, 1, 3, 2], [6, 0, 9, 2], [-9, 0, -1, 2], [1, 2, 3], [0, 0, float("nan"), 2]):
+        with pytest.raises(UserError, match="box"):
+            box_mask([box], found)
+
+
+def test_what_is_no_photo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "text.jpg").write_text("hello")
+    Image.fromarray(upright(np.random.default_rng(2), (300, 300))).save(tmp_path / "whole.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:-200])
+    Image.fromarray(np.ones((4, 4), np.float32)).save(tmp_path / "float.tif")
+    for name, message in (("text.jpg", "not an image"), ("cut.png", "not a readable image"), ("none.png", "no such file"),
+                          ("", "no such file"), ("float.tif", "floating point")):  # fmt: skip
+        with pytest.raises(UserError, match=message) as raised:
+            read_photo(tmp_path / name)
+        assert str(tmp_path / name) in str(raised.value)
+    monkeypatch.setattr("util.data.photos.MAX_PIXELS", 80_000)
+    with pytest.raises(UserError, match="decompression bomb"):
+        read_photo(tmp_path / "whole.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(UserError, match="decompression bomb"):
+        read_photo(tmp_path / "whole.png")
+    for array in (np.zeros((4, 4, 3)), np.zeros((4, 4, 5), np.uint8), np.zeros((0, 4, 3), np.uint8), torch.zeros(3, 4, 4), 7):
+        with pytest.raises(UserError, match="uint8|expected"):
+            read_photo(array)
+
+
+def test_polygons_give_the_mask_back() -> None:
+    rng = np.random.default_rng(4)
+    masks = [rng.random(rng.integers(1, 30, 2)) < share for share in (0.2, 0.5, 0.6, 0.9, 1.0) for _ in range(12)]
+    masks += [cv2.blur(rng.random((60, 50)), (7, 7)) > 0.5 for _ in range(5)]
+    ring = np.ones((9, 9), bool)
+    ring[2:7, 2:7], ring[4, 4] = False, True
+    for mask in [*masks, ring]:
+        data = Coco("star")
+        data.add("a.jpg", mask, 0.5)
+        record = data.content()
+        assert bool(record["annotations"]) == mask.any()
+        for made in record["annotations"]:
+            runs = coco_mask.frPyObjects(made["segmentation"], *mask.shape)
+            assert np.array_equal(coco_mask.decode(coco_mask.merge(runs)).astype(bool), mask)
+            assert made["area"] == mask.sum() and made["bbox"] == coco_mask.toBbox(coco_mask.merge(runs)).tolist()
+    assert len(polygons(ring)) == 3 and all(len(polygon) >= 4 for polygon in polygons(ring))

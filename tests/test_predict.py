@@ -1,0 +1,226 @@
+"""Your own images: the same numbers as evaluation, supports paid for once."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from model import load_weights, open_system
+from model.build import text_bank
+from model.predictor import Predictor
+from model.system import Prediction
+from tests.test_photos import upright
+from tests.untrained import CONFIG, ROOT, make, palette_mask, star
+from util.cache import TensorCache
+from util.data.episodes import Episode, EpisodeList, mask_table
+from util.data.folds import fold
+from util.data.photos import read_photo
+from util.data.transforms import read_label
+from util.distributed import Context
+from util.errors import UserError
+from util.evaluate import evaluate_episodes
+from util.experiment import Experiment
+from util.log import RunLog
+from util.metrics import FewShotMeter, to_original
+
+
+@pytest.fixture(autouse=True)
+def at_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.mark.parametrize(("arch", "overrides"), [
+    ("PI_CLIP", []), ("PI_CLIP", ["Train.shot=2", "CLIP.clip_size=train"]), ("PI_CLIP", ["Train.resized_val=false"]),
+    ("HDMNet", ["Train.resized_val=false"]), ("BAM", ["Train.shot=2"]), ("PFENet", []),
+])  # fmt: skip
+def test_bit_for_bit_what_evaluation_gives(arch: str, overrides: list[str], scenes: Path, tmp_path: Path) -> None:
+    """`evaluate_episodes` over the files, against the predictor over the same files; the text prior's bank of all classes
+    rounds otherwise than a bank of one, so with that one the bits are compared, too."""
+    config, weight = make(tmp_path, arch, *overrides, f"Data.data_root={scenes}", f"Data.val_list={scenes}/list.txt",
+                          "CLIP.vocabulary=target")  # fmt: skip
+    system, source = open_system(arch, config)
+    load_weights(system, config, Experiment.from_config_path(arch, CONFIG, config.Runtime.output), weight)
+    system.eval().remember(TensorCache(0), fixed_head=True)
+    episodes = EpisodeList(source.index(training=False), config.Train.shot, seed=1)
+    data, seen = source.episodes(episodes), []
+
+    def watched(episode: Episode) -> Prediction:
+        seen.append((episode, system.predict(episode)))
+        return seen[-1][1]
+
+    with RunLog(tmp_path, "log") as log:
+        _, rows = evaluate_episodes(watched, data, 4, source.fold, Context(torch.device("cpu")), log, batch=1, workers=0,
+                                    squash=config.Train.resized_val)  # fmt: skip
+    predictor = Predictor.from_checkpoint(weight, device="cpu")
+    for row, (episode, theirs) in zip(rows, seen, strict=True):
+        spec, records = episodes.spec(row.number), episodes.index.records
+        supports, text = [records[i] for i in spec.supports], source.names.texts[spec.cls - 1]
+        masks = [palette_mask(scenes / record.label, spec.cls) for record in supports]
+        predictor.set_support([scenes / record.image for record in supports], masks, text)
+        ours = predictor.predict(scenes / records[spec.query].image)
+        truth = torch.from_numpy(mask_table(spec.cls)[read_label(scenes / records[spec.query].label)])
+        assert FewShotMeter([spec.cls]).update(torch.from_numpy(ours.mask).long(), truth, spec.cls) == row.counts
+        if arch == "PI_CLIP":
+            scores = to_original(theirs.final[0], tuple(truth.shape), config.Train.resized_val)
+            np.testing.assert_allclose(ours.score, scores.softmax(0)[1].numpy(), atol=1e-4)
+            prior = next(prior for prior in system.priors if prior.name == "vtp")
+            whole = prior.bank
+            prior.use(text_bank(system.clip, [text]))
+            theirs = system.predict(replace(episode, cls=torch.tensor([1]), present=torch.zeros(1, 1, dtype=torch.bool)))
+            prior.use(whole)
+        scores = to_original(theirs.final[0], tuple(truth.shape), config.Train.resized_val)
+        assert ours.score.std() > 1e-4
+        assert np.array_equal(ours.score, scores.softmax(0)[1].numpy())
+        assert np.array_equal(ours.mask, scores.argmax(0).numpy() == 1)
+        assert ours.maps.keys() == theirs.maps.keys()
+        assert all(np.array_equal(ours.maps[name], theirs.maps[name][0].numpy()) for name in ours.maps)
+
+
+def counted(module: torch.nn.Module) -> list[int]:
+    """How many images each call of a module has seen."""
+    seen: list[int] = []
+    module.register_forward_hook(lambda _, inputs, __: seen.append(len(inputs[0])))
+    return seen
+
+
+def test_supports_are_paid_for_once(piclip: Path, scenes: Path) -> None:
+    predictor = Predictor.from_checkpoint(piclip)
+    images, masks = star(scenes, of=4)
+    predictor.set_support(images[0], masks[0], "star")
+    backbone, clip = counted(predictor.system.encoder), counted(predictor.system.clip.module.visual.visual.conv1)
+    text = counted(predictor.system.clip.module.text)
+    predictor.predict(images[1])
+    assert (sum(backbone), sum(clip)) == (2, 3)  # support and query; CLIP sees the query twice, for its two priors
+    predictor.predict(images[2])
+    assert (sum(backbone), sum(clip)) == (3, 5)
+    predictor.predict(images[2])
+    assert (sum(backbone), sum(clip)) == (3, 5) and not text
+    predictor.set_support(images[3], masks[3], "star")
+    predictor.predict(images[2])
+    assert (sum(backbone), sum(clip)) == (4, 6) and text == [2]  # the new support alone
+
+
+def test_every_way_to_give_an_image(piclip: Path, scenes: Path) -> None:
+    predictor = Predictor.from_checkpoint(piclip)
+    (support, query), (mask, _) = star(scenes)
+    array = np.asarray(Image.open(support))
+    box = [2, 3, 60, 70]
+    filled = np.zeros_like(mask)
+    filled[3:70, 2:60] = True
+    found = []
+    for image in (support, str(support), Image.open(support), array, torch.from_numpy(array.copy()).permute(2, 0, 1)):
+        for kind in ({"masks": filled}, {"masks": [torch.from_numpy(filled).long()]}, {"boxes": box}, {"boxes": [[box]]}):
+            predictor.set_support(image, text="star", **kind)
+            found.append(predictor.predict(query).score)
+    assert all(np.array_equal(found[0], other) for other in found)
+    found = predictor.predict(query)
+    assert found.mask.dtype == bool and found.score.dtype == np.float32 and found.mask.shape == found.score.shape
+    assert found.mask.shape == Image.open(query).size[::-1] and 0 <= found.score.min() <= found.score.max() <= 1
+    assert found.maps.keys() == {"vtp", "vvp", "correlation"} and found.seconds > 0
+
+
+def test_batch_is_singles(piclip: Path, scenes: Path) -> None:
+    predictor = Predictor.from_checkpoint(piclip)
+    images, masks = star(scenes, of=5)
+    for given in (lambda: predictor.set_support(images[:2], masks[:2], "star"), lambda: predictor.set_support(text="star")):
+        given()
+        together = predictor.predict_batch(images[2:])
+        assert len(together) == 3 and predictor.predict_batch([]) == []
+        for image, one in zip(images[2:], together, strict=True):
+            alone = predictor.predict(image)
+            np.testing.assert_allclose(one.score, alone.score, atol=1e-5)
+            assert all(np.allclose(one.maps[name], alone.maps[name], atol=1e-5) for name in alone.maps)
+
+
+def logit(score: np.ndarray) -> np.ndarray:
+    return np.log(score / (1 - score))
+
+
+def test_fewer_and_more_supports_than_shots(piclip: Path, scenes: Path, tmp_path: Path) -> None:
+    images, masks = star(scenes, of=4)
+    query = images[3]
+    one = Predictor.from_checkpoint(piclip)  # 1-shot: the mean of the scores
+    one.set_support(images[:3], masks[:3], "star")
+    assert "mean of 3" in " ".join(one.notes)
+    mean, alone = logit(one.predict(query).score), []
+    for image, mask in zip(images[:3], masks[:3], strict=True):
+        one.set_support(image, mask, "star")
+        alone.append(logit(one.predict(query).score))
+    np.testing.assert_allclose(mean, np.mean(alone, 0), atol=1e-4)
+    assert np.abs(alone[0] - alone[1]).max() > 1e-2
+
+    two = Predictor.from_checkpoint(make(tmp_path, "PI_CLIP", "Train.shot=2")[1])
+    given = [([0], [0, 0]), ([0, 1, 2], [0, 1, 2, 0])]  # in turn
+    for few, turns in given:
+        two.set_support([images[i] for i in few], [masks[i] for i in few], "star")
+        found = two.predict(query).score
+        two.set_support([images[i] for i in turns], [masks[i] for i in turns], "star")
+        assert np.array_equal(found, two.predict(query).score)
+
+
+def test_text_alone_and_systems_without_it(piclip: Path, scenes: Path, tmp_path: Path) -> None:
+    images, masks = star(scenes)
+    predictor = Predictor.from_checkpoint(piclip)
+    predictor.set_support(text="star")
+    encoder = counted(predictor.system.encoder)
+    found = predictor.predict(images[0])
+    assert not encoder and "text alone" in " ".join(predictor.notes)
+    assert found.maps.keys() == {"vtp"} and np.array_equal(found.mask, found.score > 0.5) and 0 < found.mask.mean() < 1
+    inside, outside = found.score[masks[0]].mean(), found.score[~masks[0]].mean()
+    assert inside > 1.5 * outside  # the demo's CLIP is trained, and knows a star
+    with pytest.raises(UserError, match="not trained on 'golden', 'retriever'"):
+        predictor.set_support(text="golden retriever")
+    assert np.array_equal(predictor.predict(images[0]).score, found.score)  # what failed has changed nothing
+    with pytest.raises(UserError, match="give a text"):
+        predictor.set_support(images[0], masks[0])
+    other = Predictor.from_checkpoint(make(tmp_path, "PFENet")[1])
+    other.set_support(images[0], masks[0], "golden retriever")
+    assert "the text changes nothing" in " ".join(other.notes)
+    with pytest.raises(UserError, match="needs at least one image"):
+        other.set_support(text="star")
+    with pytest.raises(UserError, match="call set_support"):
+        Predictor.from_checkpoint(piclip).predict(images[0])
+
+
+def test_a_base_class_is_known_by_its_name(piclip: Path, scenes: Path) -> None:
+    """The base learner would hold it for background."""
+    predictor = Predictor.from_checkpoint(piclip)
+    images, masks = star(scenes)
+    query = read_photo(images[1])
+    for text, rank in (("star", -1), ("Crown", fold("demo", 0).base_rank(predictor.names.names.index("crown") + 1))):
+        predictor.set_support(images[0], masks[0], text)
+        assert predictor.episode(query, predictor._groups[0]).base_rank.tolist() == [rank]
+    assert rank >= 0 and "base learner knows" in " ".join(predictor.notes)
+
+
+def test_large_small_and_thin(piclip: Path) -> None:
+    """A photo larger than any of the data sets is reduced on the way in; the mask has the photo's size all the same."""
+    predictor = Predictor.from_checkpoint(piclip)
+    rng = np.random.default_rng(3)
+    large = upright(rng, (1500, 2000))
+    predictor.set_support(large, boxes=[300, 300, 900, 900], text="star")
+    episode = predictor.episode(read_photo(large), predictor._groups[0])
+    assert episode.annotation_hw.tolist() == [[240, 320]]
+    assert predictor.predict(large).mask.shape == (1500, 2000)
+    for hw in ((1, 1), (3, 200), (2000, 2)):
+        assert predictor.predict(upright(rng, hw)).mask.shape == hw
+    with pytest.raises(UserError, match="too small"):
+        predictor.set_support(large, boxes=[301, 301, 303, 303], text="star")
+
+
+def test_published_checkpoints(scenes: Path, tmp_path: Path) -> None:
+    """A .pth under the published names, with the config and the system that it is of."""
+    config, weight = make(tmp_path, "HDMNet")
+    images, masks = star(scenes)
+    ours = Predictor.from_checkpoint(weight)
+    names = {name: ours.system.official_name(name) for name in ours.system.state_dict()}
+    torch.save({"state_dict": {f"module.{names[name]}": x for name, x in ours.system.state_dict().items()}}, tmp_path / "hdm.pth")
+    with pytest.raises(UserError, match="--arch PI_CLIP"):
+        Predictor.from_checkpoint(tmp_path / "hdm.pth")
+    theirs = Predictor.from_checkpoint(tmp_path / "hdm.pth", config=config, arch="HDMNet")
+    for predictor in (ours, theirs):
+        predictor.set_support(images[0], masks[0])
+    assert np.array_equal(ours.predict(images[1]).score, theirs.predict(images[1]).score)

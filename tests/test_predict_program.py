@@ -1,0 +1,153 @@
+"""predict.py: its command line from end to end, what it says of wrong input, and where it finds what it needs."""
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+import predict
+from model.predictor import Predictor
+from tests.untrained import ROOT, star
+from util import cli
+from util.checkpoint import read_meta, save_weights
+from util.errors import UserError
+from util.files import load_tensors
+
+
+@pytest.fixture(autouse=True)
+def at_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.fixture
+def program(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable[..., tuple[int, str]]:
+    """Runs predict.py as its command line does; exit code and everything printed."""
+    def run(*arguments: object) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["predict.py", *map(str, arguments)])
+        code = 0
+        try:
+            cli.run(predict.main)
+        except SystemExit as end:
+            code = end.code
+        printed = capsys.readouterr()
+        return code, printed.out + printed.err
+
+    return run
+
+
+def test_command_line(piclip: Path, scenes: Path, tmp_path: Path, program: Callable) -> None:
+    """A mask and a box; a folder with something unreadable, a pattern, two files of one name, a video."""
+    images, masks = star(scenes, of=4)
+    Image.fromarray(masks[0]).save(tmp_path / "mask.png")
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    pictures = [np.asarray(Image.open(image)) for image in images[2:]]
+    Image.fromarray(pictures[0]).save(folder / "a.jpg", quality=95)
+    Image.fromarray(pictures[1]).save(folder / "a.png")
+    (folder / "broken.jpg").write_text("no photo")
+    (folder / "notes.txt").write_text("not looked at")
+    video = cv2.VideoWriter(str(tmp_path / "clip.avi"), cv2.VideoWriter.fourcc(*"MJPG"), 5, (64, 48))
+    for i in range(5):
+        video.write(np.full((48, 64, 3), 40 * i, np.uint8))
+    video.release()
+    out = tmp_path / "out"
+    code, said = program(
+        "--support", images[0], "--mask", tmp_path / "mask.png", "--support", images[1], "--box", "10,20,80,90", "--text", "star",
+        "--query", folder, tmp_path / "photos/*.png", tmp_path / "clip.avi", "--every", 2, "--weights", piclip, "--out", out,
+        "--polygons", "coco",
+    )  # fmt: skip
+    assert code == 2 and "1 of the queries could not be read" in said and "broken.jpg" in said, said
+    record = json.loads((out / "scores.json").read_text())
+    names = ["a", "a-2", "clip_000000", "clip_000002", "clip_000004"]
+    assert [Path(image["mask"]).stem for image in record["images"]] == names
+    assert [item["image"] for item in record["unread"]] == [str(folder / "broken.jpg")]
+    assert {f.name for f in (out / "supports").iterdir()} == {"1.jpg", "2.jpg"} and record["notes"]
+    predictor = Predictor.from_checkpoint(piclip)
+    predictor.set_support(images[:2], [masks[0], None], "star", [None, [10, 20, 80, 90]])
+    found = predictor.predict(folder / "a.png")
+    stored = Image.open(out / "masks/a-2.png")
+    assert stored.mode == "L" and np.array_equal(np.asarray(stored), found.mask * np.uint8(255))
+    row = record["images"][1]
+    assert row["fraction"] == pytest.approx(found.mask.mean(), abs=1e-4) and (row["height"], row["width"]) == found.mask.shape
+    data = json.loads((out / "coco.json").read_text())
+    assert len(data["images"]) == 5 and data["categories"][0]["name"] == "star"
+    overlay = np.asarray(Image.open(out / "overlays/a-2.jpg")).astype(int)
+    changed = np.abs(overlay - pictures[1]).max(-1) > 40
+    assert overlay.shape == pictures[1].shape and changed[~found.mask].mean() < 0.02 < changed[found.mask].mean()
+    assert not [f for f in out.rglob(".*")] and Image.open(out / "overview.jpg").width > 300
+
+    code, said = program("--text", "star", "--query", folder / "a.png", "--weights", piclip, "--out", tmp_path / "text",
+                         "--polygons", "labelme", "--precision", "bf16")  # fmt: skip
+    assert code == 0 and "text alone" in said, said
+    record = json.loads((tmp_path / "text/labelme/a.json").read_text())
+    mask = np.asarray(Image.open(tmp_path / "text/masks/a.png")) > 0
+    assert record["imagePath"] == str(folder / "a.png") and (record["imageHeight"], record["imageWidth"]) == mask.shape
+    area = sum(cv2.contourArea(np.array(shape["points"], np.float32)) for shape in record["shapes"])
+    assert area == mask.sum() > 0
+
+
+def test_wrong_command_lines(piclip: Path, scenes: Path, tmp_path: Path, program: Callable, monkeypatch) -> None:
+    (image, query), (mask, _) = star(scenes)
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    Image.fromarray(mask[:-1]).save(tmp_path / "other.png")
+    Image.fromarray(mask & False).save(tmp_path / "empty.png")
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "clip.mp4").write_text("no video")
+    base = piclip.parents[4] / "PSPNet/split0/resnet50/snapshot/best.safetensors"
+    good = {"--support": image, "--mask": tmp_path / "mask.png", "--text": "star", "--query": query, "--weights": piclip,
+            "--out": tmp_path / "out"}  # fmt: skip
+    wrong = [
+        ({"--support": tmp_path / "none.jpg"}, "no such file.*none.jpg"), ({"--support": tmp_path / "file"}, "not an image"),
+        ({"--mask": tmp_path / "other.png"}, "needs the size of its photo"), ({"--mask": tmp_path / "empty.png"}, "is empty"),
+        ({"--mask": None}, "give a mask or boxes"), ({"--box": "1,1,9,9"}, "not both"), ({"--text": None}, "give a text"),
+        ({"--support": None}, "give its --support"), ({"--query": tmp_path / "*.jpg"}, "no such file, folder or pattern"),
+        ({"--query": tmp_path / "folder"}, "no photo and no video"), ({"--query": tmp_path / "clip.mp4"}, "not a readable video"),
+        ({"--weights": tmp_path / "none.safetensors"}, "no such file"), ({"--weights": tmp_path / "file"}, "--arch PI_CLIP"),
+        ({"--weights": base}, "is a base learner"), ({"--out": tmp_path / "file/out"}, "cannot be written"),
+        ({"--out": tmp_path / "file"}, "cannot be written"), ({"--every": "0"}, "at least 1"), ({"--device": "tpu9"}, "device"),
+        ({"--box": "1,2,3", "--mask": None}, "x0, y0, x1, y1"), ({"--box": "a,b", "--mask": None}, "four numbers"),
+    ]  # fmt: skip
+    for change, message in wrong:
+        arguments = [str(part) for option, value in (good | change).items() if value is not None for part in (option, value)]
+        code, said = program(*arguments)
+        assert code == 2 and "Traceback" not in said, (change, said)
+        assert re.search(message, said), (message, said)
+    monkeypatch.setattr(predict, "DEMO", "nowhere/best.safetensors")
+    code, said = program("--text", "star", "--query", query, "--out", tmp_path / "out")
+    assert code == 2 and "sh train.sh split0 demo 0" in said
+
+
+def test_checkpoint_tells_its_config(piclip: Path, scenes: Path, tmp_path: Path, program: Callable, monkeypatch) -> None:
+    """From any folder; of before the config was recorded: the run's config.yaml; and what is missing is named."""
+    assert read_meta(piclip)["config"]["Train"]["val_size"] == 65
+    monkeypatch.chdir(tmp_path)  # the config's demo/clip is found in the repository
+    Predictor.from_checkpoint(piclip)
+    run = tmp_path / "exp/demo/PI_CLIP/split0/resnet50"
+    meta, state = read_meta(piclip), load_tensors(piclip)
+    config = meta.pop("config")
+    save_weights(run / "snapshot/best.safetensors", state, meta)
+    with pytest.raises(UserError, match="does not tell its config"):
+        Predictor.from_checkpoint(run / "snapshot/best.safetensors")
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(UserError, match="Method.pre_weight = auto: no base learner"):
+        Predictor.from_checkpoint(run / "snapshot/best.safetensors")
+    base = piclip.parents[4] / "PSPNet/split0/resnet50/snapshot/best.safetensors"
+    code, said = program(f"Method.pre_weight={base}", "--text", "star", "--query", star(scenes)[0][0], "--out", "out",
+                         "--weights", run / "snapshot/best.safetensors")  # fmt: skip
+    assert code == 0, said
+
+
+def test_as_a_program(piclip: Path, scenes: Path, tmp_path: Path) -> None:
+    """In a process of its own, in another folder."""
+    command = [sys.executable, ROOT / "predict.py", "--text", "star", "--query", star(scenes)[0][0], "--weights", piclip]
+    run = subprocess.run([*command, "--out", "out"], cwd=tmp_path, text=True, capture_output=True, timeout=300)
+    assert run.returncode == 0 and len(list((tmp_path / "out/masks").iterdir())) == 1, run.stderr

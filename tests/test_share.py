@@ -1,0 +1,142 @@
+"""One file with everything but CLIP: the same bits, with the result that is about it, to a hub and back."""
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from model import load_weights, open_system
+from model.predictor import Predictor
+from model.share import export, main
+from tests.untrained import CONFIG, ROOT, make, star
+from util.checkpoint import read_meta
+from util.config import load_config
+from util.errors import UserError
+from util.experiment import Experiment
+from util.files import save_json
+
+
+@pytest.fixture(autouse=True)
+def at_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+
+
+def test_one_file_to_share(piclip: Path, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It stands alone but for CLIP, gives the same bits, is taken by test.py, and brings the result that is about it."""
+    images, masks = star(scenes)
+    predictor = Predictor.from_checkpoint(piclip)
+    predictor.set_support(images[0], masks[0], "star")
+    expected = predictor.predict(images[1])
+    file = tmp_path / "mine/shared.safetensors"
+    assert "no result inside" in export(piclip, file)[0] and "Not tested yet" in file.with_suffix(".md").read_text()
+    meta = read_meta(file)
+    assert meta["classes"][0][0] == "star" and str(piclip.parents[6]) not in json.dumps(meta)  # no folder of this machine
+    monkeypatch.chdir(tmp_path)
+    other = Predictor.from_checkpoint(file)
+    other.set_support(images[0], masks[0], "star")
+    assert np.array_equal(other.predict(images[1]).score, expected.score) and other.names == predictor.names
+    monkeypatch.chdir(ROOT)
+
+    config = load_config(CONFIG, "PI_CLIP", ["Train.val_size=65", f"Runtime.output={tmp_path}"])  # as test.py does
+    system, _ = open_system("PI_CLIP", config)
+    load_weights(system, config, Experiment.from_config_path("PI_CLIP", CONFIG, str(tmp_path)), file)
+    theirs, ours = system.state_dict(), predictor.system.state_dict()
+    assert theirs.keys() == ours.keys() and all(torch.equal(theirs[name], ours[name]) for name in ours)
+    config.CLIP.clip_path = "random"
+    config.CLIP.vocabulary = "target"
+    with pytest.raises(UserError, match="other frozen weights: clip"):
+        Predictor.from_checkpoint(file, config=config)
+    config = load_config(CONFIG, "PI_CLIP", ["Train.val_size=65", "Train.split=1"])
+    with pytest.raises(UserError, match="Train.split: the checkpoint has 0"):
+        Predictor.from_checkpoint(file, config=config)
+    with pytest.raises(UserError, match="exported file already"):
+        export(file, tmp_path / "again.safetensors")
+    with pytest.raises(UserError, match=r"call it .*model\.safetensors"):
+        export(piclip, tmp_path / "model.pth")
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(UserError, match="could not be written"):
+        export(piclip, tmp_path / "taken/model.safetensors")
+
+
+def test_a_data_set_of_ones_own(scenes: Path, tmp_path: Path) -> None:
+    """Its folds and names go along: their files are not on the other machine."""
+    (tmp_path / "folds.yaml").write_text("split0: [star, fish, tree]\n")
+    _, weight = make(tmp_path, "HDMNet", "Train.data_set=mine", f"Data.folds={tmp_path}/folds.yaml")
+    export(weight, tmp_path / "shared.safetensors")
+    mine = Predictor.from_checkpoint(weight)
+    shutil.rmtree(tmp_path / "exp")
+    (tmp_path / "folds.yaml").unlink()
+    other = Predictor.from_checkpoint(tmp_path / "shared.safetensors")
+    assert other.fold == mine.fold and len(other.fold.base) == 17
+    images, masks = star(scenes)
+    for predictor in (mine, other):
+        predictor.set_support(images[0], masks[0], "house")
+        assert "base learner knows" in " ".join(predictor.notes)
+    assert np.array_equal(mine.predict(images[1]).score, other.predict(images[1]).score)
+
+
+def test_the_result_in_a_shared_file_is_about_it(piclip: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(piclip.parents[6], run)
+    snapshot = run / "exp/demo/PI_CLIP/split0/resnet50/snapshot/best.safetensors"
+    file = snapshot.parents[1] / "result/report.json"
+    file.parent.mkdir()
+    scores = {"miou": 0.4321, "fb_iou": 0.6}
+    seed = scores | {"seed": 1, "episodes": 5, "per_class": {"1": 0.4}, "episodes_per_class": {"1": 5}}
+    report = {"system": "PI_CLIP", "data_set": "demo", "split": 0, "shot": 1, "backbone": "resnet50", "protocol_hash": "47a2",
+              "protocol": {"name": "strict", "hash": "47a2"}, "checkpoint": "exp/run/snapshot/best.safetensors", "mean": scores,
+              "sd": scores, "seeds": [seed], "classes": {"1": "star"}}  # fmt: skip
+    save_json(file, report)
+    out = tmp_path / "shared.safetensors"
+    assert len(export(snapshot, out)) == 1
+    assert read_meta(out)["result"]["mean"] == scores and read_meta(out)["result"]["protocol_hash"] == "47a2"
+    assert "43.21" in out.with_suffix(".md").read_text()
+    os.utime(file, (0, 0))
+    assert "older than the checkpoint" in export(snapshot, out)[0] and not read_meta(out)["result"]
+    save_json(file, report | {"checkpoint": "exp/run/snapshot/last.safetensors"})
+    assert "is about" in export(snapshot, out)[0] and not read_meta(out)["result"]
+
+
+class Hub:
+    """Stands in for huggingface_hub: a repository is a folder."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def HfApi(self) -> "Hub":
+        return self
+
+    def create_repo(self, repository: str, exist_ok: bool) -> None:
+        (self.root / repository).mkdir(parents=True, exist_ok=exist_ok)
+
+    def upload_file(self, *, path_or_fileobj: Path, path_in_repo: str, repo_id: str) -> None:
+        shutil.copy(path_or_fileobj, self.root / repo_id / path_in_repo)
+
+    def snapshot_download(self, repository: str, local_dir: Path, allow_patterns: list[str]) -> None:
+        if not (self.root / repository).is_dir():
+            raise OSError("404 not found")
+        shutil.copytree(self.root / repository, local_dir)
+
+
+def test_push_and_pull(piclip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    def command(*arguments: object) -> str:
+        monkeypatch.setattr(sys, "argv", ["checkpoint", *map(str, arguments)])
+        main()
+        return capsys.readouterr().out
+
+    monkeypatch.setitem(sys.modules, "huggingface_hub", Hub(tmp_path))
+    assert "pushed to me/stars" in command("export", piclip, "--out", tmp_path / "a.safetensors", "--push", "me/stars")
+    assert (tmp_path / "me/stars/README.md").read_text().startswith("---\nlibrary_name")
+    assert command("pull", "me/stars", "--out", tmp_path / "got").strip() == str(tmp_path / "got/a.safetensors")
+    Predictor.from_checkpoint(tmp_path / "got/a.safetensors")
+    with pytest.raises(UserError, match="pull me/none: 404"):
+        command("pull", "me/none", "--out", tmp_path / "got2")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(UserError, match="pip install huggingface_hub"):
+        command("export", piclip, "--out", tmp_path / "b.safetensors", "--push", "me/stars")
+    assert not (tmp_path / "b.safetensors").exists()

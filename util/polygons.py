@@ -1,0 +1,95 @@
+"""Masks as polygons, for annotation tools: COCO JSON and LabelMe.
+
+A polygon follows the edges of pixels (pixel x, y covers x..x+1, y..y+1) and has no hole: a part with a hole is cut in two
+through it. So polygons that are filled give the mask back exactly.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import cv2
+import numpy as np
+
+Polygon = list[tuple[int, int]]  # corners x, y
+
+
+def polygons(mask: np.ndarray) -> list[Polygon]:
+    """The polygons of a mask, H W bool; at least four corners each, none inside another."""
+    _, labels, boxes, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8), connectivity=4)
+    found = []
+    for i, (left, top, width, height, _) in enumerate(boxes[1:], start=1):
+        part = labels[top : top + height, left : left + width] == i
+        found += [[(x + int(left), y + int(top)) for x, y in outline] for outline in _solid(part)]
+    return found
+
+
+def _solid(part: np.ndarray) -> Iterator[Polygon]:
+    """The outline of a 4-connected part; with holes, the outlines of what it falls into when cut through one."""
+    beyond = np.pad(~part, 1, constant_values=True).astype(np.uint8)
+    count, labels, boxes, _ = cv2.connectedComponentsWithStats(beyond, connectivity=8)
+    if count == 2:  # its own background, and what is around
+        yield _outline(part)
+        return
+    around = labels[0, 0]
+    columns = sorted(int(left) - 1 + int(width) // 2 for i, (left, _, width, _, _) in enumerate(boxes) if i not in (0, around))
+    cut = columns[len(columns) // 2]  # through the hole in the middle, so that not many cuts follow each other
+    for begin, half in ((0, part[:, :cut]), (cut, part[:, cut:])):
+        yield from ([(x + begin, y) for x, y in outline] for outline in polygons(half))
+
+
+def _outline(part: np.ndarray) -> Polygon:
+    """Walks along the edges of a 4-connected part without holes, the part on the right hand."""
+    padded = np.pad(part, 1)
+    steps: dict[tuple[int, int], list[tuple[int, int]]] = defaultdict(list)  # corner -> ways on: (dx, dy)
+    for (dy, dx), (x0, y0), way in (((-1, 0), (0, 0), (1, 0)), ((0, 1), (1, 0), (0, 1)), ((1, 0), (1, 1), (-1, 0)),
+                                    ((0, -1), (0, 1), (0, -1))):  # fmt: skip
+        beyond = padded[1 + dy : padded.shape[0] - 1 + dy, 1 + dx : padded.shape[1] - 1 + dx]
+        for y, x in np.argwhere(part & ~beyond).tolist():
+            steps[x + x0, y + y0].append(way)
+    at = start = min(steps)
+    way, corners = None, []
+    while way is None or at != start or steps[at]:
+        ways = steps[at]
+        # Where two pixels touch at a corner there are two ways: the right turn stays with the pixel.
+        turn = next((w for w in ways if way and w == (-way[1], way[0])), ways[0])
+        ways.remove(turn)
+        if turn != way:
+            corners.append(at)
+        way, at = turn, (at[0] + turn[0], at[1] + turn[1])
+    return corners
+
+
+@dataclass
+class Coco:
+    """A COCO data set of one class, with one annotation for each image that shows it."""
+
+    name: str
+    images: list[dict[str, Any]] = field(default_factory=list)
+    annotations: list[dict[str, Any]] = field(default_factory=list)
+
+    def add(self, file: str, mask: np.ndarray, score: float | None) -> None:
+        """mask: H W bool; score: mean of the object's, None where there is none."""
+        self.images.append({"id": len(self.images) + 1, "file_name": file, "height": mask.shape[0], "width": mask.shape[1]})
+        if not mask.any():
+            return
+        rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+        x, y = int(columns[0]), int(rows[0])
+        self.annotations.append({
+            "id": len(self.annotations) + 1, "image_id": len(self.images), "category_id": 1, "iscrowd": 0, "score": score,
+            "area": int(mask.sum()), "bbox": [x, y, int(columns[-1]) + 1 - x, int(rows[-1]) + 1 - y],
+            "segmentation": [[value for corner in polygon for value in corner] for polygon in polygons(mask)],
+        })  # fmt: skip
+
+    def content(self) -> dict[str, Any]:
+        """For a JSON file."""
+        categories = [{"id": 1, "name": self.name, "supercategory": ""}]
+        return {"images": self.images, "categories": categories, "annotations": self.annotations}
+
+
+def labelme(file: str, mask: np.ndarray, name: str) -> dict[str, Any]:
+    """What LabelMe keeps beside an image; file: path of the image as seen from there."""
+    common = {"label": name, "group_id": 1, "shape_type": "polygon", "flags": {}}
+    return {"version": "5.5.0", "flags": {}, "shapes": [common | {"points": polygon} for polygon in polygons(mask)],
+            "imagePath": file, "imageData": None, "imageHeight": mask.shape[0], "imageWidth": mask.shape[1]}
