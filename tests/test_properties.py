@@ -7,7 +7,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy import ndimage
 
 from util.data.episodes import EpisodeList
 from util.data.folds import fold
@@ -162,6 +161,7 @@ def test_manifest_with_one_byte_changed(manifest, data: st.DataObject) -> None:
 @check(200)
 @given(arrays((0, 1, 255), high=24))
 def test_boxes_equal_scipy(mask: np.ndarray) -> None:
+    ndimage = pytest.importorskip("scipy.ndimage")
     expected = np.zeros_like(mask)
     parts, _ = ndimage.label(mask == 1, structure=np.ones((3, 3)))
     for box in ndimage.find_objects(parts):

@@ -11,7 +11,7 @@ import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from reprlib import repr as short
+from reprlib import Repr
 from typing import Any, Literal
 
 import yaml
@@ -244,11 +244,18 @@ def _yaml(text: str, where: str) -> Any:
         raise UserError(f"{where} is no valid YAML: {error}") from error
 
 
+def _short(value: Any) -> str:
+    """repr, cut: YAML's aliases of aliases make it endless."""
+    view = Repr()
+    view.maxlevel, view.maxstring = 2, 100
+    return view.repr(value)
+
+
 def _mapping(value: Any, where: str) -> dict:
     if value is None:
         return {}
     if not isinstance(value, dict):
-        raise UserError(f"{where}: expected `key: value` lines, found {short(value)}")
+        raise UserError(f"{where}: expected `key: value` lines, found {_short(value)}")
     return value
 
 
@@ -274,9 +281,9 @@ def _convert(value: Any, expected: Any, where: str) -> Any:
     if origin is Literal:
         if value in arguments:
             return value
-        near = difflib.get_close_matches(short(value), arguments, n=1)
+        near = difflib.get_close_matches(_short(value).strip("'"), arguments, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
-        raise UserError(f"{where} = {short(value)}: {hint}choose one of {', '.join(map(str, arguments))}")
+        raise UserError(f"{where} = {_short(value)}: {hint}choose one of {', '.join(map(str, arguments))}")
     if origin is types.UnionType:
         if value is None:
             return None
@@ -300,7 +307,7 @@ def _convert(value: Any, expected: Any, where: str) -> Any:
     elif isinstance(value, expected) and (expected is bool or not isinstance(value, bool)):
         return value
     name = "a finite number" if expected is float else str(expected) if origin else expected.__name__
-    raise UserError(f"{where} = {short(value)}: expected {name}")
+    raise UserError(f"{where} = {_short(value)}: expected {name}")
 
 
 def _validate(config: Config) -> None:

@@ -1,0 +1,173 @@
+"""Data made to do harm: archives, annotations, configs, pictures. Nothing is run, nothing is written elsewhere, nothing hangs.
+
+Whatever is wrong ends in a UserError that names the file. Weights: test_hostile.py.
+"""
+
+import io
+import json
+import struct
+import tarfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+
+from util import cli
+from util.config import load_config
+from util.data.prepare.archives import unpack
+from util.data.transforms import image_hw, read_image, read_label
+from util.errors import UserError
+from util.files import save_json
+from util.stats import load_result
+
+# ---- archives and annotations of data sets
+
+
+def archive(name: str, kind: bytes = tarfile.REGTYPE, link: str = "", headers: dict[str, str] | None = None) -> bytes:
+    """A tar archive of one member."""
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        member = tarfile.TarInfo(name)
+        member.type, member.linkname, member.pax_headers = kind, link, headers or {}
+        member.size = 1 if kind == tarfile.REGTYPE else 0
+        tar.addfile(member, io.BytesIO(b"x"))
+    return file.getvalue()
+
+
+SPARSE = {"GNU.sparse.major": "0", "GNU.sparse.minor": "1", "GNU.sparse.numblocks": "1", "GNU.sparse.map": "0,1"}
+
+
+@pytest.mark.parametrize(("content", "says"), [
+    *((archive(name), "leads out") for name in ("../x/a", "x/../../x/a", "/x/a", "/etc/x/a", "x/..")),
+    *((archive("x/a", kind, "/etc/passwd"), "link or device") for kind in (
+        tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE, tarfile.DIRTYPE)),
+    (archive("x/a", headers={**SPARSE, "GNU.sparse.size": str(2**27)}), "would be 134,217,728 bytes"),
+    (archive("x/a", headers={"size": "-5"}), "would be -5 bytes|damaged"),
+    (archive("x/a", headers={**SPARSE, "GNU.sparse.size": "abc"}), "damaged"),
+    (archive("x/a")[:512], "damaged"), (b"\x1f\x8b\x08" + bytes(50), "damaged"), (b"no archive", "damaged"), (b"", "damaged"),
+], ids=range(18))  # fmt: skip
+def test_hostile_archives(tmp_path: Path, content: bytes, says: str) -> None:
+    """Nothing appears, neither within the folder nor beside it."""
+    (tmp_path / "a.tar").write_bytes(content)
+    with pytest.raises(UserError, match=rf"a\.tar: .*({says})"):
+        unpack(tmp_path / "a.tar", tmp_path / "out/x", r"x/[\w.-]+")
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["a.tar"]
+
+
+def test_a_name_decides_nothing_but_the_ending(tmp_path: Path) -> None:
+    for name in ("x/a", "./x/a", "y/z/x/a", "C:\\x/a", "~/x/a"):
+        (tmp_path / "a.tar").write_bytes(archive(name))
+        unpack(tmp_path / "a.tar", tmp_path / "out", r"x/[\w.-]+")
+        assert {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()} == {"a.tar", "out/x/a"}
+
+
+POLYGONS = {
+    "beyond any image": [[1e9, 0, 1e9, 1e9, 0, 1e9]], "negative": [[-1e9, 0, 5, 5, 0, 5]], "endless": [[0, 0, 6e4, 6e4] * 99],
+    "where five times it leaves an integer": [[429496729, 0, 429496730, 1, 429496729, 2]],
+    "not finite": [[float("nan"), 1, 2, 3, 4, 5]], "too large for a float": [[10**400, 1, 2, 3, 4, 5]], "text": "abc",
+    "nested": [[[1, 2]]], "long run": {"counts": [10**30], "size": [10, 10]}, "back": {"counts": [-1, 101], "size": [10, 10]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", POLYGONS)
+def test_hostile_polygons(tmp_path: Path, shape: str) -> None:
+    """pycocotools crashes, or hangs, on numbers that it has no memory for."""
+    coco = pytest.importorskip("util.data.prepare.coco")
+    names = coco.read_class_names(coco.CLASS_FILE).names
+    content = {"images": [{"id": 1, "file_name": "a.jpg", "height": 10, "width": 10}],
+               "annotations": [{"id": 7, "image_id": 1, "category_id": 1, "segmentation": POLYGONS[shape]}],
+               "categories": [{"id": i, "name": name} for i, name in enumerate(names, 1)]}  # fmt: skip
+    (tmp_path / "instances_train2014.json").write_text(json.dumps(content))
+    (image,), _ = coco.read_annotations(tmp_path / "instances_train2014.json", "train2014")
+    with pytest.raises(UserError, match=r"instances_train2014\.json: annotation 7: "):
+        coco.paint(tmp_path / "instances_train2014.json", image)
+
+
+@pytest.mark.parametrize("text", ["[" * 10**5, '{"a":' * 10**5, f"[{'9' * 5000}]", "\0", "\ud800", "", '{"a":'], ids=range(7))
+def test_hostile_json(tmp_path: Path, text: str) -> None:
+    coco = pytest.importorskip("util.data.prepare.coco")
+    path = tmp_path / "train2014.json"
+    path.write_bytes(text.encode("utf-8", "surrogatepass"))
+    for read in (load_result, lambda p: coco.read_annotations(p, "train2014")):
+        with pytest.raises(UserError, match=r"train2014\.json.*JSON"):
+            read(path)
+
+
+@pytest.mark.parametrize("rows", [5, True, {"1": 2}, "abc", ["1 2"], [5], [f"1 2 3 4 {10**30} 6 7"], ["9" * 5000]], ids=range(8))
+def test_malformed_reports(tmp_path: Path, rows: object) -> None:
+    columns = "seed number class intersection union background_intersection background_union"
+    report = {"protocol_hash": "a", "protocol": {}, "episodes": {"hash": "x", "columns": columns, "rows": rows}}
+    save_json(tmp_path / "report.json", report)
+    with pytest.raises(UserError, match=r"report\.json: the report's .*malformed"):
+        load_result(tmp_path / "report.json")
+
+
+# ---- configs and pictures
+
+
+def test_a_config_of_a_billion_values(tmp_path: Path) -> None:
+    """Aliases of aliases take no room until they are printed."""
+    nested = ", ".join(f"&k{i} [{', '.join([f'*k{i - 1}' if i else 'x'] * 10)}]" for i in range(6))
+    for value in (f"[{nested}]", "[" * 50 + "]" * 50, "x" * 1900):
+        (tmp_path / "fold.yaml").write_text(f"Train: {{shot: {value}}}")
+        with pytest.raises(UserError, match=r"fold\.yaml: Train\.shot = .*: expected int") as caught:
+            load_config(tmp_path / "fold.yaml")
+        assert len(str(caught.value)) < 500
+    canary = tmp_path / "canary"
+    for text in (f"Train: {{shot: !!python/object/apply:os.system ['touch {canary}']}}", "!!python/object/new:os.system [true]"):
+        (tmp_path / "fold.yaml").write_text(text)
+        with pytest.raises(UserError, match=r"fold\.yaml is no valid YAML"):
+            load_config(tmp_path / "fold.yaml")
+    assert not canary.exists()
+
+
+def png(width: int, height: int, colour: int) -> bytes:
+    """Grey (0) or RGB (2), of 8 bits, and no pixels."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, colour, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("colour", [0, 2])
+@pytest.mark.parametrize("size", [(20_000, 20_000), (200_000, 200_000), (2**31 - 1, 2**31 - 1)])
+def test_picture_bombs(tmp_path: Path, size: tuple[int, int], colour: int) -> None:
+    path = tmp_path / "bomb.png"
+    path.write_bytes(png(*size, colour))
+    for read in (read_image, read_label, image_hw):
+        with pytest.raises(UserError, match=r"bomb\.png: not a readable (image|label) \(.*decompression bomb"):
+            read(path)
+
+
+def test_picture_wider_than_opencv_allows(tmp_path: Path) -> None:
+    path = tmp_path / "wide.bmp"
+    Image.new("L", (2**20 + 1, 1)).save(path)
+    assert image_hw(path) == (1, 2**20 + 1)
+    with pytest.raises(UserError, match=r"wide\.bmp: not a readable image"):
+        read_image(path)
+
+
+class Pictures(Dataset):
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        return read_image(self.path)
+
+
+def test_errors_of_workers_speak_to_the_user(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """What a DataLoader's worker could not read is one message and code 2, without the worker's traceback."""
+    (tmp_path / "bad.png").write_bytes(png(5, 5, 2)[:-20])
+    with pytest.raises(SystemExit) as stopped:
+        cli.run(lambda: list(DataLoader(Pictures(tmp_path / "bad.png"), num_workers=1)))
+    message = capsys.readouterr().err
+    assert stopped.value.code == 2 and message.startswith(f"error: {tmp_path}/bad.png: not a readable")
+    assert "Traceback" not in message
