@@ -36,7 +36,7 @@ def read(path: Path) -> dict:
     """A report.json with traces."""
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not a readable report.json ({error})") from error
     if not isinstance(result, dict) or not result.get("traces") or "config" not in result:
         raise UserError(f"{path} has no traces (few-shot results of this version of test.py have); test again")

@@ -10,12 +10,9 @@ import tarfile
 import zlib
 from pathlib import Path
 
-import numpy as np
 import pytest
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
 
-from util import cli
 from util.config import load_config
 from util.data.prepare.archives import unpack
 from util.data.transforms import image_hw, read_image, read_label
@@ -150,24 +147,3 @@ def test_picture_wider_than_opencv_allows(tmp_path: Path) -> None:
     assert image_hw(path) == (1, 2**20 + 1)
     with pytest.raises(UserError, match=r"wide\.bmp: not a readable image"):
         read_image(path)
-
-
-class Pictures(Dataset):
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __len__(self) -> int:
-        return 1
-
-    def __getitem__(self, i: int) -> np.ndarray:
-        return read_image(self.path)
-
-
-def test_errors_of_workers_speak_to_the_user(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """What a DataLoader's worker could not read is one message and code 2, without the worker's traceback."""
-    (tmp_path / "bad.png").write_bytes(png(5, 5, 2)[:-20])
-    with pytest.raises(SystemExit) as stopped:
-        cli.run(lambda: list(DataLoader(Pictures(tmp_path / "bad.png"), num_workers=1)))
-    message = capsys.readouterr().err
-    assert stopped.value.code == 2 and message.startswith(f"error: {tmp_path}/bad.png: not a readable")
-    assert "Traceback" not in message

@@ -12,21 +12,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from tests.test_properties import check
 from util.config import Config, load_config
-from util.data.folds import read_class_names
+from util.data.folds import read_class_names, read_folds
 from util.data.index import _annotated, read_list, scan
 from util.data.transforms import image_hw, read_image, read_label
 from util.errors import UserError
 
 NAMES = read_class_names(Path(__file__).resolve().parents[1] / "lists/pascal/classes.txt")
-
-
-def check(examples: int) -> settings:
-    return settings(max_examples=examples, deadline=None, derandomize=True)
 
 
 @pytest.fixture(scope="module")
@@ -290,3 +287,14 @@ def test_truncated_pictures(folder: Path, kind: str) -> None:
             read_image(path)
     path.write_bytes(content)
     assert read_image(path).shape == (40, 48, 3)
+
+
+@check(100)
+@given(VALUES, st.sampled_from(["split0", "split1", "train"]))
+def test_any_folds(folder: Path, value: object, key: str) -> None:
+    path = folder / "folds.yaml"
+    path.write_bytes(f"{key}: {value}".encode("utf-8", "replace"))
+    with pytest.raises(UserError, match=r"folds\.yaml"):
+        read_folds(path, NAMES)
+    path.write_text("split0: [bird, cat]\nsplit1: [dog]\n")
+    assert read_folds(path, NAMES) == [(3, 8), (12,)]

@@ -187,7 +187,7 @@ def _override(text: str) -> dict[str, dict]:
     section, dot, key = name.partition(".")
     if not equals or not dot:
         raise UserError(f"override {text!r}: write Section.key=value, for instance Train.epochs=5")
-    return {section: {key: _yaml(value, f"override {text!r}: {value!r}")}}
+    return {section: {key: parse_yaml(value, f"override {text!r}: {value!r}")}}
 
 
 def _apply(config: Config, layers: list[tuple[Path, dict]]) -> None:
@@ -217,7 +217,7 @@ def _read(path: Path) -> dict:
         raise UserError(f"no config file {path}") from error
     except (OSError, ValueError) as error:  # a folder, no UTF-8, a name that cannot be one
         raise UserError(f"config file {path} cannot be read ({error})") from error
-    return _mapping(_yaml(text, str(path)), str(path))
+    return _mapping(parse_yaml(text, str(path)), str(path))
 
 
 class _Loader(yaml.SafeLoader):
@@ -237,7 +237,8 @@ class _Loader(yaml.SafeLoader):
         return value
 
 
-def _yaml(text: str, where: str) -> Any:
+def parse_yaml(text: str, where: str) -> Any:
+    """What a user's YAML holds. Raises UserError, beginning with `where`, for whatever is wrong with it."""
     try:
         return yaml.load(text, _Loader)
     except Exception as error:  # PyYAML raises many kinds: on 2024-13-45, on a thousand brackets

@@ -10,10 +10,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-import yaml
 
 from util.checkpoint import read_meta
-from util.config import Config, config_of
+from util.config import Config, config_of, parse_yaml
 from util.data.folds import fold_of, read_class_names
 from util.data.index import Record
 from util.errors import UserError
@@ -96,7 +95,7 @@ def recorded_config(path: Path, overrides: list[str] | None = None) -> Config:
         if not source.is_file():
             raise UserError(f"{path} does not tell its config, and there is no {source}. Keep a checkpoint of before this was "
                             "recorded in the folder of its run, or export it there: `python -m util.checkpoint export`")
-        content = yaml.safe_load(source.read_text())
+        content = parse_yaml(source.read_text(encoding="utf-8"), str(source))
     config = config_of(content, str(source), overrides)
     config.Train.selection = meta.get("selection", config.Train.selection)  # best or last, of one run
     for section, key in ((config.CLIP, "clip_path"), (config.Method, "backbone_weight"), (config.Method, "pre_weight"),

@@ -8,9 +8,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 
-import yaml
-
-from util.config import Config
+from util.config import Config, parse_yaml
 from util.errors import UserError
 
 NUM_CLASSES = {"pascal": 20, "coco": 80, "demo": 20}
@@ -90,11 +88,10 @@ def read_folds(path: str | Path, names: ClassNames) -> list[tuple[int, ...]]:
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8-sig")
-        content, node = yaml.safe_load(text), yaml.compose(text)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"Data.folds: {path} cannot be read as YAML ({error})") from error
-    keys = [key.value for key, _ in node.value] if isinstance(content, dict) else []  # the mapping hides a key that comes twice
-    if not keys or keys != [f"split{i}" for i in range(len(keys))]:
+    except (OSError, ValueError) as error:
+        raise UserError(f"Data.folds: {path} cannot be read ({error})") from error
+    content = parse_yaml(text, f"Data.folds: {path}")
+    if not isinstance(content, dict) or not content or [*content] != [f"split{i}" for i in range(len(content))]:
         raise UserError(f"{path}: expected the lines `split0: [class, class]`, `split1: ...`, numbered from 0, each once")
     folds: list[tuple[int, ...]] = []
     place: dict[str, str] = {}

@@ -157,7 +157,7 @@ def _recolour(values: dict[int, int], job: tuple[Path, Path]) -> None:
     try:
         with Image.open(source) as mask:
             red, green, blue = np.moveaxis(np.array(mask.convert("RGB")).astype(np.int32), 2, 0)
-    except (OSError, SyntaxError) as error:
+    except Exception as error:  # Pillow raises many kinds on damaged files
         raise UserError(f"{source}: not a readable mask ({error})") from error
     found, inverse = np.unique((red << 16) + (green << 8) + blue, return_inverse=True)
     if strange := [f"{c >> 16},{c >> 8 & 255},{c & 255}" for c in found.tolist() if c not in values]:
