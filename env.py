@@ -1,7 +1,7 @@
 """The environment doctor: prepares `.venv`, says what is missing and how to get it.
 
     python env.py                                      prepare .venv from requirements.txt (a second call is instant)
-    python env.py check [--config FILE] [--arch ARCH] [Section.key=value ...]
+    python env.py check [--config FILE] [--full] [--arch ARCH] [Section.key=value ...]
                                                        what is there: Python, packages, GPUs, weights, data;
                                                        exit 1 when the packages or the named config cannot run
     python env.py test [pytest arguments]              run the tests
@@ -175,13 +175,13 @@ def check_gpus() -> Row:
     return Row("GPUs", True, "none, the CPU will do: GPUS 0", "")
 
 
-def check_config(config: str, arch: str, overrides: list[str]) -> list[Row]:
-    """What `config` needs beyond packages: weights, CLIP, data."""
+def check_config(config: str, arch: str, overrides: list[str], **how: bool) -> list[Row]:
+    """What `config` needs beyond packages: weights, CLIP, data; `how`: see util.preflight.check."""
     from util.errors import UserError
     from util.preflight import check
 
     try:
-        return check(config, arch, overrides)
+        return check(config, arch, overrides, **how)
     except UserError as error:
         return [Row("config", False, str(error), f"mend {config} or the command line")]
 
@@ -201,8 +201,9 @@ def check(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="env.py check")
     parser.add_argument("--config", help="a YAML of config/")
     parser.add_argument("--arch", default=os.environ.get("ARCH", "PI_CLIP"))
+    parser.add_argument("--full", action="store_true", help="open every image and label, not a sample")
     parser.add_argument("overrides", nargs="*", metavar="Section.key=value")
-    given = parser.parse_args(arguments)
+    given = parser.parse_intermixed_args(arguments)
     if given.overrides and not given.config:
         parser.error("overrides change a config: name it with --config")
 
@@ -221,12 +222,12 @@ def check(arguments: list[str]) -> int:
         print("weights and data\n  cannot look before the packages are there")
         return 1
     if given.config:
-        rows = check_config(given.config, given.arch, given.overrides)
+        rows = check_config(given.config, given.arch, given.overrides, full=given.full)
         print(f"{given.config}, {given.arch}\n" + table(rows))
         return int(not all(row.ok for row in rows))
     for config in sorted(ROOT.glob("config/*/*_split0_resnet50.yaml")):  # for information, one config per data set
         name = str(config.relative_to(ROOT))
-        print(f"{name}, {given.arch}\n" + table(check_config(name, given.arch, [])))
+        print(f"{name}, {given.arch}\n" + table(check_config(name, given.arch, [], quick=True)))
     return 0
 
 

@@ -2,21 +2,24 @@
 
     python test.py --config config/demo/demo_split0_resnet50.yaml --arch PI_CLIP --gpus 0 [Section.key=value ...]
 
-Prints the table and writes exp/DATASET/ARCH/EXP/NET/result/: report.json, report.html, gallery.png, test.log.
+Prints the table and writes exp/DATASET/ARCH/EXP/NET/result/: report.json, report.html, gallery.png, gallery.json, test.log.
 `Test_Finetune.weight` takes our checkpoints and the published .pth files; `--episodes FILE` (or Test_Finetune.episodes)
 runs the episodes of a file. Where the protocol leaks, the same episodes are also run without the leak.
 """
 
+import dataclasses
 import functools
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from demo import prepare_data
-from model import System, content_hash, load_weights, open_system, system_class
-from util import cli, distributed, evaluate, experiment, protocol, stats
+from model import System, content_hash, load_weights, needs_base_learner, open_system, system_class
+from model.few_shot.system import FewShot
+from model.trace import trace_all
+from util import causes, cli, curves, distributed, evaluate, experiment, preflight, protocol, stats
 from util.cache import TensorCache, open_cache
-from util.checkpoint import read_meta
+from util.checkpoint import EXPORT, read_meta
 from util.config import Config, load_config
 from util.data.build import Source
 from util.data.manifest import AnyEpisodes, episode_hash
@@ -25,6 +28,9 @@ from util.evaluate import Row
 from util.experiment import Experiment
 from util.log import RunLog
 from util.report import choose, summarise, text_table, write_report
+
+FIRST = 6  # pictures of episodes that every run has
+TRACED = 2  # episodes of each seed whose stages a result keeps fingerprints of
 
 
 def main() -> None:
@@ -35,7 +41,10 @@ def main() -> None:
     context = distributed.start(arguments.gpus, config.Runtime)
     try:
         prepare_data(config, context)
-        with RunLog(place.result, "test.log", main=context.main) as log:
+        with RunLog(place.result, "test.log", quiet=arguments.quiet, main=context.main) as log:
+            if context.main:
+                preflight.require(config, place, ("val_list",), start=not whole(weight_file(config, place), place.arch))
+            context.barrier()
             test(config, place, context, log)
     finally:
         distributed.stop()
@@ -115,6 +124,11 @@ def weight_file(config: Config, place: Experiment) -> Path:
     return place.last if config.Train.selection == "last" and place.last.is_file() else place.best
 
 
+def whole(weight: Path, arch: str) -> bool:
+    """Whether a checkpoint brings everything along: a published one, one for sharing, the base learner's own."""
+    return weight.suffix != ".safetensors" or arch == "PSPNet" or (weight.is_file() and EXPORT in read_meta(weight))
+
+
 def with_selection(config: Config, arch: str, weight: Path) -> Config:
     """The rule by which a checkpoint was chosen, where that is known better than from the config."""
     found = None
@@ -150,19 +164,52 @@ def summary(config: Config, place: Experiment, context: Context, scored: Scored,
         "backbone": f"{config.Method.backbone}" + (f" (width {config.Method.width})" if config.Method.width != 64 else ""),
         "priors": system.prior_names, "checkpoint": str(scored.weight),
         "protocol": used.describe("vtp" in (system.prior_names or []), source.task == "images") | trained_with(scored.weight),
-        "protocol_hash": used.hash, "warnings": list(system.warnings), "mark": system.mark,
-        "environment": experiment.environment(context.device), "classes": {c: source.names.names[c - 1] for c in classes},
+        "protocol_hash": used.hash, "warnings": [*system.warnings, *skipped(seeds)], "mark": system.mark,
+        "environment": experiment.environment(context.device) | provenance(config, scored),
+        "classes": {c: source.names.names[c - 1] for c in classes},
+        "other_classes": {c: name for c, name in enumerate(source.names.names, start=1) if c not in classes},
+        "curves": learning_curves(config, place, scored.weight),
         "seeds": seeds, "mean": mean, "sd": sd, "baselines": baselines(seeds),
         "time": {"seconds": round(seconds, 1), "seconds per episode": round(seconds / episodes, 4)},
     }  # fmt: skip
+    if isinstance(system, FewShot):
+        result |= {"config": dataclasses.asdict(config), "place": [place.exp, place.net], "traces": {
+            seed: trace_all(system, source.episodes(episodes), min(TRACED, len(scored.rows[seed])), config.Train.resized_val)
+            for seed, episodes in scored.episodes.items()
+        }}  # fmt: skip
     if scored.rows:
-        texts = [" ".join(map(str, (seed, row.number, row.cls, *row.counts, row.query)))
+        texts = [" ".join(map(str, (seed, row.number, row.cls, *row.counts, row.query, *row.spread)))
                  for seed, rows in scored.rows.items() for row in rows]
         count = None if config.Test_Finetune.episodes else config.Test_Finetune.test_num
-        columns = " ".join([*stats.COLUMNS, stats.QUERY])
+        columns = " ".join([*stats.COLUMNS, stats.QUERY, *stats.SPREAD])
         result["episodes"] = {"hash": episode_hash(scored.episodes, count), "columns": columns, "rows": texts}
-        result["interval"] = stats.bootstrap(stats.read_episodes(result))
+        read = stats.read_episodes(result)
+        result["interval"] = stats.bootstrap(read)
+        result["causes"] = causes.tally(read.cls, read.counts, read.spread)
     return result
+
+
+def provenance(config: Config, scored: Scored) -> dict[str, str]:
+    """Hashes of code, config, data and every weight."""
+    found = experiment.fingerprint(config, scored.source.records("val_list")) | scored.system.frozen_hashes()
+    return found | {"weights": content_hash(scored.system.trained)}
+
+
+def skipped(seeds: list[dict]) -> list[str]:
+    """A warning where broken files were left out (Data.on_error=skip)."""
+    count = sum(len(seed.get("skipped", [])) for seed in seeds)
+    return [f"{count} of the protocol's episodes could not be read and were left out; report.json names them."] if count else []
+
+
+def learning_curves(config: Config, place: Experiment, weight: Path) -> dict[str, dict]:
+    """Of the runs that a checkpoint of ours and its base learner come from, as far as they are on record."""
+    if weight.suffix != ".safetensors":
+        return {}
+    files = {place.arch: weight}
+    if needs_base_learner(place.arch):
+        files["base learner"] = experiment.base_learner_file(config, place)
+    found = {name: curves.read(file.parents[1] / curves.FILE) for name, file in files.items()}
+    return {name: points for name, points in found.items() if points}
 
 
 def trained_with(weight: Path) -> dict[str, str]:
@@ -172,12 +219,16 @@ def trained_with(weight: Path) -> dict[str, str]:
 
 
 def gallery(config: Config, context: Context, scored: Scored) -> list:
-    """Cards of the best, median and worst episodes of the first seed."""
+    """Cards of the first seed: best, median and worst episodes, some for every cause of failure, and the first of some
+    classes, which every run has, so that two can be laid side by side."""
     if not scored.rows:
         return []
     seed, rows = next(iter(scored.rows.items()))
     data = scored.source.episodes(scored.episodes[seed])
-    groups = {group: [rows[i].number for i in at] for group, at in choose([row.counts.iou for row in rows]).items()}
+    found = choose([row.counts.iou for row in rows])
+    found |= causes.examples([row.counts for row in rows], [row.spread for row in rows], without=sum(found.values(), []))
+    found["first of a class"] = sorted({row.cls: i for i, row in reversed([*enumerate(rows)])}.values())[:FIRST]
+    groups = {group: [rows[i].number for i in at] for group, at in found.items()}
     return evaluate.gallery(scored.system.predict, data, groups, scored.source.names.names, context.device,
                             config.Train.resized_val)  # fmt: skip
 

@@ -2,7 +2,7 @@
 
     python train.py --config config/demo/demo_split0_resnet50.yaml --arch PI_CLIP --gpus 0 [Section.key=value ...]
 
-Output goes to exp/DATASET/ARCH/EXP/NET/: config.yaml, train.log, events/ (TensorBoard), snapshot/. Running the same
+Output goes to exp/DATASET/ARCH/EXP/NET/: config.yaml, train.log, curves.jsonl, events/ (TensorBoard), snapshot/. Running the same
 command again continues where the last run stopped, bit for bit: at a signal to terminate, at the latest checkpoint otherwise.
 """
 
@@ -17,11 +17,13 @@ from torch.utils.data import Dataset
 
 from demo import prepare_data
 from model import System, content_hash, load_backbone, needs_base_learner, open_system
-from util import checkpoint, cli, distributed, evaluate, experiment
+from util import checkpoint, cli, distributed, evaluate, experiment, plan, preflight
 from util.cache import open_cache
 from util.checkpoint import Progress
 from util.config import Config, load_config
 from util.data.build import Source
+from util.data.episodes import Batch
+from util.data.loading import Loader
 from util.distributed import Context, RangeSampler, Termination
 from util.errors import UserError
 from util.experiment import Experiment
@@ -32,29 +34,42 @@ from util.viz import contact_sheet
 
 
 def main() -> None:
-    arguments = cli.parse(__doc__)
+    arguments = cli.parse(__doc__, plan=True)
     config = load_config(arguments.config, arguments.arch, arguments.overrides)
     place = Experiment.from_config_path(arguments.arch, arguments.config, config.Runtime.output)
     context = distributed.start(arguments.gpus, config.Runtime)
     try:
         prepare_data(config, context)
+        if context.main:
+            preflight.require(config, place, ("train_list", "val_list") if config.Train.evaluate else ("train_list",))
+        context.barrier()
+        if arguments.dry_run:
+            return dry_run(config, place, context)
         if needs_base_learner(place.arch):
-            ready_base_learner(config, load_config(arguments.config, "PSPNet"), place, context)
-        train(config, place, context)
+            ready_base_learner(config, load_config(arguments.config, "PSPNet"), place, context, arguments.quiet)
+        train(config, place, context, arguments.quiet)
     finally:
         distributed.stop()
 
 
-def ready_base_learner(config: Config, recipe: Config, place: Experiment, context: Context) -> None:
+def ready_base_learner(config: Config, recipe: Config, place: Experiment, context: Context, quiet: bool) -> None:
     """The demo's base learner takes minutes, so it is trained (to its end) on the way; a real one is a run of its own."""
     own = place.of("PSPNet")
     if config.Train.data_set == "demo" and config.Method.pre_weight == "auto":
         if not checkpoint.finished(own.snapshot):
             recipe.Data, recipe.Method, recipe.Runtime = config.Data, config.Method, config.Runtime
             recipe.Train.workers, recipe.Train.selection = config.Train.workers, config.Train.selection
-            train(recipe, own, context)
+            train(recipe, own, context, quiet)
     elif not experiment.base_learner_file(config, place).is_file():
         raise UserError(experiment.missing_base_learner(config, place))
+
+
+def dry_run(config: Config, place: Experiment, context: Context) -> None:
+    """Says what a run would do and take; writes nothing."""
+    with RunLog(place.folder, main=False) as log:
+        found = plan.measure(build(config, place, context, log))
+        if context.main:
+            print(found)
 
 
 @dataclass
@@ -79,9 +94,9 @@ class Run:
         return len(self.data) // self.config.Train.batch_size
 
 
-def train(config: Config, place: Experiment, context: Context) -> None:
+def train(config: Config, place: Experiment, context: Context, quiet: bool) -> None:
     """One run, from its start, or from wherever an earlier run of the same command stopped, to its end."""
-    with RunLog(place.folder, main=context.main) as log:
+    with RunLog(place.folder, quiet=quiet, main=context.main) as log:
         run = start(config, place, context, log)
         with Termination(context) as termination:
             for epoch in range(config.Train.epochs):
@@ -121,8 +136,8 @@ def save_point(run: Run) -> None:
         checkpoint.save_resume(run.place.snapshot, state, run.meta, run.optimizer, rng, run.progress)
 
 
-def start(config: Config, place: Experiment, context: Context, log: RunLog) -> Run:
-    """Builds model, data and optimizer, and goes back to where an earlier run of the same command stopped."""
+def build(config: Config, place: Experiment, context: Context, log: RunLog) -> Run:
+    """Model, data and optimizer at the start of a run."""
     torch.manual_seed(config.Train.manual_seed)
     system, source = open_system(place.arch, config)
     load_backbone(system, config, place)
@@ -147,8 +162,15 @@ def start(config: Config, place: Experiment, context: Context, log: RunLog) -> R
             log.warning("on the CPU each process normalises its own part of the batch: not the base learner of one process")
     if run.per_epoch == 0:
         raise UserError(f"Train.batch_size = {config.Train.batch_size}: an epoch has only {len(run.data)} samples")
-    torch.manual_seed(config.Train.manual_seed)  # the same in all processes, see model.ops.Dropout
     run.progress.total = run.per_epoch * config.Train.epochs
+    return run
+
+
+def start(config: Config, place: Experiment, context: Context, log: RunLog) -> Run:
+    """A run where an earlier one of the same command stopped, or at its start."""
+    run = build(config, place, context, log)
+    system, source = run.system, run.source
+    torch.manual_seed(config.Train.manual_seed)  # the same in all processes, see model.ops.Dropout
     if config.Train.resume == "auto":
         resume(run)
     elif context.main:
@@ -157,10 +179,14 @@ def start(config: Config, place: Experiment, context: Context, log: RunLog) -> R
         facts = {"position": f"{run.progress.step}, {run.progress.closed}", "weights": content_hash(system.trained)}
         context.agree(experiment.fingerprint(config, source.records("train_list")) | system.frozen_hashes() | facts)
         system.distribute(context.device)
+    log.rewind({"train": run.progress.step, "validation": run.progress.closed})
     if context.main:
         with atomic(place.folder / "config.yaml") as file:
             file.write_text(config.to_yaml())
     parameters = sum(p.numel() for p in system.trained.parameters())
+    room = preflight.disk(config, plan.checkpoints(parameters))
+    if not room.ok:
+        raise UserError(f"{room.detail}; {room.remedy}")
     log.info(f"{place.arch} on {place.data_set} {place.exp}: {len(run.data)} samples, {run.per_epoch} iterations an epoch, "
              f"{parameters / 1e6:.2f} M trained parameters, {context.world} process(es) on {context.device}")
     return run
@@ -178,6 +204,7 @@ def resume(run: Run) -> None:
     if changed:
         raise UserError(f"{run.place.snapshot} holds a run with another config ({'; '.join(changed)}). Use Train.resume=none to "
                         "overwrite it, or Runtime.output=FOLDER to keep both")
+    checkpoint.check_identity(file, checkpoint.read_meta(file), run.meta)
     checkpoint.check_frozen(file, checkpoint.read_meta(file), run.system.frozen_hashes())
     run.system.load_trained(weights, str(file))
     run.optimizer.load_state_dict(state["optimizer"])
@@ -211,7 +238,8 @@ def iterate(run: Run, epoch: int, end: int, termination: Termination) -> None:
     begin, saved = progress.step - epoch * run.per_epoch, time.monotonic()
     first, last = ((epoch * run.per_epoch + i) * train.batch_size for i in (begin, end))
     sampler = RangeSampler(first, last, train.batch_size, context, drop_last=True)
-    batches = evaluate.loader(run.data, sampler, train.workers, context.device)
+    on_error = run.config.Data.on_error
+    batches = Loader(run.data, sampler, train.workers, context.device, run.log, on_error=on_error, training=True)
     with run.log.progress(run.per_epoch, f"epoch {epoch + 1}/{train.epochs}", begin) as bar:
         for batch in batches:
             poly(run.optimizer, progress.step, progress.total, train.power)
@@ -219,6 +247,8 @@ def iterate(run: Run, epoch: int, end: int, termination: Termination) -> None:
             with torch.autocast(context.device.type, torch.bfloat16, enabled=run.config.Runtime.precision == "bf16"):
                 losses = run.system.losses(batch)
             loss = sum(losses.values())
+            if not torch.isfinite(loss):
+                raise UserError(poisoned(run, batch, losses))
             run.optimizer.zero_grad(set_to_none=True)
             loss.backward()
             run.optimizer.step()
@@ -228,18 +258,23 @@ def iterate(run: Run, epoch: int, end: int, termination: Termination) -> None:
             losses = {name: value.detach() for name, value in losses.items()}
             bar.step(train.batch_size, losses, rate)
             stopping, due = termination.asked(), time.monotonic() - saved > 60 * train.save_minutes
-            printed = progress.step % train.print_freq == 0
-            last_one = progress.step == epoch * run.per_epoch + end
-            if (printed or stopping or due or last_one) and not torch.isfinite(loss):
-                raise UserError(f"the loss is {loss.item()} at iteration {progress.step}; lower Train.base_lr, or use "
-                                "Runtime.precision=fp32. The last resume point is valid")
-            if printed:
+            if progress.step % train.print_freq == 0:
                 run.log.scalars(losses | {"rate": rate}, progress.step, "train")
             if stopping or due:
                 save_point(run)
                 saved = time.monotonic()
             if stopping:
                 raise termination.ended(progress.step)
+
+
+def poisoned(run: Run, batch: Batch, losses: dict[str, torch.Tensor]) -> str:
+    """Keeps the batch and the weights that gave a loss which is no number, and says so."""
+    file = run.place.folder / f"bad_batch{run.context.rank}.safetensors"
+    shown = ", ".join(f"{name} {value.item()}" for name, value in losses.items())
+    weights = {f"weights.{name}": value for name, value in run.system.trained_state().items()}
+    checkpoint.save_weights(file, batch.tensors() | weights, {"step": run.progress.step, "losses": shown})
+    return (f"the loss is not finite at iteration {run.progress.step + 1} ({shown}); lower Train.base_lr, or use "
+            f"Runtime.precision=fp32. The last resume point is valid; batch and weights of this step are in {file}")
 
 
 def validate(run: Run) -> float:

@@ -1,10 +1,25 @@
-"""Made-up episodes of PASCAL's sizes, to measure with."""
+"""Episodes of PASCAL's sizes to measure with: made up, or of real images."""
+
+from pathlib import Path
 
 import torch
 
-from util.data.episodes import Episode
+from util.data.episodes import Episode, EpisodeDataset, EpisodeList, collate
+from util.data.folds import fold, read_class_names
+from util.data.index import build_index, scan
+from util.data.transforms import ValTransform
+from util.experiment import CACHE
 
 SIDE, HEIGHT, WIDTH = 473, 375, 500
+
+
+def real_episodes(root: Path, batch: int, shot: int = 1) -> Episode:
+    """Episodes over the novel classes of fold 0, from a VOC folder that has the images of lists/pascal_mini."""
+    names, data = read_class_names("lists/pascal/classes.txt"), fold("pascal", 0)
+    index = build_index(scan(root, "lists/pascal_mini/val.txt", names, CACHE), data.novel, False, 2048)
+    source = EpisodeDataset(EpisodeList(index, shot, seed=321), data, root, ValTransform(SIDE, squash=True), num_classes=20,
+                            clip_size="original", patch=16, evaluation=True)  # fmt: skip
+    return collate([source[i] for i in range(batch)])
 
 
 def episodes(batch: int, shot: int = 1) -> Episode:

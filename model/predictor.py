@@ -23,10 +23,10 @@ from model.few_shot.prior import TextPrior
 from model.few_shot.system import FewShot
 from util import experiment
 from util.cache import TensorCache
-from util.checkpoint import read_meta
+from util.checkpoint import EXPORT, read_meta
 from util.config import Config
 from util.data.episodes import Episode, EpisodeMaker, Shot, collate
-from util.data.folds import ClassNames, Fold, fold, read_class_names
+from util.data.folds import ClassNames, Fold, fold_of, read_class_names
 from util.data.photos import MAX_SIDE, Box, Photo, Source, box_mask, read_mask, read_photo, shrink
 from util.data.transforms import ValTransform
 from util.errors import UserError
@@ -57,19 +57,18 @@ class Predictor:
         notes: what the user should know of the present supports and text.
     """
 
-    def __init__(self, system: FewShot, config: Config, names: ClassNames, device: torch.device, precision: str) -> None:
+    def __init__(self, system: FewShot, config: Config, fold: Fold, names: ClassNames, device: torch.device, precision: str):
         self.system = system.to(device).eval()
-        self.config, self.names, self.device, self.precision = config, names, device, precision
+        self.config, self.fold, self.names, self.device, self.precision = config, fold, names, device, precision
         self.system.remember(TensorCache(CACHE), fixed_head=True)
-        self.fold = fold_of(config)
         self.maker = EpisodeMaker(
-            ValTransform(config.Train.val_size, squash=config.Train.resized_val), self.fold,
+            ValTransform(config.Train.val_size, squash=config.Train.resized_val), fold,
             clip_size=config.CLIP.clip_size if system.clip_patch else None, patch=system.clip_patch or 1, evaluation=True,
         )  # fmt: skip
         self.text_prior = next((prior for prior in system.priors if isinstance(prior, TextPrior)), None)
         self.takes_text = self.text_prior is not None
         self.notes: tuple[str, ...] = ()
-        self._groups: list[list[Shot]] | None = None  # of K shots; [[]]: text alone
+        self._groups: list[list[Shot]] | None = None  # of K shots; text alone: one empty group
         self._base_rank = -1
 
     @classmethod
@@ -97,9 +96,10 @@ class Predictor:
             raise UserError(f"{path} is a base learner (ARCH={arch}); give the checkpoint of a few-shot system")
         config = config or experiment.recorded_config(path)
         config = replace(config, CLIP=replace(config.CLIP, vocabulary="target"))  # nothing is known of what else is there
-        system = build_system(arch, config, fold_of(config), NO_NAMES)
+        fold, names = trained_on(config, meta)
+        system = build_system(arch, config, fold, NO_NAMES)
         load_weights(system, config, Experiment.of_checkpoint(path, arch, config), path)
-        return cls(system, config, class_names(config, meta), chosen, choose_precision(precision, chosen))
+        return cls(system, config, fold, names, chosen, choose_precision(precision, chosen))
 
     def set_support(self, images: Source | Sequence[Source] | None = None, masks: Source | Sequence[Source | None] | None = None,
                     text: str | None = None, boxes: Box | Sequence[Box | Sequence[Box] | None] | None = None) -> None:
@@ -146,20 +146,21 @@ class Predictor:
         if not photos:
             return []
         batch = collate([self.episode(photo, shots) for photo in photos for shots in self._groups]).to(self.device)
+        text_alone = not self._groups[0]
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            scores, maps = self._from_text(batch) if self._groups == [[]] else self._from_supports(batch)
+            scores, maps = self._from_text(batch) if text_alone else self._from_supports(batch)
         found = []
         for i, photo in enumerate(photos):
             whole = to_original(scores[i], photo.hw, self.config.Train.resized_val)
-            score = whole[1] if self._groups == [[]] else whole.softmax(0)[1]
-            mask = whole.argmax(0) == 1
+            probability = whole if text_alone else whole.softmax(0)
             shown = {name: prior[i].float().cpu().numpy() for name, prior in maps.items()}
-            found.append((mask.cpu().numpy(), score.cpu().numpy(), shown))
+            found.append(((whole.argmax(0) == 1).cpu().numpy(), probability[1].cpu().numpy(), shown))
         seconds = (time.perf_counter() - started) / len(photos)
         return [Segmentation(*parts, seconds) for parts in found]
 
     def episode(self, photo: Photo, shots: Sequence[Shot]) -> Episode:
-        """The batch of one that evaluation would make of a query and its supports; nothing is known of its annotation."""
+        """The batch of one that evaluation would make of a query and its supports (of none: a blank one, which nothing reads);
+        nothing is known of its annotation."""
         image = shrink(photo.image, self._side)
         blank = np.zeros(image.shape[:2], np.uint8)
         shots = shots or [Shot(torch.zeros(3, 1, 1), torch.zeros(1, 1, dtype=torch.uint8), "", "")]
@@ -213,16 +214,13 @@ class Predictor:
         return [torch.stack([1 - prior, prior]) for prior in priors], {"vtp": priors}
 
 
-def fold_of(config: Config) -> Fold:
-    """The fold that a config trains on."""
-    return fold(config.Train.data_set, config.Train.split, config.Train.use_split_coco)
-
-
-def class_names(config: Config, meta: dict) -> ClassNames:
-    """Names of the classes of training, where they are at hand: an exported file has them, the config names their list."""
-    if "classes" in meta:
-        return ClassNames(*map(tuple, meta["classes"]))
-    return read_class_names(config.Data.class_names) if Path(config.Data.class_names).is_file() else NO_NAMES
+def trained_on(config: Config, meta: dict) -> tuple[Fold, ClassNames]:
+    """Fold and class names of the training: an exported file has them, else they are where the config says (names may lack)."""
+    if EXPORT in meta:
+        names, texts, novel, base = map(tuple, meta["classes"])
+        return Fold(config.Train.data_set, config.Train.split, novel, base), ClassNames(names, texts)
+    file = Path(config.Data.class_names)
+    return fold_of(config), read_class_names(file) if file.is_file() else NO_NAMES
 
 
 def choose_device(name: str | None) -> torch.device:

@@ -93,12 +93,12 @@ def export(snapshot: Path, out: Path) -> list[str]:
     if snapshot.suffix != ".safetensors":
         raise UserError(f"{snapshot}: give the .safetensors file of a run; published checkpoints are handed on as they are")
     predictor = Predictor.from_checkpoint(snapshot, device="cpu")  # checks that all frozen parts are those of the training
-    names, system, meta = predictor.names, predictor.system, read_meta(snapshot)
+    names, fold, system, meta = predictor.names, predictor.fold, predictor.system, read_meta(snapshot)
     if EXPORT in meta:
         raise UserError(f"{snapshot} is an exported file already")
     report, told = result_of(snapshot)
     meta |= {
-        EXPORT: 1, "config": portable(recorded_config(snapshot)), "classes": [names.names, names.texts],
+        EXPORT: 1, "config": portable(recorded_config(snapshot)), "classes": [names.names, names.texts, fold.novel, fold.base],
         "result": {key: report[key] for key in RESULT if key in report}, "notes": system.warnings,
     }  # fmt: skip
     tensors = {name: tensor for name, tensor in system.state_dict().items() if not name.startswith("clip.")}

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from util.config import load_config
-from util.data.folds import fold, read_class_names
+from util.data.folds import fold_of, read_class_names
 from util.errors import UserError
 
 CONFIGS = sorted(p for p in Path("config").glob("*/*_split?_*.yaml"))
@@ -64,6 +64,6 @@ def test_shipped_configs_are_complete() -> None:
             config = load_config(path, arch)
             assert path.stem.startswith(f"{path.parent.name}_split{config.Train.split}_")
             names = read_class_names(config.Data.class_names).names
-            assert len(names) == fold(config.Train.data_set, config.Train.split).num_classes
+            assert len(names) == fold_of(config).num_classes
             if config.Train.data_set != "coco":
                 assert Path(config.Data.train_list).is_file() and Path(config.Data.val_list).is_file()

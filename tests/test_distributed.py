@@ -110,11 +110,12 @@ class Evaluate:
 
         def predict(episode: Episode) -> Prediction:
             guess = (episode.query[:, 0] > 128 + 40 * (episode.number % 3)[:, None, None]).float()
-            return Prediction(torch.stack([1 - guess, guess], 1))
+            return Prediction(torch.stack([1 - guess, guess], 1), maps={"vtp": episode.query[:, 0] / 255})
 
         with RunLog(self.folder, "log", main=context.main) as log:
             scores, rows = evaluate_episodes(predict, data, 11, f, context, log, batch=self.batch, workers=0, squash=True)
-        return {"miou": scores["miou"], "fb_iou": scores["fb_iou"], "rows": [[r.number, r.cls, *r.counts] for r in rows]}
+        return {"miou": scores["miou"], "fb_iou": scores["fb_iou"], "priors": scores["prior_quality"],
+                "rows": [[r.number, r.cls, *r.counts, *r.spread] for r in rows]}
 
 
 def test_sharded_evaluation_counts_the_same(tmp_path: Path, block, write_voc) -> None:
@@ -124,7 +125,7 @@ def test_sharded_evaluation_counts_the_same(tmp_path: Path, block, write_voc) ->
     records = [Record(f"JPEGImages/{n}.jpg", f"SegmentationClassAug/{n}.png", *x.shape, {int(x.flat[0]): 900}, (int(x.flat[0]),))
                for n, x in labels.items()]  # fmt: skip
     one = Evaluate(root, records, tmp_path, batch=4)(Context(CPU))
-    assert [row[0] for row in one["rows"]] == list(range(11)) and 0 < one["miou"] < 1
+    assert [row[0] for row in one["rows"]] == list(range(11)) and 0 < one["miou"] < 1 and len(one["priors"]["vtp"]) == 9
     for found in in_processes(3, tmp_path, Evaluate(root, records, tmp_path, batch=2)):
         assert found == one
 

@@ -141,7 +141,7 @@ def test_usage_errors():
 def test_check_of_a_config(monkeypatch, capsys, ok, arguments):
     asked = []
 
-    def check(config, arch, overrides):
+    def check(config, arch, overrides, full):
         asked.append((config, arch, overrides))
         return [env.Row("Train.clip_path", ok, "initmodel/ViT-B-16.pt", "get it there")]
 
@@ -153,7 +153,7 @@ def test_check_of_a_config(monkeypatch, capsys, ok, arguments):
 
 
 def test_check_of_a_bad_config(monkeypatch, capsys):
-    def check(config, arch, overrides):
+    def check(config, arch, overrides, full):
         raise UserError("Data.spilt is not a key")
 
     monkeypatch.setitem(sys.modules, "util.preflight", types.SimpleNamespace(check=check))

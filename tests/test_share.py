@@ -13,7 +13,7 @@ import torch
 from model import load_weights, open_system
 from model.predictor import Predictor
 from model.share import export, main
-from tests.untrained import CONFIG, ROOT, star
+from tests.untrained import CONFIG, ROOT, make, star
 from util.checkpoint import read_meta
 from util.config import load_config
 from util.errors import UserError
@@ -61,6 +61,23 @@ def test_one_file_to_share(piclip: Path, scenes: Path, tmp_path: Path, monkeypat
     (tmp_path / "taken").write_text("")
     with pytest.raises(UserError, match="could not be written"):
         export(piclip, tmp_path / "taken/model.safetensors")
+
+
+def test_a_data_set_of_ones_own(scenes: Path, tmp_path: Path) -> None:
+    """Its folds and names go along: their files are not on the other machine."""
+    (tmp_path / "folds.yaml").write_text("split0: [star, fish, tree]\n")
+    _, weight = make(tmp_path, "HDMNet", "Train.data_set=mine", f"Data.folds={tmp_path}/folds.yaml")
+    export(weight, tmp_path / "shared.safetensors")
+    mine = Predictor.from_checkpoint(weight)
+    shutil.rmtree(tmp_path / "exp")
+    (tmp_path / "folds.yaml").unlink()
+    other = Predictor.from_checkpoint(tmp_path / "shared.safetensors")
+    assert other.fold == mine.fold and len(other.fold.base) == 17
+    images, masks = star(scenes)
+    for predictor in (mine, other):
+        predictor.set_support(images[0], masks[0], "house")
+        assert "base learner knows" in " ".join(predictor.notes)
+    assert np.array_equal(mine.predict(images[1]).score, other.predict(images[1]).score)
 
 
 def test_the_result_in_a_shared_file_is_about_it(piclip: Path, tmp_path: Path) -> None:

@@ -76,6 +76,26 @@ def test_train_then_test(world: list[str], trained: Path) -> None:
         assert a["episodes_per_class"] == b["episodes_per_class"]
 
 
+def test_a_result_can_be_verified(world: list[str], trained: Path, tmp_path: Path) -> None:
+    run = sh("test.sh", *world, *SMALL, "Test_Finetune.test_num=12", "Test_Finetune.seeds=[1]", "Test_Finetune.leak_free=false")
+    assert run.returncode == 0, run.stdout + run.stderr
+    result = json.loads((trained / "result/report.json").read_text())
+    assert {"code", "config", "data", "clip", "base_learner", "weights", "torch", "hardware"} <= result["environment"].keys()
+
+    def verify(file: Path) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-m", "util.report", "verify", str(file)]
+        return subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
+
+    run = verify(trained / "result/report.json")
+    assert run.returncode == 0 and run.stdout.count("the same, bit for bit") == 2, run.stdout + run.stderr
+    result["traces"]["1"][1]["prior"]["vvp"][:] = "0", result["traces"]["1"][1]["prior"]["vvp"][1] * 1.1
+    (tmp_path / "other.json").write_text(json.dumps(result))
+    run = verify(tmp_path / "other.json")
+    assert run.returncode == 1 and "episode 0: the same" in run.stdout and "first difference in prior: vvp" in run.stdout
+    (tmp_path / "other.json").write_text("{}")
+    says(verify(tmp_path / "other.json"), "has no traces")
+
+
 def test_protocols_and_episode_files(world: list[str], trained: Path, tmp_path: Path) -> None:
     """The paper's row stands beside the one without leaks; `strict` takes the last epoch; a file of episodes gives the
     numbers of the episodes it was made from."""
@@ -122,7 +142,7 @@ train.cli.run(train.main)
 def test_rerun_continues_bit_for_bit(world: list[str], trained: Path, tmp_path: Path) -> None:
     """Two epochs in one go equal a run that is killed while it writes a checkpoint in the middle of an epoch, then terminated,
     then finds its newest checkpoint damaged."""
-    common = [*world[:-1], *SMALL, "Train.epochs=2", "Train.evaluate=false", "Train.save_minutes=0",
+    common = [*world[:-1], *SMALL, "Train.epochs=2", "Train.evaluate=false", "Train.save_minutes=0", "Train.print_freq=1",
               f"Method.pre_weight={trained.parents[2] / 'PSPNet/split0/resnet50/snapshot/best.safetensors'}"]  # fmt: skip
     assert sh("train.sh", *common, f"Runtime.output={tmp_path}/a", "Train.save_minutes=60", arch="HDMNet").returncode == 0
     broken = [*common, f"Runtime.output={tmp_path}/b"]
@@ -145,11 +165,21 @@ def test_rerun_continues_bit_for_bit(world: list[str], trained: Path, tmp_path: 
     assert len(list(points.iterdir())) == 6  # two points of three files, and nothing half written
     a, b = (load_tensors(tmp_path / name / "demo/HDMNet/split0/resnet50/snapshot/last.safetensors") for name in "ab")
     assert all(torch.equal(a[key], b[key]) for key in a)
+    a, b = ((tmp_path / name / "demo/HDMNet/split0/resnet50/curves.jsonl").read_text() for name in "ab")
+    assert a == b and a.count('"train"') == 30  # no point twice, none missing
     says(sh("train.sh", *broken, "Train.base_lr=0.1", arch="HDMNet"), r"Train\.base_lr was 0\.0", "Train.resume=none")
     assert "nothing is left" in sh("train.sh", *broken, arch="HDMNet").stdout
     for manifest in points.glob("*.json"):
         manifest.write_text("{")
     says(sh("train.sh", *broken, arch="HDMNet"), "resume point .* is damaged", "Train.resume=none")
+
+
+def test_poisoned_loss_leaves_its_batch(world: list[str], trained: Path, tmp_path: Path) -> None:
+    base = f"Method.pre_weight={trained.parents[2] / 'PSPNet/split0/resnet50/snapshot/best.safetensors'}"
+    run = sh("train.sh", *world[:-1], *SMALL, base, f"Runtime.output={tmp_path}", "Train.base_lr=1e30", arch="HDMNet")
+    says(run, r"the loss is not finite at iteration \d+ \(main nan", r"bad_batch0\.safetensors")
+    kept = load_tensors(tmp_path / "demo/HDMNet/split0/resnet50/bad_batch0.safetensors")
+    assert kept["query"].shape == (8, 3, 65, 65) and any(name.startswith("weights.matcher") for name in kept)
 
 
 def test_full_disk_keeps_the_last_checkpoint(world: list[str], trained: Path, tmp_path: Path) -> None:

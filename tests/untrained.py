@@ -13,7 +13,7 @@ from util import experiment
 from util.checkpoint import save_weights
 from util.config import Config, load_config
 from util.data.episodes import mask_table
-from util.data.folds import fold, read_class_names
+from util.data.folds import fold_of, read_class_names
 from util.data.transforms import read_label
 from util.experiment import Experiment
 
@@ -40,7 +40,7 @@ def make(root: Path, arch: str, *overrides: str) -> tuple[Config, Path]:
         config = load_config(CONFIG, name, few)
         place = Experiment.from_config_path(name, CONFIG, config.Runtime.output)
         torch.manual_seed(5)
-        system = build_system(name, config, fold("demo", 0), read_class_names(config.Data.class_names))
+        system = build_system(name, config, fold_of(config), read_class_names(config.Data.class_names))
         load_backbone(system, config, place)
         with torch.no_grad():
             for parameter in system.trained.parameters() if name == arch else ():

@@ -31,6 +31,7 @@ IDENTITY = {
     "system": "ARCH", "data_set": "Train.data_set", "split": "Train.split", "shot": "Train.shot",
     "use_split_coco": "Train.use_split_coco", "backbone": "Method.backbone", "width": "Method.width", "priors": "Method.priors",
     "low_fea": "Method.low_fea", "filter_novel": "Train.filter_novel", "crop": "Train.crop", "selection": "Train.selection",
+    "novel": "Data.folds, novel classes", "base": "Data.folds, base classes",
 }  # fmt: skip
 
 EXPORT = "export"  # metadata key of a file that has the frozen parts too (model/share.py)

@@ -9,13 +9,17 @@ from util.distributed import Terminated
 from util.errors import UserError
 
 
-def parse(description: str, episodes: bool = False) -> argparse.Namespace:
-    """config, arch, gpus, overrides; with `episodes` also --episodes FILE, which becomes an override."""
+def parse(description: str, episodes: bool = False, plan: bool = False) -> argparse.Namespace:
+    """config, arch, gpus, quiet, overrides; with `episodes` also --episodes FILE, which becomes an override; with `plan`
+    --dry-run."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="config/DATASET/DATASET_EXP_NET.yaml")
     parser.add_argument("--arch", default="PI_CLIP", help="system (default PI_CLIP)")
     parser.add_argument("--gpus", type=int, default=0, help="0 is the CPU; more than one goes through torchrun")
     parser.add_argument("overrides", nargs="*", metavar="Section.key=value")
+    parser.add_argument("--quiet", action="store_true", help="only warnings and errors on the console; the log file has all")
+    if plan:
+        parser.add_argument("--dry-run", action="store_true", help="tell what it would do and take, from a few measured steps")
     if episodes:
         parser.add_argument("--episodes", metavar="FILE", help="evaluate the episodes of this file")
     found = parser.parse_intermixed_args()
@@ -31,6 +35,13 @@ def run(main: Callable[[], None]) -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except RuntimeError as error:  # torch raises it in the middle of anything when a worker dies or hangs
+        if "DataLoader" not in str(error):
+            raise
+        reason = str(error).strip().splitlines()[0]
+        print(f"error: reading the data failed: {reason}\nA worker process was killed (out of memory?)"
+              " or hangs (a slow disk?); try Train.workers=0. The last resume point is valid", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         print("\ninterrupted; training continues at its last resume point when the same command runs again", file=sys.stderr)
         sys.exit(130)

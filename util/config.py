@@ -6,10 +6,12 @@ defined. An unknown key or a wrong type is an error that names the file, the key
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
+from reprlib import repr as short
 from typing import Any, Literal
 
 import yaml
@@ -26,6 +28,8 @@ class Data:
     train_list: str = ""  # text file, one `image_path label_path` per line
     val_list: str = ""
     class_names: str = ""  # text file, one `NAME | text for CLIP` per line
+    on_error: Literal["stop", "skip"] = "stop"  # a broken image or label: stop, or go on without it and count it in the report
+    folds: str = ""  # your own data set: YAML file, `split0: [class names]` and so on; published ones go by rules
     min_pixels: int = 2048  # a class counts in an image from this many labelled pixels on (2 * 32 * 32)
 
 
@@ -182,10 +186,7 @@ def _override(text: str) -> dict[str, dict]:
     section, dot, key = name.partition(".")
     if not equals or not dot:
         raise UserError(f"override {text!r}: write Section.key=value, for instance Train.epochs=5")
-    try:
-        return {section: {key: yaml.safe_load(value)}}
-    except yaml.YAMLError as error:
-        raise UserError(f"override {text!r}: {value!r} is no YAML value ({error})") from error
+    return {section: {key: _yaml(value, f"override {text!r}: {value!r}")}}
 
 
 def _apply(config: Config, layers: list[tuple[Path, dict]]) -> None:
@@ -197,9 +198,9 @@ def _apply(config: Config, layers: list[tuple[Path, dict]]) -> None:
 
 def _layers(path: Path, seen: tuple[Path, ...] = ()) -> list[tuple[Path, dict]]:
     """The file and what it extends, base first."""
+    content = _read(path)
     if path.resolve() in seen:
         raise UserError(f"{path}: `extends` runs in a circle")
-    content = _read(path)
     base = content.pop("extends", None)
     if base is None:
         return [(path, content)]
@@ -210,19 +211,43 @@ def _layers(path: Path, seen: tuple[Path, ...] = ()) -> list[tuple[Path, dict]]:
 
 def _read(path: Path) -> dict:
     try:
-        content = yaml.safe_load(path.read_text())
+        text = path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
         raise UserError(f"no config file {path}") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is no valid YAML: {error}") from error
-    return _mapping(content, str(path))
+    except (OSError, ValueError) as error:  # a folder, no UTF-8, a name that cannot be one
+        raise UserError(f"config file {path} cannot be read ({error})") from error
+    return _mapping(_yaml(text, str(path)), str(path))
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses what YAML lets pass: a key that is there twice (the first would be lost), and values of absurd length."""
+
+    def construct_mapping(self, node: yaml.Node, deep: bool = False) -> dict:
+        names = [key.value for key, _ in node.value] if isinstance(node, yaml.MappingNode) else []
+        for key, _ in node.value if names else []:
+            if names.count(key.value) > 1:
+                raise yaml.constructor.ConstructorError(problem=f"{key.value!r} is there twice", problem_mark=key.start_mark)
+        return super().construct_mapping(node, deep)
+
+    def construct_scalar(self, node: yaml.Node) -> Any:
+        value = super().construct_scalar(node)
+        if len(value) > 2000:
+            raise yaml.constructor.ConstructorError(problem=f"a value of {len(value)} characters", problem_mark=node.start_mark)
+        return value
+
+
+def _yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)
+    except Exception as error:  # PyYAML raises many kinds: on 2024-13-45, on a thousand brackets
+        raise UserError(f"{where} is no valid YAML: {error}") from error
 
 
 def _mapping(value: Any, where: str) -> dict:
     if value is None:
         return {}
     if not isinstance(value, dict):
-        raise UserError(f"{where}: expected `key: value` lines, found {value!r}")
+        raise UserError(f"{where}: expected `key: value` lines, found {short(value)}")
     return value
 
 
@@ -248,9 +273,9 @@ def _convert(value: Any, expected: Any, where: str) -> Any:
     if origin is Literal:
         if value in arguments:
             return value
-        near = difflib.get_close_matches(str(value), arguments, n=1)
+        near = difflib.get_close_matches(short(value), arguments, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
-        raise UserError(f"{where} = {value!r}: {hint}choose one of {', '.join(map(str, arguments))}")
+        raise UserError(f"{where} = {short(value)}: {hint}choose one of {', '.join(map(str, arguments))}")
     if origin is types.UnionType:
         if value is None:
             return None
@@ -260,12 +285,11 @@ def _convert(value: Any, expected: Any, where: str) -> Any:
         if isinstance(value, list):
             return [_convert(v, arguments[0], where) for v in value]
     elif expected is float:
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            return float(value)
-        if isinstance(value, str):
+        if isinstance(value, (int, float, str)) and not isinstance(value, bool):
             try:
-                return float(value)
-            except ValueError:
+                if math.isfinite(number := float(value)):
+                    return number
+            except (ValueError, OverflowError):
                 pass
     elif expected is str:
         if value is None:
@@ -274,8 +298,8 @@ def _convert(value: Any, expected: Any, where: str) -> Any:
             return value
     elif isinstance(value, expected) and (expected is bool or not isinstance(value, bool)):
         return value
-    name = getattr(expected, "__name__", str(expected)) if origin is None else str(expected)
-    raise UserError(f"{where} = {value!r}: expected {name}")
+    name = "a finite number" if expected is float else str(expected) if origin else expected.__name__
+    raise UserError(f"{where} = {short(value)}: expected {name}")
 
 
 def _validate(config: Config) -> None:
@@ -286,6 +310,9 @@ def _validate(config: Config) -> None:
             raise UserError(f"Train.{key} = {getattr(train, key)}: must be at least 1")
     if train.workers < 0:
         raise UserError(f"Train.workers = {train.workers}: must be 0 or more")
+    for key in ("base_lr", "power", "momentum", "weight_decay", "save_minutes"):
+        if getattr(train, key) < 0:
+            raise UserError(f"Train.{key} = {getattr(train, key)}: must be 0 or more")
     if not 0 < train.scale_min <= train.scale_max:
         raise UserError(f"Train.scale_min = {train.scale_min}, scale_max = {train.scale_max}: need 0 < min <= max")
     for key, smallest in (("train_h", 33), ("val_size", 33)):

@@ -6,3 +6,7 @@ class UserError(ValueError):
 
     `train.py` and `test.py` print it without a traceback and exit with code 2.
     """
+
+
+class BrokenFile(UserError):
+    """A file of the data that is missing or damaged; `Data.on_error: skip` goes on without it."""

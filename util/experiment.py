@@ -14,6 +14,7 @@ import yaml
 
 from util.checkpoint import read_meta
 from util.config import Config, config_of
+from util.data.folds import fold_of, read_class_names
 from util.data.index import Record
 from util.errors import UserError
 
@@ -99,7 +100,7 @@ def recorded_config(path: Path, overrides: list[str] | None = None) -> Config:
     config = config_of(content, str(source), overrides)
     config.Train.selection = meta.get("selection", config.Train.selection)  # best or last, of one run
     for section, key in ((config.CLIP, "clip_path"), (config.Method, "backbone_weight"), (config.Method, "pre_weight"),
-                         (config.Data, "class_names")):  # fmt: skip
+                         (config.Data, "class_names"), (config.Data, "folds")):  # fmt: skip
         name = getattr(section, key)
         if name and not Path(name).exists() and (ROOT / name).exists():
             setattr(section, key, str(ROOT / name))
@@ -124,6 +125,9 @@ def identity(arch: str, config: Config, priors: list[str] | None = None) -> dict
     coco = train.use_split_coco if train.data_set == "coco" else None
     shared = {"system": arch, "data_set": train.data_set, "split": train.split, "use_split_coco": coco,
               "backbone": method.backbone, "width": method.width}
+    if config.Data.folds:  # your own data set: the files may have changed since
+        names, fold = read_class_names(config.Data.class_names).names, fold_of(config)
+        shared |= {"novel": [names[c - 1] for c in fold.novel], "base": [names[c - 1] for c in fold.base]}
     if arch == "PSPNet":
         return shared
     return shared | {"shot": train.shot, "priors": priors, "filter_novel": train.filter_novel, "crop": train.crop,

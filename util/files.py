@@ -4,16 +4,19 @@ import contextlib
 import json
 import os
 import tempfile
+import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from util.errors import UserError
+
+NUMBERS = {torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.bool, torch.uint8, torch.int8, torch.int16,
+           torch.int32, torch.int64}  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -52,11 +55,12 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         UserError: the file is missing or damaged.
     """
     try:
-        return load_file(path)
+        tensors = load_file(path)
     except FileNotFoundError as error:
         raise UserError(f"no file {path}") from error
-    except SafetensorError as error:
+    except Exception as error:  # lying headers raise many kinds
         raise UserError(f"{path} is damaged or no safetensors file ({error}); delete it and make or download it again") from error
+    return _checked(path, tensors)
 
 
 def load_state(path: Path) -> dict[str, Tensor]:
@@ -65,21 +69,49 @@ def load_state(path: Path) -> dict[str, Tensor]:
     Published `.pth` files nest the weights under "state_dict" or "model": that is undone; "module." prefixes are dropped.
 
     Raises:
-        UserError: missing, damaged, or something other than tensors inside.
+        UserError: missing, damaged, something other than tensors inside, or a file that unfolds to more than it holds.
     """
     path = Path(path)
     if path.suffix == ".safetensors":
         return load_tensors(path)
+    if sum(member.file_size for member in zip_members(path)) > path.stat().st_size:  # torch compresses nothing
+        raise UserError(f"{path} unpacks to more than its size: it is not what torch writes, and is not opened")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise UserError(f"no file {path}") from error
     except Exception as error:  # damaged and foreign files raise many kinds
         raise UserError(f"{path} is damaged, or holds more than tensors; it is not opened otherwise, since unpickling could run "
                         f"code ({type(error).__name__}: {error})") from error
     for key in ("state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
-    if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
-        raise UserError(f"{path} is no state dict: expected names with tensors")
-    return {key.removeprefix("module."): value for key, value in content.items()}
+    return {key.removeprefix("module."): value for key, value in _checked(path, content).items()}
+
+
+def zip_members(path: Path) -> list[zipfile.ZipInfo]:
+    """What a zip file holds, such as torch writes; nothing for another kind of file.
+
+    Raises:
+        UserError: missing, or a damaged zip file.
+    """
+    try:
+        if not zipfile.is_zipfile(path):
+            path.stat()  # says whether it is there
+            return []
+        with zipfile.ZipFile(path) as archive:
+            return archive.infolist()
+    except FileNotFoundError as error:
+        raise UserError(f"no file {path}") from error
+    except Exception as error:
+        raise UserError(f"{path} is damaged ({error}); make or download it again") from error
+
+
+def _checked(path: Path, content: Any) -> dict[str, Tensor]:
+    """Names with plain tensors of numbers, every number of which is in the file."""
+
+    def plain(value: Any) -> bool:
+        return (isinstance(value, Tensor) and value.layout == torch.strided and value.device.type == "cpu"
+                and value.dtype in NUMBERS and value.nbytes <= value.untyped_storage().nbytes())  # fmt: skip
+
+    if not isinstance(content, dict) or not all(isinstance(key, str) and plain(value) for key, value in content.items()):
+        raise UserError(f"{path} is no state dict: expected names with tensors of numbers")
+    return content

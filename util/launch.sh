@@ -9,10 +9,11 @@ fail() { echo "$stage.sh: $*" >&2; exit 2; }
 
 usage() {
     cat >&2 <<EOF
-usage: [ARCH=$arch] [NET=$net] sh $stage.sh EXP DATASET [GPUS] [Section.key=value ...]
+usage: [ARCH=$arch] [NET=$net] sh $stage.sh EXP DATASET [GPUS] [Section.key=value ...] [--quiet] [--dry-run]
   EXP, DATASET, NET   pick config/DATASET/DATASET_EXP_NET.yaml
   GPUS                0 is the CPU; when left out: 1 if nvidia-smi lists a GPU, else 0
   Section.key=value   changes a key of the config; paths are relative to the repository
+  --quiet             only warnings and errors on the console; --dry-run (train.sh): what it would do and take
   Runtime.processes=N splits the work among N processes on the CPU
 several machines: the same command on each, with NNODES, NODE_RANK, MASTER_ADDR (and MASTER_PORT) in the environment;
   GPUS is then per machine, MAX_RESTARTS how often a failed run is restarted from its last checkpoint
@@ -35,7 +36,7 @@ fi
 
 # 2. where: the third argument is the number of GPUs unless it is an override
 case ${1:-} in
-    "" | *=*) if nvidia-smi -L 2>/dev/null | grep -q GPU; then gpus=1; else gpus=0; fi ;;
+    "" | *=* | --*) if nvidia-smi -L 2>/dev/null | grep -q GPU; then gpus=1; else gpus=0; fi ;;
     *[!0-9]*) fail "GPUS must be a number, not '$1'" ;;
     *) gpus=$1; shift ;;
 esac
@@ -43,7 +44,7 @@ processes=$gpus
 for override; do
     case $override in
         Runtime.processes=*) [ "$gpus" -gt 0 ] || processes=${override#*=} ;;
-        --*=* | *.*=*) ;;
+        --*=* | --quiet | --dry-run | *.*=*) ;;
         *) fail "'$override' is not of the form Section.key=value" ;;
     esac
 done

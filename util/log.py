@@ -1,4 +1,4 @@
-"""What a run says: lines to `train.log` and the console, a live progress line, curves for TensorBoard.
+"""What a run says: lines to `train.log` and the console, a live progress line, curves (`curves.jsonl` and TensorBoard).
 
 Only the main rank speaks; on the others every call does nothing, so callers never ask which rank they are.
 """
@@ -15,6 +15,9 @@ from typing import TextIO
 
 import numpy as np
 from tensorboardX import SummaryWriter
+
+from util import curves
+from util.checkpoint import written
 
 
 class _Console(logging.Handler):
@@ -40,9 +43,9 @@ class _Console(logging.Handler):
 class RunLog:
     """The log of one run, a context manager.
 
-    folder: made if missing; holds `name` (appended to, so that a resumed run continues it) and `events/`
-    (TensorBoard, made with the first curve). quiet: the console shows warnings only. main: False on
-    ranks > 0, which stay silent.
+    folder: made if missing; holds `name` (appended to, so that a resumed run continues it) and, made with the first
+    point of a curve, `curves.jsonl` (see util/curves.py) and `events/` (TensorBoard). quiet: the console shows
+    warnings only. main: False on ranks > 0, which stay silent.
     """
 
     def __init__(self, folder: str | Path, name: str = "train.log", quiet: bool = False, main: bool = True,
@@ -69,10 +72,20 @@ class RunLog:
         self._logger.warning(f"WARNING: {text}")
 
     def scalars(self, values: Mapping[str, float], step: int, group: str = "") -> None:
-        """Points of TensorBoard curves `group/name`; the values may be 0-dim tensors."""
+        """Points of the curves `group/name`; the values may be 0-dim tensors."""
         if writer := self._events():
+            values = {name: float(value) for name, value in values.items()}
+            with written(self.folder / curves.FILE):
+                curves.append(self.folder / curves.FILE, group, step, values)
             for name, value in values.items():
-                writer.add_scalar(f"{group}/{name}" if group else name, float(value), step)
+                writer.add_scalar(f"{group}/{name}" if group else name, value, step)
+
+    def rewind(self, steps: Mapping[str, int]) -> None:
+        """Takes the points after the given step of each group out of `curves.jsonl`: a run that goes on from there, or
+        starts over at 0, writes them again."""
+        if self.main:
+            with written(self.folder / curves.FILE):
+                curves.cut(self.folder / curves.FILE, steps)
 
     def image(self, name: str, image: np.ndarray, step: int) -> None:
         """A picture for TensorBoard: H W 3 uint8 RGB."""

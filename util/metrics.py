@@ -25,7 +25,11 @@ def to_original(logits: Tensor, hw: tuple[int, int], squash: bool) -> Tensor:
     squash=True: the image was resized to S x S ignoring its aspect ratio, and so is the way back.
     squash=False: it was letterboxed, so the square goes back to the longer side and the padding, right or below, is cut
     (PFENet pads the truth to that square with 255 instead: the same counts). Bilinear, align_corners=True.
+    Raises UserError for NaN or infinite logits: their argmax is background, so they would pass for a poor result.
     """
+    if not torch.isfinite(logits).all():
+        raise UserError("the prediction is not finite: are the weights those of a training that diverged, or damaged? "
+                        "Use another checkpoint (Test_Finetune.weight), or Runtime.precision=fp32")
     height, width = hw
     size = (height, width) if squash else (max(hw), max(hw))
     batch = logits.float() if logits.dim() == 4 else logits.float()[None]

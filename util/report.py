@@ -1,4 +1,5 @@
-"""The result of an evaluation as files: report.json for programs, report.html for people, gallery.png for READMEs.
+"""The result of an evaluation as files: report.json for programs, report.html for people, gallery.png for READMEs, and
+gallery.json, the pictures that a page about two results takes.
 
 Everything arrives as plain data (a dict and arrays); the looks of the page are in `templates/report.html.j2`. The page
 is one file without scripts or outside resources.
@@ -8,58 +9,47 @@ The result, scores being fractions 0..1 (key: content; * = may be missing):
     protocol, environment, time*                            dicts, shown as they are
     warnings*, mark*    texts that disqualify the scores; the words put beside every score then, e.g. "[random CLIP]"
     classes             {class id: name}
+    other_classes*      {class id: name}: those that are not scored
     seeds               list of {seed, episodes, miou, fb_iou, fg_iou, per_class: {id: IoU}, episodes_per_class*:
-                        {id: n}, and other scores named ...iou, as meta_miou, base_miou}: seed and a meter's result()
+                        {id: n}, prior_quality*: see util/priors.py, and other scores named ...iou, as meta_miou,
+                        base_miou}: seed and a meter's result()
     mean, sd            of the scores over the seeds: `summarise(seeds)`
     baselines*          {name: {miou, fb_iou*}}
     protocol_hash*      text; protocol["name"] is the protocol's name
     episodes*           {hash, columns, rows}: whole pixel counts of every episode, a text each, see util/stats.py
-    interval*           {score: [low, high]}: 95 %, `util.stats.bootstrap`
+    interval*           {score: [low, high], per_class*: {id: [low, high]}}: 95 %, `util.stats.bootstrap`
+    causes*             why episodes fail: `util.causes.tally`
+    curves*             {name of a training run: `util.curves.read`}; that of the system bears its name
     leak_free*          {mean, sd, differences}: the same system evaluated without the leaks of the published protocol, and
                         what was done otherwise, as texts
     date*               text; filled in when missing
 
-`python -m util.report compare A.json B.json` tells whether system B differs from A on the same episodes.
+    config, place, traces   what `python -m util.report verify RESULT.json` needs to run a few episodes again, see verify.py
+
+    python -m util.report compare A.json B.json [--html OUT.html]     is B another than A, on the same episodes?
+    python -m util.report verify RESULT.json                          does it still hold? (verify.py)
+    python -m util.report figures RESULT_DIR                          RESULT_DIR/figures/*.pdf and .png, for papers
 """
 
 from __future__ import annotations
 
 import argparse
-import math
+import hashlib
+import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-import jinja2
-import numpy as np
-
-from util import cli
+from util import cli, figures, page, side_by_side, summary
+from util.causes import CAUSES
+from util.errors import UserError
 from util.files import atomic, save_json
-from util.stats import compare, describe, load_result
-from util.viz import COLOURS, Panel, contact_sheet, fit, jpeg_data_uri, png_bytes
+from util.stats import bootstrap, compare, describe, load_result, read_episodes, read_result
+from util.summary import REQUIRED, SCORES, interval_text, label, plain, scores
+from util.viz import Card, contact_sheet, png_bytes
 
-SCORES = {
-    "miou": ("mIoU", "mean over the fold's classes"),
-    "fb_iou": ("FB-IoU", "foreground and background, all episodes"),
-    "fg_iou": ("Foreground IoU", "all episodes pooled"),
-    "meta_miou": ("Meta branch mIoU", "before the ensemble"),
-    "base_miou": ("Base-class mIoU", "of the base learner, base classes"),
-}
-REQUIRED = ("system", "data_set", "split", "shot", "backbone", "checkpoint", "protocol", "environment", "classes",
-            "seeds", "mean", "sd")
-PAGE_BYTES = 4_500_000
-
-
-@dataclass
-class Card:
-    """One episode of the gallery. group: its section, e.g. "best"; panels: (caption, H W 3 uint8 RGB) in order."""
-
-    title: str
-    subtitle: str
-    group: str
-    panels: list[Panel]
+SHEET = ("best", "median", "worst")  # what gallery.png shows
 
 
 def choose(ious: Sequence[float], count: int = 3) -> dict[str, list[int]]:
@@ -76,7 +66,7 @@ def summarise(seeds: Sequence[Mapping]) -> tuple[dict[str, float], dict[str, flo
         raise ValueError("no seed was evaluated: there is nothing to summarise")
     seeds = plain(seeds)
     keys = [k for k in seeds[0] if k.endswith("iou") and all(isinstance(s.get(k), int | float) for s in seeds)]
-    pairs = {k: _mean_sd([s[k] for s in seeds]) for k in keys}
+    pairs = {k: summary.mean_sd([s[k] for s in seeds]) for k in keys}
     return {k: mean for k, (mean, _) in pairs.items()}, {k: sd for k, (_, sd) in pairs.items()}
 
 
@@ -85,17 +75,17 @@ def text_table(result: Mapping) -> str:
     the mark."""
     mark = f"  {result['mark']}" if result.get("mark") else ""
     lines = [f"WARNING: {text}" for text in result.get("warnings", [])]
-    lines.append(f"{_title(result)}: {_runs(result)}")
-    if protocol := _protocol(result):
+    lines.append(f"{summary.title(result)}: {summary.runs(result)}")
+    if protocol := summary.protocol(result):
         lines.append(f"  protocol {protocol}")
     rows: list[tuple[str, float, float | None, str]]
     rows = [(row["name"], row["mean"], row["sd"], f"{row['episodes']} episodes" if row["episodes"] else "")
-            for row in _class_rows(result)]
+            for row in summary.class_rows(result)]
     intervals = result.get("interval") or {}
-    rows += [(_label(k), v, result["sd"][k], _range(intervals.get(k))) for k, v in _scores(result)]
+    rows += [(label(k), v, result["sd"][k], interval_text(intervals.get(k))) for k, v in scores(result)]
     if leak_free := result.get("leak_free"):
         notes = [f"({'; '.join(leak_free['differences'])})"]  # once, beside the first score
-        rows += [(f"leak-free {_label(k)}", v, leak_free["sd"][k], notes.pop() if notes else "") for k, v in _scores(leak_free)]
+        rows += [(f"leak-free {label(k)}", v, leak_free["sd"][k], notes.pop() if notes else "") for k, v in scores(leak_free)]
     rows += [(f"baseline: {name}", b["miou"], None, "") for name, b in result.get("baselines", {}).items()]
     width = max(len(name) for name, *_ in rows)
     for name, mean, sd, note in rows:
@@ -105,7 +95,7 @@ def text_table(result: Mapping) -> str:
 
 
 def write_report(folder: str | Path, result: Mapping, cards: Sequence[Card]) -> Path:
-    """Writes report.json, report.html and (with cards) gallery.png into the folder, each whole or not at all.
+    """Writes report.json, report.html and (with cards) gallery.png and gallery.json into the folder, each whole or not at all.
 
     Returns the path of report.html. Raises ValueError naming missing keys of the result.
     """
@@ -115,149 +105,117 @@ def write_report(folder: str | Path, result: Mapping, cards: Sequence[Card]) -> 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     save_json(folder / "report.json", result)
+    for name in ("gallery.png", "gallery.json"):
+        if not cards:
+            (folder / name).unlink(missing_ok=True)  # an older run's pictures beside this run's scores would lie
     if cards:
-        titles = [f"{card.group} · {card.title}" for card in cards]
+        sheet = [card for card in cards if card.group in SHEET] or cards
         with atomic(folder / "gallery.png") as path:
-            path.write_bytes(png_bytes(contact_sheet([card.panels for card in cards], titles)))
-    else:
-        (folder / "gallery.png").unlink(missing_ok=True)  # an older run's pictures beside this run's scores would lie
+            titles = [f"{card.group} · {card.title}" for card in sheet]
+            path.write_bytes(png_bytes(contact_sheet([card.panels for card in sheet], titles)))
+        save_json(folder / "gallery.json", {"of": fingerprint(result), "seed": result["seeds"][0]["seed"],
+                                            "cards": page.embedded(cards, 240)})
     with atomic(folder / "report.html") as path:
         path.write_text(render(result, cards), encoding="utf-8")
     return folder / "report.html"
 
 
+def fingerprint(result: Mapping) -> str:
+    """Of the episodes' counts: tells whether pictures belong to a result."""
+    rows = (result.get("episodes") or {}).get("rows", [])
+    return hashlib.sha256("\n".join(map(str, rows)).encode()).hexdigest()[:16]
+
+
 def render(result: Mapping, cards: Sequence[Card]) -> str:
-    """The page as text, of a result as `plain` gives it. Pictures shrink until it is below PAGE_BYTES."""
-    loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
-    environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined,
-                                     trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"percent": lambda x, digits=1: f"{100 * x:.{digits}f}", "shown": _shown}
-    template = environment.get_template("report.html.j2")
+    """The page as text, of a result as `plain` gives it."""
     several = len(result["seeds"]) > 1
     intervals, leak_free = result.get("interval") or {}, result.get("leak_free") or {}
-    tiles = [{"label": _label(k), "note": SCORES.get(k, ("", ""))[1], "mean": v, "range": _range(intervals.get(k)),
-              "sd": result["sd"][k] if several else None} for k, v in _scores(result)]
-    leaks = [{"label": _label(k), "published": result["mean"].get(k), "mean": v, "sd": leak_free["sd"][k] if several else None}
-             for k, v in _scores(leak_free)]
+    tiles = [{"label": label(k), "note": SCORES.get(k, ("", ""))[1], "mean": v, "range": interval_text(intervals.get(k)),
+              "sd": result["sd"][k] if several else None} for k, v in scores(result)]
+    leaks = [{"label": label(k), "published": result["mean"].get(k), "mean": v, "sd": leak_free["sd"][k] if several else None}
+             for k, v in scores(leak_free)]
+    drawn = {name: figures.svg(figure, name) for name, figure in figures.of(result).items() if name != "classes"}
+    captions = {"causes": "Share of the episodes by cause.",
+                "priors": "mIoU of each prior map alone, cut at a threshold, on the same episodes as the final mask."}
+    runs = {name: name.removeprefix("curves") or f" {result['system']}" for name in drawn if name.startswith("curves")}
+    captions |= {name: f"Training:{run}. Terms of the loss, validation, learning rate." for name, run in runs.items()}
+    causes = summary.cause_rows(result)
     view = {
-        "result": result, "title": _title(result), "runs": _runs(result), "several": several, "tiles": tiles,
-        "protocol": _protocol(result), "leaks": leaks, "differences": leak_free.get("differences", []),
-        "warnings": result.get("warnings", []), "mark": result.get("mark", ""), "classes": _class_rows(result),
-        "columns": [(k, _label(k)) for k, _ in _scores(result)], "baselines": _baseline_rows(result),
+        "result": result, "title": summary.title(result), "runs": summary.runs(result), "several": several, "tiles": tiles,
+        "protocol": summary.protocol(result), "leaks": leaks, "differences": leak_free.get("differences", []),
+        "warnings": result.get("warnings", []), "mark": result.get("mark", ""), "classes": summary.class_rows(result),
+        "columns": [(k, label(k)) for k, _ in scores(result)], "baselines": summary.baseline_rows(result),
         "facts": {"Protocol": result["protocol"], "Environment": result["environment"], "Time": result.get("time", {})},
-        "legend": {name: f"rgb{rgb}" for name, rgb in COLOURS.items()},
-    }
-    for side in (320, 240, 180, 120, 80):
-        page = template.render(view, groups=_groups(cards, side))
-        if len(page.encode()) < PAGE_BYTES:
-            break
-    return page
+        "intervals": bool((result.get("interval") or {}).get("per_class")), "captions": captions,
+        "figures": drawn, "causes": causes[-1] if causes else None, "rule": CAUSES,
+        "confused": [(summary.class_name(result, c), n) for c, n in result.get("causes", {}).get("confused", {}).items()],
+    }  # fmt: skip
 
+    def pictures(side: int) -> dict[str, list[dict]]:
+        groups: dict[str, list[dict]] = {}
+        for card in page.embedded(cards, side):
+            groups.setdefault(card["group"], []).append(card)
+        return groups
 
-def plain(value: object) -> object:
-    """The same data in JSON's types: keys as text, numpy and torch scalars as numbers, NaN and infinities as null."""
-    if isinstance(value, Mapping):
-        return {str(k): plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple | set):
-        return [plain(v) for v in value]
-    if hasattr(value, "tolist"):  # numpy or torch
-        return plain(value.tolist())
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value if value is None or isinstance(value, bool | int | str) else str(value)
-
-
-def _mean_sd(values: Sequence[float]) -> tuple[float, float]:
-    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
-
-
-def _label(key: str) -> str:
-    return SCORES[key][0] if key in SCORES else key.replace("_", " ").replace("miou", "mIoU").replace(" iou", " IoU")
-
-
-def _scores(result: Mapping) -> list[tuple[str, float]]:
-    """(key, mean) of the scores there are, in SCORES' order, unknown ones last."""
-    mean = {k: v for k, v in result.get("mean", {}).items() if v is not None}
-    return [(k, mean[k]) for k in [*SCORES, *(k for k in mean if k not in SCORES)] if k in mean]
-
-
-def _title(result: Mapping) -> str:
-    data = f"{result['data_set']} split {result['split']}"
-    return f"{result['system']} · {data} · {result['shot']}-shot · {result['backbone']}"
-
-
-def _runs(result: Mapping) -> str:
-    episodes = sorted({s["episodes"] for s in result["seeds"]})
-    count = " to ".join(f"{n:,}" for n in (episodes if len(episodes) < 2 else (episodes[0], episodes[-1])))
-    return f"{len(result['seeds'])} seed{'s' if len(result['seeds']) > 1 else ''} × {count} episodes"
-
-
-def _protocol(result: Mapping) -> str:
-    """Name and hash of the protocol, as far as the result tells them."""
-    name, digest = result["protocol"].get("name", ""), result.get("protocol_hash")
-    return f"{name} ({digest})".strip() if digest else name
-
-
-def _range(interval: Sequence[float] | None) -> str:
-    return f"95 %: {100 * interval[0]:.2f} to {100 * interval[1]:.2f}" if interval else ""
-
-
-def _class_rows(result: Mapping) -> list[dict]:
-    """Per class that was scored: id, name, mean, sd over the seeds, episodes of all seeds (None if not told)."""
-    names = {str(k): v for k, v in result["classes"].items()}
-    seeds = [{"iou": {str(k): v for k, v in s["per_class"].items()},
-              "episodes": {str(k): v for k, v in s.get("episodes_per_class", {}).items()}} for s in result["seeds"]]
-    rows = []
-    for key in seeds[0]["iou"]:
-        if any(s["iou"][key] is None for s in seeds):  # neither in the truth nor predicted: it has no IoU and is in no mean
-            continue
-        mean, sd = _mean_sd([s["iou"][key] for s in seeds])
-        rows.append({"id": key, "name": names.get(key, f"class {key}"), "mean": mean, "sd": sd,
-                     "episodes": sum(s["episodes"].get(key, 0) for s in seeds) or None})
-    return rows
-
-
-def _baseline_rows(result: Mapping) -> list[dict]:
-    """This system first, then the baselines from the best down; empty when there is none to compare with."""
-    others = [{"name": name, "own": False, **scores} for name, scores in result.get("baselines", {}).items()]
-    own = {"name": result["system"], "own": True, **result["mean"]}
-    return [own, *sorted(others, key=lambda row: -row["miou"])] if others else []
-
-
-def _groups(cards: Sequence[Card], side: int) -> dict[str, list[dict]]:
-    """Cards by group in order of appearance, their pictures embedded at most `side` pixels tall."""
-    groups: dict[str, list[dict]] = {}
-    for card in cards:
-        panels = [{"caption": caption, "uri": jpeg_data_uri(fit(image, min(side, image.shape[0])))}
-                  for caption, image in card.panels]
-        groups.setdefault(card.group, []).append({"title": card.title, "subtitle": card.subtitle, "panels": panels})
-    return groups
-
-
-def _shown(value: object) -> str:
-    """A value of the protocol or the environment as a person writes it."""
-    if isinstance(value, bool) or value is None:
-        return {True: "yes", False: "no", None: "–"}[value]
-    if isinstance(value, float):
-        return f"{value:.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
-    if isinstance(value, Mapping):
-        return ", ".join(f"{k}: {_shown(v)}" for k, v in value.items())
-    if isinstance(value, list | tuple):
-        return ", ".join(map(_shown, value))
-    return str(value)
+    return page.render("report.html.j2", view, pictures)
 
 
 def main() -> None:
-    """Exit code 0: compared, whether the difference is significant or not; 1: not comparable; 2: a wrong file."""
-    parser = argparse.ArgumentParser(description="Reports of evaluations (report.json).")
-    command = parser.add_subparsers(required=True).add_parser("compare", help="is B another than A, on the same episodes?")
-    command.add_argument("a", metavar="A.json")
-    command.add_argument("b", metavar="B.json")
+    """Exit code 0: done, whether a difference is significant or not; 1: not comparable; 2: a wrong file."""
+    if sys.argv[1:2] == ["verify"]:  # needs the model, which nothing in util/ may import
+        verify = Path(__file__).parents[1] / "verify.py"
+        os.execv(sys.executable, [sys.executable, str(verify), *sys.argv[2:]])
+    parser = argparse.ArgumentParser(prog="python -m util.report", description="Reports of evaluations (report.json).")
+    commands = parser.add_subparsers(required=True, dest="command")
+    comparing = commands.add_parser("compare", help="is B another than A, on the same episodes?")
+    comparing.add_argument("a", metavar="A.json")
+    comparing.add_argument("b", metavar="B.json")
+    comparing.add_argument("--html", metavar="OUT.html", type=Path, help="also write a page with both side by side")
+    drawing = commands.add_parser("figures", help="figures for papers, as PDF and PNG")
+    drawing.add_argument("folder", metavar="RESULT_DIR", type=Path, help="the folder of a report.json")
     given = parser.parse_args()
-    a, b = load_result(given.a), load_result(given.b)
+    if given.command == "figures":
+        draw(given.folder)
+    else:
+        sys.exit(not compare_files(given.a, given.b, given.html))
+
+
+def compare_files(a_file: str, b_file: str, html: Path | None) -> bool:
+    """Prints the comparison, and writes the page where one is asked for; returns whether the two are comparable."""
+    if html is not None and html.is_dir():
+        raise UserError(f"--html {html} is a folder: name a file")
+    a, b = load_result(a_file), load_result(b_file)
+    if html is not None:
+        for file in (a_file, b_file):
+            read_result(file, check_keys)
     comparison = compare(a, b)
     print(describe(comparison, a, b))
-    sys.exit(not comparison.comparable)
+    if html is not None and comparison.comparable:
+        pairs = ((a_file, a), (b_file, b))
+        galleries = [side_by_side.read_gallery(Path(file).parent, fingerprint(result)) for file, result in pairs]
+        side_by_side.write(html, a, b, comparison, galleries)
+        print(f"page: {html}")
+    return comparison.comparable
+
+
+def draw(folder: Path) -> None:
+    """Writes the figures of folder/report.json to folder/figures."""
+    result = read_result(folder / "report.json", check_keys)
+    if result.get("episodes") and "per_class" not in (result.get("interval") or {}):  # an older report: the rows tell it
+        result["interval"] = bootstrap(read_episodes(result))
+    found = figures.of(result)
+    for name, figure in found.items():
+        for path in figures.save(folder / "figures", name, figure):
+            print(path)
+    if absent := [name for name in ("curves", "causes", "priors") if name not in found]:
+        print(f"no figure of {', '.join(absent)}: this report does not have them")
+
+
+def check_keys(result: Mapping) -> None:
+    """Raises UserError for a result of which no page or figure can be made."""
+    missing = [key for key in REQUIRED if key not in result] or [key for key in ("classes", "seeds", "mean") if not result[key]]
+    if missing:
+        raise UserError(f"no report of an evaluation: it lacks {', '.join(missing)}")
 
 
 if __name__ == "__main__":

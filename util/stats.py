@@ -7,16 +7,19 @@ years later without a GPU.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from util.causes import Spread
 from util.errors import UserError
 
 COLUMNS = ("seed", "number", "class", "intersection", "union", "background_intersection", "background_union")
 QUERY = "query"  # an eighth column, optional: which image is segmented, any whole number that tells the images apart
+SPREAD = Spread._fields  # three more, optional: where the prediction lies, see util/causes.py
 CHUNK = 2**20  # rows drawn at a time: bounds the memory at about 100 MB
 LEVEL = 0.05  # of the p value; the intervals are its complement
 OLD = "evaluate again with this version of test.py, older reports do not have it"
@@ -28,6 +31,7 @@ class Episodes:
 
     counts  N 4: foreground intersection and union, background intersection and union, in pixels at file size
     query   which image is segmented; without that column the number, whose image all seeds share
+    spread  N 3: util.causes.Spread; None where an older report has no such columns
     """
 
     hash: str
@@ -36,6 +40,7 @@ class Episodes:
     cls: np.ndarray
     counts: np.ndarray
     query: np.ndarray
+    spread: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.seed)
@@ -67,8 +72,10 @@ def read_episodes(result: Mapping) -> Episodes:
     if not isinstance(found, Mapping) or not found.get("hash") or not found.get("rows") or "columns" not in found:
         raise UserError("the report's \"episodes\" are incomplete: expected hash, columns and at least one row")
     names = str(found["columns"]).split()
-    if names not in ([*COLUMNS], [*COLUMNS, QUERY]):
+    if names not in ([*COLUMNS], [*COLUMNS, QUERY], [*COLUMNS, QUERY, *SPREAD]):
         raise UserError(f"the report's \"episodes\" have the columns {' '.join(names)!r}; expected {' '.join(COLUMNS)!r}")
+    if not isinstance(found["rows"], list):
+        raise UserError("the report's \"episodes\" are malformed: its rows are no list")
     rows = np.empty((len(found["rows"]), len(names)), np.int64)
     for i, row in enumerate(found["rows"]):
         try:
@@ -76,6 +83,8 @@ def read_episodes(result: Mapping) -> Episodes:
             _, _, _, hit, union, background_hit, background_union = rows[i, :7]
             if not (0 <= hit <= union and 0 <= background_hit <= background_union and union > 0):
                 raise ValueError("need 0 <= intersection <= union, union > 0")
+            if len(names) > 8 and not (hit <= rows[i, 8] <= union and 0 <= rows[i, 9] <= rows[i, 8] - hit and rows[i, 10] >= 0):
+                raise ValueError("need intersection <= predicted <= union, 0 <= on_others <= predicted - intersection")
         except (AttributeError, OverflowError, ValueError) as error:
             raise UserError(f"the report's episode row {i + 1}, {row!r}, is malformed: {error}") from error
     rows = rows[np.lexsort((rows[:, 1], rows[:, 0]))]
@@ -83,21 +92,27 @@ def read_episodes(result: Mapping) -> Episodes:
         seed, number = rows[int(twice.argmax()), :2]
         raise UserError(f"the report has episode {number} of seed {seed} twice")
     query = rows[:, 7] if len(names) > 7 else rows[:, 1]
-    return Episodes(str(found["hash"]), rows[:, 0], rows[:, 1], rows[:, 2], rows[:, 3:7], query)
+    spread = rows[:, 8:] if len(names) > 8 else None
+    return Episodes(str(found["hash"]), rows[:, 0], rows[:, 1], rows[:, 2], rows[:, 3:7], query, spread)
 
 
 def load_result(path: str | Path) -> dict:
     """A report.json that can be compared. Raises UserError, naming the file, when it is missing, malformed or too old."""
+    return read_result(path, _check)
+
+
+def read_result(path: str | Path, check: Callable[[Mapping], object]) -> dict:
+    """A report.json that passes `check`, which raises UserError where it does not. Raises UserError, naming the file."""
     try:
         result = json.loads(Path(path).read_text(encoding="utf-8"))
         if not isinstance(result, dict):
             raise UserError(f"expected the report.json of an evaluation, found a {type(result).__name__}")
-        _check(result)
+        check(result)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); expected the report.json of an evaluation") from error
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: no valid JSON ({error}); expected the report.json of an evaluation") from error
     return result
 
@@ -112,8 +127,9 @@ def pooled(episodes: Episodes) -> dict[str, float]:
     return {"miou": float(miou), "fb_iou": float(fb_iou)}
 
 
-def bootstrap(episodes: Episodes, resamples: int = 2000, seed: int = 0) -> dict[str, list[float]]:
-    """95 % percentile intervals of the `pooled` scores: {"miou": [low, high], "fb_iou": [low, high]}, fractions.
+def bootstrap(episodes: Episodes, resamples: int = 2000, seed: int = 0) -> dict[str, Any]:
+    """95 % percentile intervals of the `pooled` scores, {"miou": [low, high], "fb_iou": [low, high]}, and of the IoU of every
+    class, "per_class": {class: [low, high]}; fractions.
 
     Within each class as many queries are drawn, with replacement, as the class has. Drawn over all classes together a rare
     class would be missing from some resamples, where its IoU is 0 / 0 and the mean would be one over other classes. What
@@ -121,8 +137,10 @@ def bootstrap(episodes: Episodes, resamples: int = 2000, seed: int = 0) -> dict[
     evidence about other images. (Drawn one by one, 5 x 1,000 episodes over 364 images made `compare` call half of the pairs
     of equal systems different.) The same arguments give the same bits. A class with a single query adds no width.
     """
-    miou, fb_iou = _scores(_resample(episodes, episodes.counts, resamples, seed))
-    return {"miou": _interval(miou), "fb_iou": _interval(fb_iou)}
+    sums = _resample(episodes, episodes.counts, resamples, seed)
+    miou, fb_iou = _scores(sums)
+    per_class = {int(c): _interval(sums[:, i, 0] / sums[:, i, 1]) for i, c in enumerate(np.unique(episodes.cls))}
+    return {"miou": _interval(miou), "fb_iou": _interval(fb_iou), "per_class": per_class}
 
 
 def compare(a: Mapping, b: Mapping, resamples: int = 2000, seed: int = 0) -> Comparison:

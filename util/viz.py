@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import cv2
 import numpy as np
@@ -23,6 +24,17 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "miss": (240, 228, 66),
     "not counted": (128, 128, 128),
 }
+
+
+@dataclass
+class Card:
+    """One episode of a gallery. group: its section, e.g. "best"; panels in order; number: of the episode."""
+
+    title: str
+    subtitle: str
+    group: str
+    panels: list[Panel]
+    number: int = -1
 
 
 def _check(image: np.ndarray, mask: np.ndarray | None = None) -> None:

@@ -62,10 +62,14 @@ def box_mask(cam: Tensor, threshold: float = 0.4) -> Tensor:
 
 
 def normalise_affinity(affinity: Tensor, rounds: int = 1) -> Tensor:
-    """B n n attention -> transition matrix: `rounds` times divide by the column sums, then by the row sums."""
+    """B n n attention -> transition matrix: `rounds` times divide by the column sums, then by the row sums.
+
+    A patch that none attends to (sharp attention underflows) has a column of zeros, and keeps it.
+    """
+    tiny = torch.finfo(affinity.dtype).tiny
     for _ in range(rounds):
-        affinity = affinity / affinity.sum(-2, keepdim=True)
-        affinity = affinity / affinity.sum(-1, keepdim=True)
+        affinity = affinity / affinity.sum(-2, keepdim=True).clamp(min=tiny)
+        affinity = affinity / affinity.sum(-1, keepdim=True).clamp(min=tiny)
     return affinity
 
 

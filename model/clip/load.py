@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from model.clip.text import TextEncoder
 from model.clip.trunk import ClipTrunk
 from util.errors import UserError
-from util.files import load_state
+from util.files import load_state, zip_members
 
 # The one TorchScript archive we open: OpenAI's ViT-B-16.pt. Such archives carry code, so any other is refused.
 OPENAI_VIT_B_16 = "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f"
@@ -147,12 +147,7 @@ def _from_folder(folder: Path) -> Clip:
 
 def _is_torchscript(path: Path) -> bool:
     """TorchScript archives are zip files with a `constants.pkl` beside their code."""
-    import zipfile
-
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return any(entry.endswith("/constants.pkl") for entry in archive.namelist())
+    return any(member.filename.endswith("/constants.pkl") for member in zip_members(path))
 
 
 def _read_openai_archive(path: Path) -> dict[str, Tensor]:

@@ -1,13 +1,14 @@
 """HDMNet (CVPR 2023), and PI-CLIP (CVPR 2024) which is HDMNet with CLIP priors in place of its similarity prior."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from model.few_shot.ensemble import Ensemble
 from model.few_shot.matcher import Matcher
-from model.few_shot.parts import PrototypeHead, reduce_block
+from model.few_shot.parts import PrototypeHead, masked_average, reduce_block
 from model.few_shot.prior import Features, join
 from model.few_shot.system import Decoded, FewShot
 from model.losses import distillation_loss, segmentation_loss
@@ -15,6 +16,14 @@ from util.config import Train
 from util.data.episodes import Episode
 
 PRIOR_SCALE = 10.0  # of the priors in the query feature; the matcher gets them unscaled
+
+
+@dataclass
+class Encoded:
+    """What a head that is fixed makes of N supports."""
+
+    prototype: Tensor  # N 256 1 1
+    tokens: Tensor  # N n 64: of the matcher's levels, one after the other
 
 
 class Head(PrototypeHead):
@@ -33,26 +42,44 @@ class Head(PrototypeHead):
         self.ensemble = Ensemble(shot, kshot_trans_dim, restore_order=False)
 
     def forward(
-        self, query: Tensor, support: Tensor, mask: Tensor, maps: Sequence[Tensor], base: Tensor, difference: Tensor, own: Tensor
-    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        self, query: Tensor, support: Tensor | Encoded, mask: Tensor, maps: Sequence[Tensor], base: Tensor, difference: Tensor,
+        own: Tensor,
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:  # fmt: skip
         """
         Args:
-            query: B C h w, stages 3 and 2 concatenated; support: B*K C h w, the same of the masked support.
+            query: B C h w, stages 3 and 2 concatenated; support: B*K C h w, the same of the masked support; or query reduced and
+                support encoded before (testing).
             mask: B*K 1 S S; maps: see `prior.join`; base: B N+1 h w logits; difference: B K; own: B base ranks.
         Returns:
             ensemble scores B 2 h w, meta logits B 2 h w, correlation maps B h w from coarse to fine.
         """
         priors = join(maps)
-        query_feature, support_feature = self.merge(query, support, mask, priors)
-        meta, correlations = self.matcher(query_feature, support_feature, mask, priors)
+        if isinstance(support, Encoded):
+            levels = self.matcher.encode(self.query_feature(query, support.prototype.unflatten(0, (len(query), -1)), priors))
+            tokens = support.tokens.split([h * w for _, (h, w) in levels], 1)
+            meta, correlations = self.matcher.match(levels, tokens, mask, priors)
+        else:
+            meta, correlations = self.matcher(*self.merge(query, support, mask, priors), mask, priors)
         difference = (self.ensemble.shot_weights(difference) * difference).sum(1)
         return self.ensemble(meta, base, difference, own), meta, correlations
 
     def merge(self, query: Tensor, support: Tensor, mask: Tensor, priors: Tensor) -> tuple[Tensor, Tensor]:
         """Inputs of the matcher: query feature B 64 h w (with the mean prototype and the priors), support B*K 64 h w."""
         query, support, prototypes = self.reduced(query, support, mask)
-        query = self.query_merge(torch.cat([query, prototypes.mean(1).expand_as(query), PRIOR_SCALE * priors], 1))
-        return query, self.supp_merge(torch.cat([support, prototypes.flatten(0, 1).expand_as(support)], 1))
+        return self.query_feature(query, prototypes, priors), self.support_feature(support, prototypes.flatten(0, 1))
+
+    def query_feature(self, query: Tensor, prototypes: Tensor, priors: Tensor) -> Tensor:
+        return self.query_merge(torch.cat([query, prototypes.mean(1).expand_as(query), PRIOR_SCALE * priors], 1))
+
+    def support_feature(self, support: Tensor, prototype: Tensor) -> Tensor:
+        return self.supp_merge(torch.cat([support, prototype.expand_as(support)], 1))
+
+    def encode_support(self, support: Tensor, mask: Tensor) -> Encoded:
+        """Everything that depends on the support alone. support: N C h w, from the backbone; mask: N 1 S S."""
+        support = self.down_supp(support)
+        prototype = masked_average(support, mask)
+        levels = self.matcher.encode(self.support_feature(support, prototype))
+        return Encoded(prototype, torch.cat([tokens for tokens, _ in levels], 1))
 
 
 class HDMNet(FewShot):
@@ -77,8 +104,12 @@ class HDMNet(FewShot):
 
     def decode(self, head: nn.Module, features: Features, maps: Sequence[Tensor], own: Tensor) -> Decoded:
         query, support, difference = features.query, features.support, self.difference(features)
-        final, meta, correlations = head(query.middle, support.middle, features.mask, maps, query.base, difference, own)
+        given = support.middle if support.tokens is None else Encoded(support.prototype, support.tokens)
+        final, meta, correlations = head(query.middle, given, features.mask, maps, query.base, difference, own)
         return Decoded(final, meta, correlations=correlations)
+
+    def reduce(self, middle: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
+        return super().reduce(middle, mask) if mask is None else vars(self.trained.encode_support(middle, mask))
 
     def terms(self, decoded: Decoded, features: Features, episode: Episode) -> dict[str, Tensor]:
         target = episode.query_mask.long()

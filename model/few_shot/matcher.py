@@ -8,6 +8,8 @@ tokens, equals the cosine with their mean key.
 Shapes: B queries, K shots, N = h*w tokens of a level, M gathered support tokens, C = 64 channels, H heads.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -128,8 +130,8 @@ class Match(nn.Module):
 
         # The softmax runs over *query* positions, so each support token spreads one unit of attention over the query
         # and padding tokens are silenced by their value alone.
-        attention = (q @ k.transpose(2, 3) / TEMPERATURE).softmax(2)  # B H N M
-        matched = query + self.dropout(self.o(merge_heads(attention @ (v * valid))))
+        attention = (k @ q.transpose(2, 3) / TEMPERATURE).softmax(3)  # B H M N
+        matched = query + self.dropout(self.o(merge_heads(attention.transpose(2, 3) @ (v * valid))))
         matched = matched + self.ffn(self.norm2(matched), size)
 
         mean_key = (k * valid).sum(2, keepdim=True) / (valid.sum(2, keepdim=True) + 1e-9)
@@ -216,16 +218,31 @@ class Matcher(nn.Module):
         """
         B = len(query)
         # Shared weights: one pass for query and support, ordered by episode (see `Dropout`).
-        x = torch.cat([query[:, None], support.unflatten(0, (B, -1))], 1).flatten(0, 1)
-        matched, correlations = [], []
+        both = self.encode(torch.cat([query[:, None], support.unflatten(0, (B, -1))], 1).flatten(0, 1))
+        episodes = [tokens.unflatten(0, (B, -1)) for tokens, _ in both]  # B 1+K N C
+        queries = [(tokens[:, 0], size) for tokens, (_, size) in zip(episodes, both, strict=True)]
+        return self.match(queries, [tokens[:, 1:].flatten(0, 1) for tokens in episodes], mask, priors)
+
+    def encode(self, x: Tensor) -> list[tuple[Tensor, tuple[int, int]]]:
+        """B C h w -> tokens B N C and grid of every level, finest first. Support and query do not see each other here."""
+        levels = []
         for level in self.levels:
             tokens, size = level.encode(x)
+            levels.append((tokens, size))
+            x = to_map(tokens, size)
+        return levels
+
+    def match(
+        self, query: Sequence[tuple[Tensor, tuple[int, int]]], support: Sequence[Tensor], mask: Tensor, priors: Tensor
+    ) -> tuple[Tensor, list[Tensor]]:
+        """`forward` of what is encoded: of the query as `encode` gives it, of the support the tokens B*K N C alone."""
+        B = len(priors)
+        matched, correlations = [], []
+        for level, (q, size), s in zip(self.levels, query, support, strict=True):
             inside = F.interpolate(mask, size, mode="nearest").view(B, -1) > 0
-            episodes = tokens.unflatten(0, (B, -1))  # B 1+K N C
-            q, correlation = level.match(episodes[:, 0], episodes[:, 1:].flatten(1, 2), inside, size)
+            q, correlation = level.match(q, s.unflatten(0, (B, -1)).flatten(1, 2), inside, size)
             matched.append(level.with_priors(to_map(q, size), priors))
             correlations.append(correlation)
-            x = to_map(tokens, size)
 
         out = self.levels[-1].parse(matched[-1])
         for level, fine in zip(reversed(self.levels[:-1]), reversed(matched[:-1]), strict=True):

@@ -1,5 +1,6 @@
 """Small operations shared by few-shot systems. Shapes: B episodes, K shots, C channels, h w feature grid, S image side."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -32,7 +33,8 @@ def inside(features: Tensor, mask: Tensor) -> Tensor:
 def max_cosine(query: Tensor, support: Tensor, eps: float = 1e-7) -> Tensor:
     """Training-free prior: best cosine of every query position with any support position (PFENet Sec. 3.2).
 
-    The caller masks the support; its zeroed positions stay in the maximum with score 0.
+    The caller masks the support; its zeroed positions stay in the maximum with score 0. On the CPU they are not multiplied:
+    each row of the batch keeps its own positions and one zero.
 
     Args:
         query, support: B C h w; their grids may differ.
@@ -41,8 +43,24 @@ def max_cosine(query: Tensor, support: Tensor, eps: float = 1e-7) -> Tensor:
     """
     B, _, h, w = query.shape
     q, s = query.flatten(2), support.flatten(2)  # B C n
-    cosine = (q.transpose(1, 2) @ s) / (q.norm(dim=1)[:, :, None] * s.norm(dim=1)[:, None] + eps)
-    return cosine.amax(2).view(B, 1, h, w)
+    if s.device.type == "cpu":
+        best = torch.cat([_best_cosine(qi[None], _drop_zeros(si)[None], eps) for qi, si in zip(q, s, strict=True)])
+    else:
+        best = _best_cosine(q, s, eps)
+    return best.view(B, 1, h, w)
+
+
+def _best_cosine(q: Tensor, s: Tensor, eps: float) -> Tensor:
+    """B C n, B C m -> B n."""
+    return ((q.transpose(1, 2) @ s) / (q.norm(dim=1)[:, :, None] * s.norm(dim=1)[:, None] + eps)).amax(2)
+
+
+def _drop_zeros(s: Tensor) -> Tensor:
+    """C m -> C m': all columns that are not zero, and one that is where there are any."""
+    keep = s.any(0)
+    if not keep.all():
+        keep[keep.int().argmin()] = True
+    return s[:, keep]
 
 
 def gram(features: Tensor) -> Tensor:

@@ -27,8 +27,10 @@ ATTENTION_BLOCKS = 8  # the affinity averages the last 8 blocks
 class View:
     """What the frozen backbone gives for N images; None where nothing asks for it."""
 
-    middle: Tensor  # N C h w: stages 3 and 2 concatenated, or what a head that is fixed reduced them to
     gram: Tensor  # N c c: Gram matrix of the low stage
+    middle: Tensor | None = None  # N C h w: stages 3 and 2 concatenated, or what a head that is fixed reduced them to
+    prototype: Tensor | None = None  # N 256 1 1 and
+    tokens: Tensor | None = None  # N n 64: what HDMNet's head, when it is fixed, makes of supports in place of `middle`
     stage4: Tensor | None = None  # N C' h' w'
     hidden: Tensor | None = None  # N 512 h' w': base learner before its classifier
     base: Tensor | None = None  # N B+1 h' w': base logits (queries)

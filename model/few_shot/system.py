@@ -125,9 +125,7 @@ class FewShot(System):
         deep = bool(needs & {"stage4", "hidden", "base"})
         stages = self.encoder(images, mask if self.masks_support else None, last=4 if deep else 3)
         middle = torch.cat([stages[3], resize(stages[2], stages[3].shape[2:])], 1)  # of one size but in VGG
-        if self.fixed_head:  # six times smaller than what it is made of
-            middle = (self.trained.down_query if mask is None else self.trained.down_supp)(middle)
-        found = {"middle": middle, "gram": gram(stages[self.low_stage])}
+        found = {"gram": gram(stages[self.low_stage])} | (self.reduce(middle, mask) if self.fixed_head else {"middle": middle})
         if "stage4" in needs:
             found["stage4"] = stages[4]
         if needs & {"hidden", "base"}:
@@ -140,12 +138,27 @@ class FewShot(System):
             found["masked4"] = deepest * resize(mask, deepest.shape[2:])
         return found
 
+    def reduce(self, middle: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
+        """What a head that is fixed makes of middle features alone, as parts of a `View`: six times smaller."""
+        return {"middle": (self.trained.down_query if mask is None else self.trained.down_supp)(middle)}
+
     def difference(self, features: Features) -> Tensor:
         """B K scene differences of query and shots."""
         return scene_difference(features.query.gram, features.support.gram.unflatten(0, (-1, features.shot)))
 
     def prior_maps(self, episode: Episode, features: Features) -> dict[str, Tensor]:
         return {prior.name: prior(episode, features) for prior in self.priors}
+
+    @torch.no_grad()
+    def stages(self, batch: Episode) -> dict[str, dict[str, Tensor]]:
+        """What `predict` computes on its way, for comparison with another run."""
+        features = self.features(batch)
+        maps = self.prior_maps(batch, features)
+        decoded = self.decode(self.trained, features, list(maps.values()), batch.base_rank)
+        views = {f"{role} {name}": value for role, view in (("query", features.query), ("support", features.support))
+                 for name, value in vars(view).items() if value is not None}  # fmt: skip
+        return {"features": views, "prior": maps, "matcher": {"final": decoded.final} | (
+            {} if decoded.meta is None else {"meta": decoded.meta})}  # fmt: skip
 
     def losses(self, batch: Episode) -> dict[str, Tensor]:
         self._check(batch)

@@ -80,6 +80,12 @@ class Golden:
         return tensor
 
 
+def system_of(path: Path) -> str:
+    """The system that made a file; "" for files of another layout."""
+    with np.load(path, allow_pickle=False) as archive:
+        return str(archive["system"]) if "system" in archive else ""
+
+
 def filled_clip(golden: Golden) -> Clip:
     with torch.device("meta"):
         shapes = {k: v.shape for k, v in open_clip.model.CLIP(**open_clip_config()).state_dict().items() if k != "attn_mask"}

@@ -7,7 +7,7 @@ from torch.utils.data import Dataset
 
 from util.config import Config
 from util.data.episodes import EpisodeDataset, EpisodeList, Transform, check_novel
-from util.data.folds import ClassNames, Fold, fold, read_class_names
+from util.data.folds import ClassNames, Fold, fold_of, read_class_names
 from util.data.index import Index, Record, build_index, scan
 from util.data.manifest import AnyEpisodes, read_manifest
 from util.data.semantic import SemanticDataset
@@ -32,7 +32,7 @@ class Source:
     def __post_init__(self) -> None:
         train, data = self.config.Train, self.config.Data
         self._records: dict[str, list[Record]] = {}
-        self.fold: Fold = fold(train.data_set, train.split, train.use_split_coco)
+        self.fold: Fold = fold_of(self.config)
         self.names: ClassNames = read_class_names(data.class_names)
         if len(self.names.names) != self.fold.num_classes:
             raise UserError(f"Data.class_names: {data.class_names} names {len(self.names.names)} classes, "
@@ -41,7 +41,8 @@ class Source:
     def records(self, key: str) -> list[Record]:
         """Scanned lines of Data.train_list or Data.val_list; read once."""
         if key not in self._records:
-            self._records[key] = scan(self.config.Data.data_root, getattr(self.config.Data, key), self.names, self.cache)
+            data = self.config.Data
+            self._records[key] = scan(data.data_root, getattr(data, key), self.names, self.cache, skip=data.on_error == "skip")
         return self._records[key]
 
     def index(self, training: bool, base: bool = False) -> Index:

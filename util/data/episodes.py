@@ -147,6 +147,14 @@ class Batch:
         """Called by the DataLoader."""
         return self._map(Tensor.pin_memory)
 
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors by name; those of a list as name.0, name.1, ..."""
+        found = {}
+        for name, value in vars(self).items():
+            named = enumerate(value) if isinstance(value, list) else [("", value)]
+            found |= {f"{name}.{i}".rstrip("."): tensor for i, tensor in named if isinstance(tensor, Tensor)}
+        return found
+
     def __len__(self) -> int:
         return len(getattr(self, fields(self)[0].name))
 
@@ -193,6 +201,7 @@ class Episode(Batch):
     support_names: list[list[str]]  # B lists of K
     query_key: list[str] = field(default_factory=list)  # hash of each query's pixels; evaluation only, else []
     support_key: list[list[str]] = field(default_factory=list)  # B lists of K: hash of pixels and mask; evaluation only
+    original_label: list[Tensor] = field(default_factory=list)  # B of H W uint8: the query's label file; evaluation only
 
 
 def content_key(*arrays: np.ndarray) -> str:
@@ -277,6 +286,7 @@ class EpisodeMaker:
             support_names=[[shot.name for shot in shots]],
             query_key=[content_key(query)] if self.evaluation else [],
             support_key=[[shot.key for shot in shots]] if self.evaluation else [],
+            original_label=[to_tensor(original)] if self.evaluation else [],
         )
 
 

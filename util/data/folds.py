@@ -1,12 +1,16 @@
 """Which classes a fold trains on and which it tests, and what the classes are called.
 
-Classes are the values of the label PNGs: 1..C, with 0 background and 255 ignore ("PI-CLIP Sec. 1, Folds").
+Classes are the values of the label PNGs: 1..C, with 0 background and 255 ignore ("PI-CLIP Sec. 1, Folds"). The folds of the
+published data sets follow from rules; those of your own stand in a file (docs/custom-data.md).
 """
 
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 
+import yaml
+
+from util.config import Config
 from util.errors import UserError
 
 NUM_CLASSES = {"pascal": 20, "coco": 80, "demo": 20}
@@ -15,7 +19,7 @@ NUM_FOLDS = 4
 
 @dataclass(frozen=True)
 class Fold:
-    """One of the four splits of a data set; class ids are 1-based and ascending."""
+    """One of the splits of a data set; class ids are 1-based and ascending."""
 
     data_set: str
     split: int
@@ -39,6 +43,22 @@ class ClassNames:
     texts: tuple[str, ...]
 
 
+def fold_of(config: Config) -> Fold:
+    """The fold that a config names: by its data set's rule, or from the file Data.folds."""
+    train, data = config.Train, config.Data
+    if not data.folds:
+        return fold(train.data_set, train.split, train.use_split_coco)
+    if train.data_set in NUM_CLASSES:
+        raise UserError(f"Data.folds = {data.folds}: {train.data_set} has its own folds; give yours another Train.data_set")
+    names = read_class_names(data.class_names)
+    folds = read_folds(data.folds, names)
+    if train.split not in range(len(folds)):
+        raise UserError(f"Train.split: unknown fold {train.split!r}; {data.folds} has split0 to split{len(folds) - 1}")
+    novel = folds[train.split]
+    base = tuple(c for c in range(1, len(names.names) + 1) if c not in novel)
+    return Fold(train.data_set, train.split, novel, base)
+
+
 def fold(data_set: str, split: int, use_split_coco: bool = True) -> Fold:
     """The classes of fold `split` (0..3).
 
@@ -48,7 +68,8 @@ def fold(data_set: str, split: int, use_split_coco: bool = True) -> Fold:
     if data_set not in NUM_CLASSES:
         close = get_close_matches(str(data_set).lower(), NUM_CLASSES, n=1)
         hint = f"did you mean {close[0]!r}? " if close else ""
-        raise UserError(f"Train.data_set: unknown data set {data_set!r}; {hint}choose one of {', '.join(NUM_CLASSES)}")
+        raise UserError(f"Train.data_set: unknown data set {data_set!r}; {hint}choose one of {', '.join(NUM_CLASSES)}, "
+                        "or name a file of folds in Data.folds (docs/custom-data.md)")
     if split not in range(NUM_FOLDS):
         raise UserError(f"Train.split: unknown fold {split!r}; choose 0, 1, 2 or 3")
     classes = range(1, NUM_CLASSES[data_set] + 1)
@@ -60,18 +81,56 @@ def fold(data_set: str, split: int, use_split_coco: bool = True) -> Fold:
     return Fold(data_set, split, novel, tuple(c for c in classes if c not in novel))
 
 
+def read_folds(path: str | Path, names: ClassNames) -> list[tuple[int, ...]]:
+    """The novel classes of each fold, ascending, from YAML: `split0: [name, name]`, `split1: ...`.
+
+    A class in no fold is a base class of all. Raises UserError, naming the fold, for anything else than existing names in one
+    fold each, with a base class left in every one.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        content, node = yaml.safe_load(text), yaml.compose(text)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"Data.folds: {path} cannot be read as YAML ({error})") from error
+    keys = [key.value for key, _ in node.value] if isinstance(content, dict) else []  # the mapping hides a key that comes twice
+    if not keys or keys != [f"split{i}" for i in range(len(keys))]:
+        raise UserError(f"{path}: expected the lines `split0: [class, class]`, `split1: ...`, numbered from 0, each once")
+    folds: list[tuple[int, ...]] = []
+    place: dict[str, str] = {}
+    for split, members in content.items():
+        if not isinstance(members, list) or not members or not all(isinstance(name, str) for name in members):
+            raise UserError(f"{path}: {split} must be a list of class names, [bird, boat]; put no, on, 7 and the like in quotes")
+        for name in members:
+            if name not in names.names:
+                close = get_close_matches(name, names.names, n=1)
+                hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(names.names)}"
+                raise UserError(f"{path}: {split} names {name!r}, which is no class; {hint}")
+            if name in place:
+                raise UserError(f"{path}: {name!r} is in {place[name]} and in {split}; a class is novel in one fold only")
+            place[name] = split
+        if len(members) == len(names.names):
+            raise UserError(f"{path}: {split} has all classes; a fold needs base classes to train on")
+        folds.append(tuple(sorted(names.names.index(name) + 1 for name in members)))
+    return folds
+
+
 def read_class_names(path: str | Path) -> ClassNames:
     """Read one class a line, `NAME` or `NAME | text for CLIP`; line c is PNG value c. The text defaults to the name."""
     path = Path(path)
-    if not path.is_file():
-        raise UserError(f"Data.class_names: no such file: {path} (one class a line: NAME or NAME | text for CLIP)")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise UserError(f"Data.class_names: no such file: {path} (one class a line: NAME or NAME | text for CLIP)") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"Data.class_names: {path} cannot be read as UTF-8 text ({error})") from error
     names, texts = [], []
-    for number, line in enumerate(path.read_text(encoding="utf-8").rstrip().splitlines(), start=1):
-        name, bar, text = (part.strip() for part in line.partition("|"))
-        if not name or "|" in text or (bar and not text):
+    for number, line in enumerate(text.rstrip().splitlines(), start=1):
+        name, bar, spoken = (part.strip() for part in line.partition("|"))
+        if not name or "|" in spoken or (bar and not spoken):
             raise UserError(f"{path}:{number}: expected `NAME` or `NAME | text for CLIP`, got {line!r}")
         if name in names:
             raise UserError(f"{path}:{number}: class {name!r} is already on line {names.index(name) + 1}")
         names.append(name)
-        texts.append(text or name)
+        texts.append(spoken or name)
     return ClassNames(tuple(names), tuple(texts))

@@ -6,22 +6,23 @@
 
 import hashlib
 import json
+import logging
 import os
 import signal
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from multiprocessing import Pool
 from pathlib import Path, PureWindowsPath
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
 from util.data.folds import ClassNames
-from util.data.transforms import IGNORE, check_sizes, read_label
-from util.errors import UserError
+from util.data.transforms import IGNORE, check_sizes, image_hw, read_label
+from util.errors import BrokenFile, UserError
 from util.files import save_json
 
 MIN_PIXELS = 2 * 32 * 32
@@ -56,22 +57,25 @@ def scan(
     class_names: ClassNames,
     cache_dir: str | Path,
     workers: int | None = None,
+    skip: bool = False,
 ) -> list[Record]:
     """Read every label (and VOC XML) of a list, in list order.
 
     Cached under `cache_dir` by the list, the class names and name, size and time of every label and XML.
-    `workers`: processes, by default one a core. Raises UserError on anything wrong in the list or the files.
+    `workers`: processes, by default one a core. `skip`: leave out lines whose files are missing or damaged, with a warning.
+    Raises UserError on anything else that is wrong in the list or the files; all files that are, the first of them by name.
     """
     root, list_file = Path(data_root), Path(list_file)
-    if not str(data_root) or not root.is_dir():
+    if not os.path.isdir(data_root):  # unlike Path.is_dir, no error for a name that cannot be one
         raise UserError(f"Data.data_root: no such folder: {str(data_root)!r}; the paths in the lists start there")
     pairs = read_list(list_file)
     cache = Path(cache_dir) / f"{list_file.stem}-{_fingerprint(root, pairs, class_names)}.json"
-    if cache.is_file():
-        return [_from_json(entry) for entry in json.loads(cache.read_text())]
+    if cache.is_file() and not skip:  # a file may be gone since
+        with suppress(ValueError, LookupError, TypeError, AttributeError, RecursionError):  # damaged: read the labels again
+            return [_from_json(entry) for entry in json.loads(cache.read_text())]
 
     workers = len(os.sched_getaffinity(0)) if workers is None else workers
-    read = partial(_read_record, root, class_names.names)
+    read = partial(_try_record, root, class_names.names)
     progress = partial(tqdm, total=len(pairs), desc=f"reading the labels of {list_file.name}", disable=None)
     if workers < 2 or len(pairs) < SERIAL_BELOW:
         records = list(progress(map(read, pairs)))
@@ -79,8 +83,24 @@ def scan(
         # A handler for SIGTERM, inherited from a training, would keep the workers from ending.
         with Pool(workers, initializer=signal.signal, initargs=(signal.SIGTERM, signal.SIG_DFL)) as pool:
             records = list(progress(pool.imap(read, pairs, chunksize=32)))
-    save_json(cache, [asdict(record) for record in records])
+    wrong = [record for record in records if isinstance(record, UserError)]
+    left_out = [error for error in wrong if skip and isinstance(error, BrokenFile)]
+    if len(left_out) < len(wrong):
+        more = "".join(f"\n{error}" for error in wrong[1:4]) + (f"\n... {len(wrong)} files in all" if len(wrong) > 4 else "")
+        raise UserError(f"{wrong[0]}{more}")
+    for error in left_out:
+        logging.getLogger(__name__).warning("left out: %s", error)
+    records = [record for record in records if isinstance(record, Record)]
+    if not wrong:
+        save_json(cache, [asdict(record) for record in records])
     return records
+
+
+def _try_record(root: Path, names: tuple[str, ...], pair: tuple[str, str]) -> Record | UserError:
+    try:
+        return _read_record(root, names, pair)
+    except UserError as error:
+        return error
 
 
 def read_list(list_file: str | Path) -> list[tuple[str, str]]:
@@ -89,7 +109,7 @@ def read_list(list_file: str | Path) -> list[tuple[str, str]]:
     Raises UserError, naming the line, for paths that lead out of the data root or that only Windows understands.
     """
     path = Path(list_file)
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UserError(f"Data.train_list / Data.val_list: no such list: {str(list_file)!r}; lists/README.md tells what makes it")
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()  # some editors put a mark at the start
@@ -171,22 +191,11 @@ def _read_record(root: Path, names: tuple[str, ...], pair: tuple[str, str]) -> R
             f"{root / label}: label values {strange} are no class; expected 0..{len(names)} and 255 (ignore). "
             "Is it the label of this data set (Train.data_set, Data.data_root), with contiguous class ids?"
         )
-    check_sizes(root / image, _image_hw(root / image), root / label, array.shape)
+    check_sizes(root / image, image_hw(root / image), root / label, array.shape)
     annotated = _annotated(_xml_path(root, image), names)
     if annotated is None:
         annotated = tuple(values)
     return Record(image, label, *array.shape, {v: int(counts[v]) for v in values}, annotated)
-
-
-def _image_hw(path: Path) -> tuple[int, int]:
-    """Height and width from the header alone."""
-    try:
-        with Image.open(path) as image:
-            return image.height, image.width
-    except FileNotFoundError:
-        raise UserError(f"image not found: {path} (Data.data_root and the path in the list file are joined)") from None
-    except OSError:
-        raise UserError(f"{path}: not a readable image; fetch it again") from None
 
 
 def _xml_path(root: Path, image: str) -> Path:
@@ -199,7 +208,7 @@ def _annotated(xml: Path, names: tuple[str, ...]) -> tuple[int, ...] | None:
         return None
     try:
         found = {obj.findtext("name", "") for obj in ElementTree.parse(xml).getroot().findall("object")}
-    except ElementTree.ParseError as error:
+    except (ElementTree.ParseError, ValueError, LookupError) as error:  # the latter two: encodings
         raise UserError(f"{xml}: not a readable VOC annotation ({error}); fetch it again") from error
     unknown = sorted(found.difference(names))
     if unknown:
@@ -216,7 +225,7 @@ def _fingerprint(root: Path, pairs: Iterable[tuple[str, str]], class_names: Clas
             try:
                 state = path.stat()
                 states.append((state.st_size, state.st_mtime_ns))
-            except FileNotFoundError:
+            except (OSError, ValueError):  # not there, or a name that cannot be one
                 states.append(None)
         digest.update(repr((image, label, states)).encode())
     return digest.hexdigest()

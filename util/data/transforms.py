@@ -4,6 +4,7 @@ Images are H W 3 float32 RGB 0..255, never normalised: every encoder does that i
 ignore and are only ever moved with nearest neighbour, so recolouring a label commutes with every transform here.
 """
 
+import os
 import signal
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from util.errors import UserError
+from util.errors import BrokenFile, UserError
 
 IMAGENET_MEAN = (123.675, 116.28, 103.53)
 IGNORE = 255
@@ -29,12 +30,34 @@ def worker_init(worker_id: int) -> None:
 
 
 def read_image(path: str | Path) -> np.ndarray:
-    """Read an image as H W 3 float32 RGB 0..255, as stored: EXIF rotation is not applied, labels do not know of it."""
-    _require(path, "image")
-    image = cv2.imread(str(path), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
-    if image is None:
-        raise UserError(f"{path}: not a readable image; fetch it again")
+    """Read an image as H W 3 float32 RGB 0..255, as stored: EXIF rotation is not applied, labels do not know of it.
+
+    Grey becomes three equal channels, transparency is dropped, 16 bits are cut to 8, of an animation the first frame counts.
+    """
+    image_hw(path)  # the header first: a bomb is refused before it takes memory
+    data = Path(path).read_bytes()
+    try:
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
+    except cv2.error:
+        image = None
+    if image is None or _cut_off(data):
+        raise BrokenFile(f"{path}: not a readable image; fetch it again")
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB).astype(np.float32)
+
+
+def image_hw(path: str | Path) -> tuple[int, int]:
+    """Height and width of an image, from its header alone."""
+    _require(path, "image")
+    try:
+        with Image.open(path) as image:
+            return image.height, image.width
+    except Exception as error:  # PIL raises many kinds on damaged files, and its own on absurd sizes
+        raise BrokenFile(f"{path}: not a readable image ({error}); fetch it again") from error
+
+
+def _cut_off(data: bytes) -> bool:
+    """Whether a JPEG lacks its end. OpenCV reads such a one and paints the missing rows grey, without an error."""
+    return data.startswith(b"\xff\xd8") and data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda")
 
 
 def read_label(path: str | Path) -> np.ndarray:
@@ -42,11 +65,12 @@ def read_label(path: str | Path) -> np.ndarray:
     _require(path, "label")
     try:
         with Image.open(path) as label:
-            if label.mode not in ("P", "L"):
-                raise UserError(f"{path}: a label is an 8-bit PNG of class indices (mode P or L), not {label.mode}")
-            return np.array(label)
-    except (OSError, SyntaxError) as error:  # PIL raises SyntaxError on a broken PNG
-        raise UserError(f"{path}: not a readable label ({error}); fetch it again") from error
+            mode, array = label.mode, np.array(label) if label.mode in ("P", "L") else None
+    except Exception as error:  # as in image_hw
+        raise BrokenFile(f"{path}: not a readable label ({error}); fetch it again") from error
+    if array is None:
+        raise UserError(f"{path}: a label is an 8-bit PNG of class indices (mode P or L), not {mode}")
+    return array
 
 
 def read_pair(image_path: str | Path, label_path: str | Path) -> tuple[np.ndarray, np.ndarray]:
@@ -68,8 +92,8 @@ def check_sizes(
 
 
 def _require(path: str | Path, what: str) -> None:
-    if not Path(path).is_file():
-        raise UserError(f"{what} not found: {path} (Data.data_root and the path in the list file are joined)")
+    if not os.path.isfile(path):  # unlike Path.is_file, no error for a name that cannot be one
+        raise BrokenFile(f"{what} not found: {path} (Data.data_root and the path in the list file are joined)")
 
 
 class TrainTransform:
@@ -101,6 +125,7 @@ class TrainTransform:
         turn, blur, flip = rng.random(3) < 0.5
         offset = rng.random(2)  # every number is drawn, used or not: one choice never shifts another
 
+        scale = max(scale, 1 / min(image.shape[:2]))  # a row of pixels stays one
         image = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_LINEAR)
         labels = [cv2.resize(x, None, fx=scale, fy=scale, interpolation=cv2.INTER_NEAREST) for x in labels]
         if turn:

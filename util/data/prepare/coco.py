@@ -9,7 +9,7 @@ it is not ignored; it lies beneath because its outline is coarse and runs over t
 import json
 import re
 from array import array
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial as bind
@@ -27,6 +27,7 @@ CLASSES = NUM_CLASSES["coco"]
 CLASS_FILE = Path(__file__).resolve().parents[3] / "lists/coco/classes.txt"
 HIGHEST_ID = 90
 KNOWN = {"train2014": 82081, "val2014": 40137}
+Classes = Callable[[Path, Sequence[dict]], dict[int, int]]  # file, its categories -> category id -> class
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Annotation:
     id: int
     cls: int  # 1..80
     crowd: bool
-    segmentation: Any  # polygons [x0, y0, x1, y1, ...], or {"counts": [...]} of a crowd
+    segmentation: Any  # polygons [x0, y0, x1, y1, ...], or {"counts": [...]} of a crowd (or text, as COCO's tools write runs)
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def _prepare_split(images: Path, path: Path, split: str, out: Path, lists: Path,
     missing = []
     if len(labelled) != KNOWN.get(split, len(labelled)):
         missing.append(f"{path}: {len(labelled):,} images with an object, {split} has {KNOWN[split]:,}")
-    folder, found = _find(images, split, {image.name for image in labelled})
+    folder, found = find_images(images, split, {image.name for image in labelled})
     missing += absent(f"images of {path.name} in {folder}", [image.name for image in labelled if image.name not in found])
     settle(missing, partial)
     labelled = [image for image in labelled if image.name in found]
@@ -96,8 +97,10 @@ def _prepare_split(images: Path, path: Path, split: str, out: Path, lists: Path,
     print(f"{lists / kind}.txt: {len(labelled):,} images" + (f" of {KNOWN[split]:,}" if split in KNOWN else ""))
 
 
-def read_annotations(path: Path, split: str) -> tuple[list[Labelled], int]:
+def read_annotations(path: Path, split: str, classes: Classes | None = None) -> tuple[list[Labelled], int]:
     """Read an instances JSON: the images with an object by name, and how many have none.
+
+    classes: category id -> class from the file's categories; None: those of COCO.
 
     Raises:
         UserError: naming the file and the entry that is wrong.
@@ -114,7 +117,7 @@ def read_annotations(path: Path, split: str) -> tuple[list[Labelled], int]:
     if not isinstance(content, dict) or not all(isinstance(content.get(key), list) for key in keys):
         raise UserError(f"{path}: no COCO annotation file: expected the lists {', '.join(keys)}; give instances_{split}.json")
     try:
-        return _checked(path, split, content)
+        return _checked(path, split, content, classes or classes_of)
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: no COCO instances: an entry lacks or mistypes a field "
                         f"({type(error).__name__}: {error}); give instances_{split}.json") from error
@@ -150,16 +153,32 @@ def rasterise(path: Path, annotation: Annotation, height: int, width: int) -> np
     where, shape = f"{path}: annotation {annotation.id}", annotation.segmentation
     if isinstance(shape, dict):
         counts = shape.get("counts")
+        if isinstance(counts, str):  # as COCO's tools write them
+            counts = _runs(counts)
         runs = isinstance(counts, list) and all(isinstance(run, int) and run >= 0 for run in counts)
         if not runs or sum(counts) != height * width or shape.get("size") != [height, width]:
             raise UserError(f"{where}: run lengths that do not fill its image, {height} x {width}; fetch the file again")
-        return rle.decode(rle.frPyObjects(shape, height, width)).astype(bool)
+        return rle.decode(rle.frPyObjects({"size": [height, width], "counts": counts}, height, width)).astype(bool)
     if not isinstance(shape, list) or not all(isinstance(p, array) and len(p) % 2 == 0 and np.isfinite(p).all() for p in shape):
         raise UserError(f"{where}: its segmentation is neither polygons x0, y0, x1, y1, ... nor runs; fetch the file again")
     drawn = [p for p in shape if len(p) >= 6]  # two points enclose nothing
     if not drawn:
         return np.zeros((height, width), bool)
     return rle.decode(rle.merge(rle.frPyObjects(drawn, height, width))).astype(bool)
+
+
+def _runs(text: str) -> list[int]:
+    """Run lengths from COCO's text: groups of 5 bits, low first; from the fourth run on, what the run two before it lacks."""
+    runs: list[int] = []
+    value = shift = 0
+    for code in (ord(character) - 48 for character in text):
+        value |= (code & 31) << shift
+        shift += 5
+        if not code & 32:
+            value -= (code & 16 and 1) << shift  # the sign
+            runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+            value = shift = 0
+    return runs
 
 
 def make_label(path: Path, folder: Path, image: Labelled) -> tuple[int, int, int, int] | None:
@@ -172,14 +191,14 @@ def make_label(path: Path, folder: Path, image: Labelled) -> tuple[int, int, int
     return contested, crowd, int(not label.any()), label.size
 
 
-def _checked(path: Path, split: str, content: dict) -> tuple[list[Labelled], int]:
+def _checked(path: Path, split: str, content: dict, classes_of: Classes) -> tuple[list[Labelled], int]:
     classes = classes_of(path, content["categories"])
     images: dict[int, Labelled] = {}
     stems: dict[str, int] = {}
     for entry in content["images"]:
         number, where = entry["id"], f"{path}: image {entry['id']}"
         name = check_name(where, entry["file_name"])
-        if (other := re.match(r"COCO_(train|val)\d{4}_", name)) and not split.startswith(other[1]):
+        if (other := re.match(r"COCO_(train|val)\d{4}_", name)) and split and not split.startswith(other[1]):
             raise UserError(f"{where}: {name} is a {other[1]} image, but the file name says {split}; rename the JSON")
         if (first := stems.setdefault(Path(name).stem, number)) != number or number in images:
             raise UserError(f"{where}: {name} is there twice (image {first}); remove one")
@@ -205,7 +224,7 @@ def _compact(entry: dict) -> dict:
     return entry
 
 
-def _find(images: Path, split: str, names: Collection[str]) -> tuple[Path, set[str]]:
+def find_images(images: Path, split: str, names: Collection[str]) -> tuple[Path, set[str]]:
     """The folder of a split, `images` or images/SPLIT, whichever holds more of `names`, and those it holds."""
     folders = [folder for folder in (images / split, images) if folder.is_dir()]
     if not folders:

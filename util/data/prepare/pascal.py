@@ -9,13 +9,12 @@ import hashlib
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 from scipy.io import loadmat
 
 from util.data.folds import NUM_CLASSES
 from util.data.prepare.archives import open_source
 from util.data.prepare.common import absent, check_classes, each, is_done, link, read_ids, settle, write_label, write_list
-from util.data.transforms import check_sizes, read_label
+from util.data.transforms import check_sizes, image_hw, read_label
 from util.errors import UserError
 
 CLASSES = NUM_CLASSES["pascal"]
@@ -125,11 +124,7 @@ def read_mat(path: Path) -> np.ndarray:
 def make_label(job: tuple[Path, Path, Path]) -> bool:
     """Write the label `target` of `image` from `source` (.mat or palette PNG); False where it already is."""
     source, image, target = job
-    try:
-        with Image.open(image) as opened:
-            hw = opened.height, opened.width
-    except OSError as error:
-        raise UserError(f"{image}: not a readable image; fetch it again") from error
+    hw = image_hw(image)
     if is_done(target, hw, CLASSES):
         return False
     label = read_mat(source) if source.suffix == ".mat" else read_label(source)
