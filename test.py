@@ -19,7 +19,7 @@ from model.few_shot.system import FewShot
 from model.trace import trace_all
 from util import causes, cli, curves, distributed, evaluate, experiment, preflight, protocol, stats
 from util.cache import TensorCache, open_cache
-from util.checkpoint import EXPORT, read_meta
+from util.checkpoint import EXPORT, check_identity, read_meta
 from util.config import Config, load_config
 from util.data.build import Source
 from util.data.manifest import AnyEpisodes, episode_hash
@@ -43,7 +43,7 @@ def main() -> None:
         prepare_data(config, context)
         with RunLog(place.result, "test.log", quiet=arguments.quiet, main=context.main) as log:
             if context.main:
-                preflight.require(config, place, ("val_list",), start=not whole(weight_file(config, place), place.arch))
+                ready(config, place)
             context.barrier()
             test(config, place, context, log)
     finally:
@@ -124,9 +124,17 @@ def weight_file(config: Config, place: Experiment) -> Path:
     return place.last if config.Train.selection == "last" and place.last.is_file() else place.best
 
 
-def whole(weight: Path, arch: str) -> bool:
-    """Whether a checkpoint brings everything along: a published one, one for sharing, the base learner's own."""
-    return weight.suffix != ".safetensors" or arch == "PSPNet" or (weight.is_file() and EXPORT in read_meta(weight))
+def ready(config: Config, place: Experiment) -> None:
+    """Raises a UserError with everything that is wrong, the checkpoint included."""
+    weight, findings = weight_file(config, place), []
+    whole = weight.suffix != ".safetensors" or place.arch == "PSPNet"  # it brings everything along
+    if weight.suffix == ".safetensors" and weight.is_file():
+        meta, cls = read_meta(weight), system_class(place.arch)
+        priors = config.Method.priors or list(cls.default_priors) if issubclass(cls, FewShot) else None
+        wanted = experiment.identity(place.arch, with_selection(config, place.arch, weight), priors)
+        findings.append(preflight.attempt("checkpoint", lambda: check_identity(weight, meta, wanted) or str(weight)))
+        whole |= EXPORT in meta
+    preflight.require(config, place, ("val_list",), start=not whole, extra=findings)
 
 
 def with_selection(config: Config, arch: str, weight: Path) -> Config:

@@ -19,7 +19,6 @@ DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
 TEXTS = [*PAGES, ROOT / "README.md", ROOT / "bench/RESULTS.md", ROOT / "demo/README.md", ROOT / "lists/README.md"]
 ABOUT_CODE = [*sorted((DOCS / "systems").glob("*.md")), DOCS / "extending.md"]
-PENDING = {"web.md", "test_hostile.py", "test_properties.py"}  # named, still being written
 
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 SPAN = re.compile(r"`([^`\n]+)`")
@@ -56,7 +55,7 @@ def wrong_spans(text: str, folder: Path, paths_too: bool = True) -> list[str]:
         path, _, name = span.partition("::")
         is_code = re.fullmatch(r"[\w/-]+\.py", path)
         is_path = paths_too and re.fullmatch(r"(bench|config|demo|docs|lists|model|tests|util)/[\w./-]+", path)
-        if not (is_code or is_path) or re.search(r"[A-Z]{3,}", path) or path in PENDING:  # NAME stands for anything
+        if not (is_code or is_path) or re.search(r"[A-Z]{3,}", path):  # NAME stands for anything
             continue
         file = next((f for f in (ROOT / path, ROOT / "tests" / path, folder / path) if f.exists()), None)
         if file is None or (name and not defines(file, name)):
@@ -76,7 +75,7 @@ def wrong_links(text: str, page: Path) -> list[str]:
     for link in LINK.findall(FENCE.sub("", text)):
         target, _, anchor = link.partition("#")
         file = (page.parent / target).resolve() if target else page
-        if re.match(r"[a-z]+:", link) or (file.parent == DOCS and file.name in PENDING):
+        if re.match(r"[a-z]+:", link):
             continue
         if not file.exists() or (anchor and anchor not in anchors(file)):
             wrong.append(link)
@@ -162,8 +161,6 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     pytest.importorskip("material", reason="the docs group of pyproject.toml is not installed: pip install mkdocs-material")
     shutil.copytree(DOCS, tmp_path / "docs")
     shutil.copy(ROOT / "mkdocs.yml", tmp_path)
-    for name in [name for name in PENDING if name.endswith(".md") and not (DOCS / name).exists()]:
-        (tmp_path / "docs" / name).write_text(f"# {name}\n")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path / "site"]
     quiet = os.environ | {"NO_MKDOCS_2_WARNING": "1"}  # Material's notice of its end of life, May 2027
     built = subprocess.run(command, cwd=tmp_path, env=quiet, capture_output=True, text=True)

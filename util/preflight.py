@@ -48,14 +48,15 @@ def check(config_path: str, arch: str, overrides: Sequence[str], full: bool = Fa
     return inspect(config, place, ("train_list", "val_list"), read=drawn and not quick, full=full)
 
 
-def require(config: Config, place: Experiment, lists: Sequence[str], start: bool = True) -> None:
+def require(config: Config, place: Experiment, lists: Sequence[str], start: bool = True, extra: Sequence[Finding] = ()) -> None:
     """Raises one UserError with everything that is wrong.
 
     Args:
         lists: those that are used, train_list or val_list.
         start: whether it starts from a base learner or ImageNet weights (a published checkpoint has them inside).
+        extra: what the caller found.
     """
-    wrong = [finding for finding in inspect(config, place, lists, read=True, start=start) if not finding.ok]
+    wrong = [finding for finding in [*extra, *inspect(config, place, lists, read=True, start=start)] if not finding.ok]
     if wrong:
         lines = [f"{f.what}: {f.detail}" + (f"\n    -> {f.remedy}" if f.remedy else "") for f in wrong]
         raise UserError("\n  ".join([f"{place.arch} on {place.command} cannot start:", *lines]))

@@ -1,0 +1,1 @@
+"""A page to try few-shot segmentation: `python -m demo.web`."""

@@ -1,0 +1,243 @@
+"""What the page does, without gradio: uploads in, what was found out.
+
+All that belongs to one user is a `Session` of bounded size, which every action replaces by another; the model is shared.
+Photos are reduced once, to the size at which the Predictor takes them in: what is painted, shown and segmented is the same.
+"""
+
+import base64
+import binascii
+import io
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import cv2
+import numpy as np
+from PIL import Image
+
+from demo.shapes import NAMES
+from demo.world import VAL, scene
+from model.predictor import Predictor
+from util.data.photos import MAX_SIDE, Photo, read_mask, read_photo, shrink
+from util.errors import UserError
+
+MAX_SUPPORTS = 5
+MAX_TEXT = 100  # characters
+MAX_UPLOAD_SIDE = 10_000  # pixels
+MAX_PAINTED = 4_000_000  # characters of a painted mask's data URI
+EXAMPLE_PIXELS = 1000  # of its class, at least, in both scenes of an example
+
+
+@dataclass(frozen=True)
+class Support:
+    """A photo with the object in it.
+
+    Attributes:
+        photo: at most MAX_SIDE pixels.
+        upload: the same without pixels, in the size and orientation of the file, with which its mask is compared.
+        mask: H W uint8 {0, 1, 255 = does not count}, of the photo's size; None until there is one.
+    """
+
+    photo: Photo
+    upload: Photo
+    mask: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Found:
+    """What the network gave for a query H x W; a threshold makes the mask of it."""
+
+    image: np.ndarray  # H W 3 uint8
+    score: np.ndarray  # H W float32 0..1
+    maps: dict[str, np.ndarray]  # name -> h w float32
+    notes: tuple[str, ...]
+    seconds: float
+    text_alone: bool  # no support: the score is the text prior, the network did not run
+
+    def mask(self, threshold: float) -> np.ndarray:
+        """H W uint8 {0, 1}: where the score is above the threshold."""
+        return (self.score > threshold).astype(np.uint8)
+
+
+@dataclass(frozen=True)
+class Session:
+    """One user's: the support at hand, those kept before it, and what was found last."""
+
+    support: Support | None = None
+    kept: tuple[Support, ...] = ()
+    found: Found | None = None
+
+
+@dataclass(frozen=True)
+class Example:
+    """Two scenes of the demo world that show one thing."""
+
+    name: str
+    support: Support
+    query: np.ndarray  # H W 3 uint8
+
+
+class Model:
+    """A Predictor that several users share, one at a time."""
+
+    def __init__(self, predictor: Predictor) -> None:
+        self.predictor, self.lock = predictor, threading.Lock()
+
+    def find(self, supports: Sequence[Support], text: str, query: Photo) -> Found:
+        """Raises UserError as `Predictor.set_support` and `predict` do."""
+        # a palette image: in an array, 255 would count as the object
+        masks = [Image.fromarray(support.mask, "P") for support in supports]
+        with self.lock:
+            self.predictor.set_support([support.photo for support in supports], masks, text)
+            found, notes = self.predictor.predict(query), self.predictor.notes
+        return Found(query.image, found.score, found.maps, notes, found.seconds, not supports)
+
+
+def open_support(session: Session, path: str) -> Session:
+    """The upload becomes the support at hand, without a mask.
+
+    Raises:
+        UserError: not an image, or too large.
+    """
+    photo = read_upload(path)
+    bare = Photo(np.broadcast_to(np.uint8(0), photo.image.shape), photo.name, photo.orientation)
+    return replace(session, support=Support(reduced(photo), bare))
+
+
+def open_mask(session: Session, path: str) -> Session:
+    """The upload becomes the mask of the support at hand.
+
+    Raises:
+        UserError: no support yet, or no mask of it (`read_mask`).
+    """
+    if session.support is None:
+        raise UserError("choose the photo first, then its mask")
+    check_size(path)
+    try:
+        mask = read_mask(path, session.support.upload)
+    except UserError as error:
+        raise UserError(bare_names(error, path)) from error
+    return replace(session, support=replace(session.support, mask=shrink(mask, MAX_SIDE, cv2.INTER_NEAREST)))
+
+
+def supports(session: Session, drawn: dict | None) -> tuple[Support, ...]:
+    """Those kept and, if there is one, that at hand, with what was painted for its mask.
+
+    drawn: what painter.js says, {"painted": a PNG as data URI}, or, before anything is painted, what `show.painter` told it.
+
+    Raises:
+        UserError: the one at hand has no mask, or what was painted is none; the page shows one that is forgotten here.
+    """
+    painted, photo = (drawn.get(key) if isinstance(drawn, dict) else None for key in ("painted", "photo"))
+    if session.support is None and (painted or photo):
+        raise UserError("this page was left too long, and your example is forgotten; load the page again")
+    if session.support is None:
+        return session.kept
+    mask = read_painted(str(painted), session.support.photo) if painted else session.support.mask
+    if mask is None:
+        raise UserError("where is the object in the example? Paint over it, or give a mask file")
+    return (*session.kept, replace(session.support, mask=mask))
+
+
+def keep(session: Session, drawn: dict | None) -> Session:
+    """The support at hand is kept, and there is room for another.
+
+    Raises:
+        UserError: as `supports`; there are enough.
+    """
+    if session.support is None:
+        raise UserError("there is no example to keep: choose a photo first")
+    if len(session.kept) + 1 >= MAX_SUPPORTS:
+        raise UserError(f"{MAX_SUPPORTS} examples are the most; this is the last of them, go on with the picture to search")
+    return replace(session, support=None, kept=supports(session, drawn))
+
+
+def remove(session: Session) -> Session:
+    """Away with the support at hand; without one, with those kept."""
+    return replace(session, support=None) if session.support else replace(session, kept=())
+
+
+def segment(model: Model, session: Session, drawn: dict | None, text: str | None, query: str | None) -> Session:
+    """Finds the thing in the query, an uploaded file.
+
+    Raises:
+        UserError: an upload that cannot be used, or not enough to look for.
+    """
+    text = (text or "").strip()
+    if len(text) > MAX_TEXT:
+        raise UserError(f"the name has {len(text)} characters; {MAX_TEXT} are the most")
+    if not query:
+        raise UserError("choose the picture to search (step 3)")
+    examples = supports(session, drawn)
+    return replace(session, found=model.find(examples, text, reduced(read_upload(query))))
+
+
+def demo_examples(classes: Sequence[int]) -> Iterator[Example]:
+    """Of each class of the demo world, the first two validation scenes that show enough of it: support and query."""
+    wanted: dict[int, list] = {c: [] for c in classes}
+    for number in VAL:
+        made = scene(number)
+        for c, scenes in wanted.items():
+            if len(scenes) < 2 and (made.label == c).sum() >= EXAMPLE_PIXELS:
+                scenes.append(made)
+        if all(len(scenes) == 2 for scenes in wanted.values()):
+            break
+    for c, (first, second) in wanted.items():
+        photo = Photo(first.image, NAMES[c - 1])
+        mask = np.where(first.label == 255, 255, first.label == c).astype(np.uint8)
+        yield Example(NAMES[c - 1], Support(photo, photo, mask), second.image)
+
+
+def read_upload(path: str) -> Photo:
+    """An uploaded photo, of its own size.
+
+    Raises:
+        UserError: not an image, or too large.
+    """
+    check_size(path)
+    try:
+        return replace(read_photo(path), name=Path(path).name)
+    except UserError as error:
+        raise UserError(bare_names(error, path)) from error
+
+
+def read_painted(uri: str, photo: Photo) -> np.ndarray:
+    """The mask in a PNG as data URI, opaque where the object is; H W uint8 {0, 1}.
+
+    Raises:
+        UserError: nothing is painted, or it is no such PNG of the photo's size.
+    """
+    head, _, code = uri.partition(",")
+    try:
+        if head != "data:image/png;base64" or len(code) > MAX_PAINTED:
+            raise ValueError
+        image = Image.open(io.BytesIO(base64.b64decode(code, validate=True)), formats=["PNG"])
+        if image.size[::-1] != photo.hw:
+            raise ValueError
+        opaque = np.asarray(image.convert("RGBA"))[..., 3] >= 128
+    except (ValueError, OSError, SyntaxError, binascii.Error) as error:
+        raise UserError("what was painted did not arrive; clear it and paint again") from error
+    if not opaque.any():
+        raise UserError("nothing is painted: paint over the object in the example, or give a mask file")
+    return opaque.astype(np.uint8)
+
+
+def reduced(photo: Photo) -> Photo:
+    return Photo(shrink(photo.image, MAX_SIDE), photo.name)
+
+
+def check_size(path: str) -> None:
+    """Before anything is unpacked. What is no image is for `read_photo` and `read_mask` to tell."""
+    try:
+        with Image.open(path) as image:
+            size = image.size
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return
+    if max(size) > MAX_UPLOAD_SIDE:
+        raise UserError(f"{Path(path).name} has {size[0]} x {size[1]} pixels; at most {MAX_UPLOAD_SIDE} each way, shrink it")
+
+
+def bare_names(error: UserError, path: str) -> str:
+    """The message with the name that the user knows, not the folder that uploads lie in."""
+    return str(error).replace(str(path), Path(path).name)
