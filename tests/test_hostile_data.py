@@ -5,6 +5,8 @@ Whatever is wrong ends in a UserError that names the file. Weights: test_hostile
 
 import io
 import json
+import os
+import signal
 import struct
 import tarfile
 import zlib
@@ -18,6 +20,7 @@ from util.data.prepare.archives import unpack
 from util.data.transforms import image_hw, read_image, read_label
 from util.errors import UserError
 from util.files import save_json
+from util.pool import parallel
 from util.stats import load_result
 
 # ---- archives and annotations of data sets
@@ -147,3 +150,17 @@ def test_picture_wider_than_opencv_allows(tmp_path: Path) -> None:
     assert image_hw(path) == (1, 2**20 + 1)
     with pytest.raises(UserError, match=r"wide\.bmp: not a readable image"):
         read_image(path)
+
+
+def read_or_die(name: str) -> int:
+    if name == "crash":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return len(name)
+
+
+def test_a_file_that_crashes_its_reader_does_not_hang() -> None:
+    """scipy's reader of .mat files does crash on some damaged ones."""
+    names = [f"{i}" for i in range(40)]
+    assert list(parallel(read_or_die, names, workers=2, chunk=3)) == [len(name) for name in names]
+    with pytest.raises(UserError, match="a worker process died"):
+        list(parallel(read_or_die, [*names, "crash", *names], workers=2, chunk=3))

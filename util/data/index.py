@@ -8,13 +8,11 @@ import hashlib
 import json
 import logging
 import os
-import signal
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
-from multiprocessing import Pool
 from pathlib import Path, PureWindowsPath
 
 import numpy as np
@@ -24,6 +22,7 @@ from util.data.folds import ClassNames
 from util.data.transforms import IGNORE, check_sizes, image_hw, read_label
 from util.errors import BrokenFile, UserError
 from util.files import save_json
+from util.pool import parallel
 
 MIN_PIXELS = 2 * 32 * 32
 SCAN_VERSION = 1  # raise when Record or what fills it changes: old caches are then left alone
@@ -82,9 +81,7 @@ def scan(
     if workers < 2 or len(pairs) < SERIAL_BELOW:
         records = list(progress(map(read, pairs)))
     else:
-        # A handler for SIGTERM, inherited from a training, would keep the workers from ending.
-        with Pool(workers, initializer=signal.signal, initargs=(signal.SIGTERM, signal.SIG_DFL)) as pool:
-            records = list(progress(pool.imap(read, pairs, chunksize=32)))
+        records = list(progress(parallel(read, pairs, workers, chunk=32)))
     wrong = [record for record in records if isinstance(record, UserError)]
     left_out = [error for error in wrong if skip and isinstance(error, BrokenFile)]
     if len(left_out) < len(wrong):

@@ -2,10 +2,8 @@
 
 import os
 import re
-import signal
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import partial
-from multiprocessing import Pool
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ from tqdm import tqdm
 from util.data.transforms import IGNORE, read_label
 from util.errors import UserError
 from util.files import atomic
+from util.pool import parallel
 
 NAME = re.compile(r"[\w-][\w.-]*", re.ASCII)  # an image id or file name: no folder, blank or backslash
 SERIAL_BELOW = 200  # fewer files are done before worker processes have started
@@ -89,8 +88,7 @@ def each(function: Callable[[Any], Any], jobs: Collection[Any], what: str) -> It
     if workers < 2 or len(jobs) < SERIAL_BELOW:
         yield from progress(map(function, jobs))
         return
-    with Pool(workers, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)) as pool:  # Ctrl-C: the parent's
-        yield from progress(pool.imap(function, jobs, chunksize=8))
+    yield from progress(parallel(function, jobs, workers, chunk=8))
 
 
 def link(source: Path, target: Path) -> None:

@@ -1,0 +1,29 @@
+"""A function of many jobs on all cores."""
+
+import signal
+from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any
+
+from util.errors import UserError
+
+
+def parallel(function: Callable[[Any], Any], jobs: Collection[Any], workers: int, chunk: int) -> Iterator[Any]:
+    """The results in order. What `function` raises is raised here.
+
+    Raises:
+        UserError: a worker died. (multiprocessing.Pool would wait for it for ever.)
+    """
+    with ProcessPoolExecutor(workers, initializer=_signals) as pool:
+        try:
+            yield from pool.map(function, jobs, chunksize=chunk)
+        except BrokenProcessPool as error:
+            raise UserError("a worker process died: killed (out of memory?), or crashed by a damaged file. Run the same command "
+                            "again with more memory, or on one core to see at which file (taskset -c 0)") from error
+
+
+def _signals() -> None:
+    """Ctrl-C is the parent's affair, and a handler for SIGTERM, inherited from a training, would keep workers from ending."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
