@@ -17,7 +17,7 @@ from pathlib import Path
 
 from model.predictor import Predictor, annotated
 from util import cli
-from util.config import load_config
+from util.config import Config, load_config
 from util.data.photos import Photo, find, frames, read_photo
 from util.errors import UserError
 from util.experiment import ROOT, recorded_config
@@ -38,12 +38,7 @@ def main() -> None:
         results.support(i, photo, mask)
 
     # 2. the model, and what it looks for
-    config = None
-    if given.config:
-        config = load_config(given.config, given.arch, given.overrides)
-    elif given.overrides:
-        config = recorded_config(weights, given.overrides)
-    predictor = Predictor.from_checkpoint(weights, given.device, given.precision, config, given.arch)
+    predictor = Predictor.from_checkpoint(weights, given.device, given.precision, asked_config(given, weights), given.arch)
     predictor.set_support(photos, masks, given.text, boxes)
     results.record |= {"device": str(predictor.device), "precision": predictor.precision, "notes": predictor.notes}
     print(f"{weights}, {predictor.system.shot}-shot, on {predictor.device} in {predictor.precision}")
@@ -99,6 +94,13 @@ def weight_file(given: str | None) -> Path:
                         "which is then taken. For photographs give --weights FILE of a system trained on PASCAL or COCO "
                         "(README, Real data), or a published .pth with --config FILE --arch SYSTEM")
     return found
+
+
+def asked_config(given: argparse.Namespace, weights: Path) -> Config | None:
+    """The config that --config and the overrides of a command line ask for; None: the one recorded with the weights."""
+    if given.config:
+        return load_config(given.config, given.arch, given.overrides)
+    return recorded_config(weights, given.overrides) if given.overrides else None
 
 
 def parse() -> argparse.Namespace:

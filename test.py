@@ -182,7 +182,7 @@ def summary(config: Config, place: Experiment, context: Context, scored: Scored,
     }  # fmt: skip
     if isinstance(system, FewShot):
         result |= {"config": dataclasses.asdict(config), "place": [place.exp, place.net], "traces": {
-            seed: trace_all(system, source.episodes(episodes), min(TRACED, len(scored.rows[seed])), config.Train.resized_val)
+            seed: trace_all(system, source.episodes(episodes), min(TRACED, len(scored.rows[seed])), config)
             for seed, episodes in scored.episodes.items()
         }}  # fmt: skip
     if scored.rows:

@@ -60,7 +60,7 @@ def verify(result: dict, config: Config, context: distributed.Context) -> bool:
             print(f"{key} was {stored[key]}, is {now[key]}")
     lists, wrong = source.test_episodes(), False
     for seed, traces in result["traces"].items():
-        found = trace_all(system, source.episodes(lists[int(seed)]), len(traces), config.Train.resized_val)
+        found = trace_all(system, source.episodes(lists[int(seed)]), len(traces), config)
         for number, (a, b) in enumerate(zip(traces, found, strict=True)):
             difference, identical = first_difference(a, b)
             wrong |= difference is not None

@@ -17,6 +17,7 @@ from types import ModuleType
 from typing import Any
 
 from model.predictor import Predictor
+from util import cli
 from util.checkpoint import EXPORT, read_meta, save_weights
 from util.config import Config
 from util.errors import UserError
@@ -187,3 +188,7 @@ def _hub() -> ModuleType:
     except ImportError as error:
         raise UserError("--push and pull need huggingface_hub: pip install huggingface_hub") from error
     return huggingface_hub
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -5,6 +5,8 @@ import torch
 from torch import Tensor
 
 from model.few_shot.system import FewShot
+from model.ops import resize
+from util.config import Config
 from util.data.episodes import Episode, content_key
 from util.metrics import FewShotMeter, to_original
 
@@ -16,17 +18,22 @@ Trace = dict[str, dict[str, list]]  # stage -> name -> [hash, size of the values
 
 def trace(system: FewShot, episode: Episode, squash: bool) -> Trace:
     """Fingerprints of one episode (B = 1) of an evaluation; squash: see `util.metrics.to_original`."""
-    found = {"data": {name: fingerprint(tensor) for name, tensor in episode.tensors().items()}}
-    found |= {stage: {name: fingerprint(tensor) for name, tensor in tensors.items()}
-              for stage, tensors in system.stages(episode).items()}  # fmt: skip
+    features, priors, decoded = system.stages(episode)
+    views = {f"{role} {name}": value for role, view in (("query", features.query), ("support", features.support))
+             for name, value in vars(view).items() if value is not None}  # fmt: skip
+    matcher = {"final": decoded.final} | ({} if decoded.meta is None else {"meta": decoded.meta})
+    stages = {"data": episode.tensors(), "features": views, "prior": priors, "matcher": matcher}
+    found = {stage: {name: fingerprint(tensor) for name, tensor in tensors.items()} for stage, tensors in stages.items()}
     truth, cls = episode.original_mask[0], int(episode.cls)
-    prediction = to_original(system.predict(episode).final[0], tuple(truth.shape), squash).argmax(0)
+    scores = resize(decoded.final.float(), episode.query.shape[2:])[0]
+    prediction = to_original(scores, tuple(truth.shape), squash).argmax(0)
     return found | {"metric": {"pixels": list(FewShotMeter([cls]).update(prediction, truth, cls))}}
 
 
 def fingerprint(tensor: Tensor) -> list:
     """[hash of the content, root of the mean square]."""
     values = tensor.detach().cpu()
+    values = values.float() if values.dtype == torch.bfloat16 else values  # numpy has none
     return [content_key(values.numpy())[:12], float(values.double().square().mean().sqrt())]
 
 
@@ -56,7 +63,8 @@ def first_difference(stored: Trace, now: Trace) -> tuple[str | None, bool]:
 
 
 @torch.no_grad()
-def trace_all(system: FewShot, data: torch.utils.data.Dataset, count: int, squash: bool) -> list[Trace]:
-    """Traces of episodes 0..count-1, on the device of the system."""
+def trace_all(system: FewShot, data: torch.utils.data.Dataset, count: int, config: Config) -> list[Trace]:
+    """Traces of episodes 0..count-1, on the device of the system and in the precision of its evaluation."""
     device = system.encoder.mean.device
-    return [trace(system, data[i].to(device), squash) for i in range(count)]
+    with torch.autocast(device.type, torch.bfloat16, enabled=config.Runtime.precision == "bf16"):
+        return [trace(system, data[i].to(device), config.Train.resized_val) for i in range(count)]

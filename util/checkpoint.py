@@ -14,6 +14,7 @@ damaged one is named and the one before is used.
 import contextlib
 import hashlib
 import json
+import runpy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -169,7 +170,4 @@ def _digest(path: Path) -> str:
 
 
 if __name__ == "__main__":
-    from model.share import main  # here: the commands need the model, this file does not
-    from util import cli
-
-    cli.run(main)
+    runpy.run_module("model.share", run_name="__main__")  # the commands need the model, which nothing in util/ may import

@@ -35,7 +35,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import os
+import runpy
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -163,8 +163,9 @@ def render(result: Mapping, cards: Sequence[Card]) -> str:
 def main() -> None:
     """Exit code 0: done, whether a difference is significant or not; 1: not comparable; 2: a wrong file."""
     if sys.argv[1:2] == ["verify"]:  # needs the model, which nothing in util/ may import
-        verify = Path(__file__).parents[1] / "verify.py"
-        os.execv(sys.executable, [sys.executable, str(verify), *sys.argv[2:]])
+        sys.argv[:] = ["verify.py", *sys.argv[2:]]
+        runpy.run_path(str(Path(__file__).parents[1] / "verify.py"), run_name="__main__")
+        return
     parser = argparse.ArgumentParser(prog="python -m util.report", description="Reports of evaluations (report.json).")
     commands = parser.add_subparsers(required=True, dest="command")
     comparing = commands.add_parser("compare", help="is B another than A, on the same episodes?")

@@ -14,11 +14,9 @@ import sys
 import env
 from demo.web.session import Model, demo_examples
 from model.predictor import Predictor
-from predict import weight_file
+from predict import asked_config, weight_file
 from util import cli
-from util.config import load_config
 from util.errors import UserError
-from util.experiment import recorded_config
 
 OFFLINE = {"GRADIO_ANALYTICS_ENABLED": "False", "NO_PROXY": "*", "no_proxy": "*"}  # gradio asks for its own page, without a proxy
 
@@ -27,12 +25,7 @@ def main() -> None:
     given = parse()
     check_gradio()
     weights = weight_file(given.weights)
-    config = None
-    if given.config:
-        config = load_config(given.config, given.arch, given.overrides)
-    elif given.overrides:
-        config = recorded_config(weights, given.overrides)
-    predictor = Predictor.from_checkpoint(weights, given.device, None, config, given.arch)
+    predictor = Predictor.from_checkpoint(weights, given.device, None, asked_config(given, weights), given.arch)
     examples = demo_examples(predictor.fold.novel) if predictor.config.Train.data_set == "demo" else ()
 
     os.environ |= OFFLINE

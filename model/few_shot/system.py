@@ -149,29 +149,22 @@ class FewShot(System):
     def prior_maps(self, episode: Episode, features: Features) -> dict[str, Tensor]:
         return {prior.name: prior(episode, features) for prior in self.priors}
 
-    @torch.no_grad()
-    def stages(self, batch: Episode) -> dict[str, dict[str, Tensor]]:
-        """What `predict` computes on its way, for comparison with another run."""
-        features = self.features(batch)
-        maps = self.prior_maps(batch, features)
-        decoded = self.decode(self.trained, features, list(maps.values()), batch.base_rank)
-        views = {f"{role} {name}": value for role, view in (("query", features.query), ("support", features.support))
-                 for name, value in vars(view).items() if value is not None}  # fmt: skip
-        return {"features": views, "prior": maps, "matcher": {"final": decoded.final} | (
-            {} if decoded.meta is None else {"meta": decoded.meta})}  # fmt: skip
-
     def losses(self, batch: Episode) -> dict[str, Tensor]:
         self._check(batch)
         features = self.features(batch)
         maps = self.prior_maps(batch, features)
         return self.terms(self.decode(self.head, features, list(maps.values()), batch.base_rank), features, batch)
 
+    def stages(self, batch: Episode, *needs: frozenset[str]) -> tuple[Features, dict[str, Tensor], Decoded]:
+        """What `predict` goes through: frozen features, prior maps by name, what the head makes of them. needs: as `features`."""
+        features = self.features(batch, *needs)
+        maps = self.prior_maps(batch, features)
+        return features, maps, self.decode(self.trained, features, list(maps.values()), batch.base_rank)
+
     @torch.no_grad()
     def predict(self, batch: Episode, baselines: bool = False) -> Prediction:
         self._check(batch)
-        features = self.features(batch, *((CosinePrior.query_needs, CosinePrior.support_needs) if baselines else ()))
-        maps = self.prior_maps(batch, features)
-        decoded = self.decode(self.trained, features, list(maps.values()), batch.base_rank)
+        features, maps, decoded = self.stages(batch, *((CosinePrior.query_needs, CosinePrior.support_needs) if baselines else ()))
         shown = {name: prior.float().flatten(1, -3).mean(1) for name, prior in maps.items()}
         if decoded.correlations:
             shown["correlation"] = decoded.correlations[-1].float()
