@@ -3,7 +3,8 @@
     python predict.py --support a.jpg --mask a.png --query photos/*.jpg --text "golden retriever" --weights W --out DIR
 
     --support b.jpg --box 10,20,200,300     a box x0,y0,x1,y1 in pixels instead of a mask; several --box for one support
-    --text star                             without supports: rough masks, from CLIP's text prior alone
+    --clip --text cat                       no training at all: rough masks from OpenAI's CLIP, which is downloaded, and words
+    --clip demo/clip --text star            the same with the demo's CLIP, for the drawn world
     --query FOLDER 'more/*.png' clip.mp4    files, folders, patterns, videos (--every N: every N-th frame)
 
 DIR gets masks/NAME.png (0 background, 255 object), overlays/NAME.jpg, supports/N.jpg (how they were understood), scores.json,
@@ -15,9 +16,11 @@ import argparse
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from model.clip.load import HUB_NAME
 from model.predictor import Predictor, annotated
+from model.text_predictor import TextPredictor
 from util import cli
-from util.config import Config, load_config
+from util.config import CLIP, Config, load_config
 from util.data.photos import Photo, find, frames, read_photo
 from util.errors import UserError
 from util.experiment import ROOT, recorded_config
@@ -29,19 +32,26 @@ DEMO = "exp/demo/PI_CLIP/split0/resnet50/snapshot/best.safetensors"
 def main() -> None:
     given = parse()
     # 1. what is to be done
-    paths, weights = find(given.query), weight_file(given.weights)
+    paths, weights = find(given.query), None if given.clip is not None else weight_file(given.weights)
     photos = [read_photo(support["image"]) for support in given.support]
     masks, boxes = ([support[key] for support in given.support] for key in ("mask", "boxes"))
-    record = {"weights": str(weights), "text": given.text, "supports": given.support}
+    record = {"weights": weights and str(weights), "clip": given.clip, "text": given.text, "supports": given.support}
     results = Results(given.out, given.polygons, given.text or "object", record)
     for i, (photo, mask) in enumerate(annotated(photos, masks, boxes), start=1):
         results.support(i, photo, mask)
 
     # 2. the model, and what it looks for
-    predictor = Predictor.from_checkpoint(weights, given.device, given.precision, asked_config(given, weights), given.arch)
-    predictor.set_support(photos, masks, given.text, boxes)
+    if weights is None:
+        if not Path(given.clip).exists():
+            print(f"CLIP {given.clip} is downloaded, unless it was before", flush=True)
+        predictor, what = TextPredictor.from_clip(given.clip, given.device, given.precision), given.clip
+        predictor.set_text(given.text or "")
+    else:
+        predictor = Predictor.from_checkpoint(weights, given.device, given.precision, asked_config(given, weights), given.arch)
+        predictor.set_support(photos, masks, given.text, boxes)
+        what = f"{weights}, {predictor.system.shot}-shot"
     results.record |= {"device": str(predictor.device), "precision": predictor.precision, "notes": predictor.notes}
-    print(f"{weights}, {predictor.system.shot}-shot, on {predictor.device} in {predictor.precision}")
+    print(f"{what}, on {predictor.device} in {predictor.precision}")
     print("".join(f"note: {note}\n" for note in predictor.notes), end="")
 
     # 3. one image (on a GPU: eight) after the other
@@ -90,9 +100,10 @@ def weight_file(given: str | None) -> Path:
     if found is None and given:
         raise UserError(f"--weights {given}: no such file")
     if found is None:
-        raise UserError("no weights: `sh train.sh split0 demo 0` trains the demo's model (a drawn world, minutes on a CPU), "
-                        "which is then taken. For photographs give --weights FILE of a system trained on PASCAL or COCO "
-                        "(README, Real data), or a published .pth with --config FILE --arch SYSTEM")
+        raise UserError("no weights. For photographs give --weights FILE of a system trained on PASCAL or COCO (README, Real "
+                        "data), or a published .pth with --config FILE --arch SYSTEM; or, without any training, --clip and "
+                        "--text alone. `sh train.sh split0 demo 0` trains the demo's model (of a drawn world, minutes on a "
+                        "CPU), which is then taken")
     return found
 
 
@@ -103,6 +114,33 @@ def asked_config(given: argparse.Namespace, weights: Path) -> Config | None:
     return recorded_config(weights, given.overrides) if given.overrides else None
 
 
+def model_options(parser: argparse.ArgumentParser) -> None:
+    """Which model: a checkpoint, or a CLIP alone. `check_model` looks at what was given."""
+    parser.add_argument("--weights", help="checkpoint, exported file, or published .pth; default: the demo's trained PI-CLIP")
+    parser.add_argument("--clip", nargs="?", const="", metavar="SOURCE", help="no weights, no training, the text alone: a CLIP's "
+                        f"file, folder or hub name (default: {CLIP.clip_path} or else {HUB_NAME}, some 600 MB to download)")
+    parser.add_argument("--device", help="cpu, cuda, ...; default: the GPU where there is one")
+    parser.add_argument("--config", help="of a published .pth: config/DATASET/DATASET_EXP_NET.yaml")
+    parser.add_argument("--arch", help="of a published .pth: PI_CLIP, HDMNet, BAM, PFENet")
+    parser.add_argument("overrides", nargs="*", metavar="Section.key=value", help="where files are now, CLIP.clip_path=...")
+
+
+def check_model(given: argparse.Namespace) -> None:
+    """--clip becomes the name of a CLIP, that of a file or folder where there is one.
+
+    Raises:
+        UserError: --clip together with what is about a checkpoint.
+    """
+    if given.clip is None:
+        return
+    for option in ("weights", "config", "arch", "overrides"):
+        if value := getattr(given, option):
+            raise UserError(f"--clip takes no trained network, and so nothing of {option} ({value})")
+    name = given.clip or CLIP.clip_path
+    found = next((path for path in (Path(name), ROOT / name) if path.exists()), None)
+    given.clip = str(found or given.clip or HUB_NAME)
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--support", action=AddSupport, default=[], metavar="IMAGE", help="example; its --mask or --box follows")
@@ -111,17 +149,16 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--text", help="what it is, in any words; systems with CLIP's text prior need it")
     parser.add_argument("--query", nargs="+", required=True, help="images, folders, patterns, videos")
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
-    parser.add_argument("--weights", help="checkpoint, exported file, or published .pth; default: the demo's trained PI-CLIP")
     parser.add_argument("--polygons", choices=("coco", "labelme"), help="also write the masks as polygons")
     parser.add_argument("--every", type=int, default=1, metavar="N", help="of a video, every N-th frame")
-    parser.add_argument("--device", help="cpu, cuda, ...; default: the GPU where there is one")
     parser.add_argument("--precision", choices=("fp32", "bf16"), help="default: bf16 on a GPU that has it")
-    parser.add_argument("--config", help="of a published .pth: config/DATASET/DATASET_EXP_NET.yaml")
-    parser.add_argument("--arch", help="of a published .pth: PI_CLIP, HDMNet, BAM, PFENet")
-    parser.add_argument("overrides", nargs="*", metavar="Section.key=value", help="where files are now, CLIP.clip_path=...")
+    model_options(parser)
     given = parser.parse_intermixed_args()
     if given.every < 1:
         raise UserError(f"--every {given.every}: must be at least 1")
+    if given.clip is not None and given.support:
+        raise UserError("--clip finds what --text names; examples (--support) need a trained system, see --weights")
+    check_model(given)
     return given
 
 

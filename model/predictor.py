@@ -10,7 +10,7 @@ turn make a prediction (the last K filled up from the first on), and the mean of
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -21,13 +21,14 @@ from torch import Tensor
 from model.build import build_system, load_weights, system_class, text_bank
 from model.few_shot.prior import TextPrior
 from model.few_shot.system import FewShot
+from model.text_predictor import Segmentation, TextPredictor, choose_device, choose_precision, longest_side
 from util import experiment
 from util.cache import TensorCache
 from util.checkpoint import EXPORT, read_meta
 from util.config import Config
 from util.data.episodes import Episode, EpisodeMaker, Shot, collate
 from util.data.folds import ClassNames, Fold, fold_of, read_class_names
-from util.data.photos import MAX_SIDE, Box, Photo, Source, box_mask, read_mask, read_photo, shrink
+from util.data.photos import Box, Photo, Source, box_mask, read_mask, read_photo, shrink
 from util.data.transforms import ValTransform
 from util.errors import UserError
 from util.experiment import Experiment
@@ -35,16 +36,6 @@ from util.metrics import to_original
 
 CACHE = 2**30  # bytes for what the supports and the latest queries gave
 NO_NAMES = ClassNames((), ())
-
-
-@dataclass(frozen=True)
-class Segmentation:
-    """What was found in one image of H x W pixels, upright."""
-
-    mask: np.ndarray  # H W bool
-    score: np.ndarray  # H W float32 0..1, foreground probability as trained; the mask is where it is above one half
-    maps: dict[str, np.ndarray]  # name -> h w float32, the priors (of text alone: the refined text prior)
-    seconds: float
 
 
 class Predictor:
@@ -68,7 +59,8 @@ class Predictor:
         self.text_prior = next((prior for prior in system.priors if isinstance(prior, TextPrior)), None)
         self.takes_text = self.text_prior is not None
         self.notes: tuple[str, ...] = ()
-        self._groups: list[list[Shot]] | None = None  # of K shots; text alone: one empty group
+        self._text_alone = TextPredictor(system.clip, device, precision) if self.takes_text else None
+        self._groups: list[list[Shot]] | None = None  # of K shots; text alone: none
         self._base_rank = -1
 
     @classmethod
@@ -118,15 +110,17 @@ class Predictor:
         photos = [read_photo(source, f"support {i}") for i, source in enumerate(as_list(images), start=1)]
         shots = [self._shot(*pair) for pair in annotated(photos, as_list(masks), box_lists(boxes))]
         self._check(shots, text)
-        if self.takes_text:
+        if not shots:
+            self._text_alone.set_text(text)
+        elif self.takes_text:
             self.text_prior.use(text_bank(self.system.clip, [text]))
         shot, count = self.system.shot, len(shots)
         turns = [shots[i % count] for i in range(-(-count // shot) * shot)]
-        self._groups = [turns[i : i + shot] for i in range(0, len(turns), shot)] or [[]]
+        self._groups = [turns[i : i + shot] for i in range(0, len(turns), shot)]
         base = {name.casefold(): rank for rank, c in enumerate(self.fold.base) if c <= len(self.names.names)
                 for name in (self.names.names[c - 1], self.names.texts[c - 1])}
         self._base_rank = base.get(text.casefold(), -1)
-        self.notes = tuple(self._notes(count, text))
+        self.notes = tuple(self._notes(count, text)) if count else self._text_alone.notes
 
     def predict(self, image: Source) -> Segmentation:
         """Finds the object in an image: a path, Pillow image, uint8 array H W 3 or uint8 tensor 3 H W.
@@ -141,36 +135,35 @@ class Predictor:
         """`predict` for several images at once, of any sizes; faster on a GPU."""
         if self._groups is None:
             raise UserError("nothing to look for yet: call set_support(images, masks, text) first")
+        if not self._groups:
+            return self._text_alone.predict_batch(images)
         started = time.perf_counter()
         photos = [read_photo(source, f"query {i}") for i, source in enumerate(images, start=1)]
         if not photos:
             return []
         batch = collate([self.episode(photo, shots) for photo in photos for shots in self._groups]).to(self.device)
-        text_alone = not self._groups[0]
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            scores, maps = self._from_text(batch) if text_alone else self._from_supports(batch)
+            prediction = self.system.predict(batch)
+        scores, maps = self._mean(prediction.final), {name: self._mean(prior) for name, prior in prediction.maps.items()}
         found = []
         for i, photo in enumerate(photos):
             whole = to_original(scores[i], photo.hw, self.config.Train.resized_val)
-            probability = whole if text_alone else whole.softmax(0)
             shown = {name: prior[i].float().cpu().numpy() for name, prior in maps.items()}
-            found.append(((whole.argmax(0) == 1).cpu().numpy(), probability[1].cpu().numpy(), shown))
+            found.append(((whole.argmax(0) == 1).cpu().numpy(), whole.softmax(0)[1].cpu().numpy(), shown))
         seconds = (time.perf_counter() - started) / len(photos)
         return [Segmentation(*parts, seconds) for parts in found]
 
     def episode(self, photo: Photo, shots: Sequence[Shot]) -> Episode:
-        """The batch of one that evaluation would make of a query and its supports (of none: a blank one, which nothing reads);
-        nothing is known of its annotation."""
+        """The batch of one that evaluation would make of a query and its supports; nothing is known of its annotation."""
         image = shrink(photo.image, self._side)
         blank = np.zeros(image.shape[:2], np.uint8)
-        shots = shots or [Shot(torch.zeros(3, 1, 1), torch.zeros(1, 1, dtype=torch.uint8), "", "")]
         return self.maker.episode(image.astype(np.float32), blank, shots, cls=1, base_rank=self._base_rank,
                                   present=torch.zeros(1, dtype=torch.bool), name=photo.name)  # fmt: skip
 
     @property
     def _side(self) -> int:
-        """To which the longer side of a larger photo is reduced; with smaller patches than CLIP's usual 16 pixels, less."""
-        return max(self.config.Train.val_size, MAX_SIDE * (self.system.clip_patch or 16) // 16)
+        """To which the longer side of a larger photo is reduced."""
+        return max(self.config.Train.val_size, longest_side(self.system.clip_patch or 16))
 
     def _shot(self, photo: Photo, mask: np.ndarray) -> Shot:
         image = shrink(photo.image, self._side)
@@ -190,9 +183,7 @@ class Predictor:
 
     def _notes(self, count: int, text: str) -> list[str]:
         found, shot = list(self.system.warnings), self.system.shot
-        if not count:
-            found.append("text alone: the refined text prior (VTP) above one half, without the trained network; masks are rough")
-        elif count > shot:
+        if count > shot:
             found.append(f"{count} supports for a {shot}-shot checkpoint: the mean of {len(self._groups)} predictions")
         elif count < shot:
             found.append(f"{count} of {shot} supports: they are repeated in turn")
@@ -202,16 +193,9 @@ class Predictor:
             found.append("this system has no text prior: the text changes nothing")
         return found
 
-    def _from_supports(self, batch: Episode) -> tuple[Tensor, dict[str, Tensor]]:
-        """Scores B 2 S S and maps, the mean over the groups of supports."""
-        prediction, groups = self.system.predict(batch), len(self._groups)
-        maps = {name: value.unflatten(0, (-1, groups)).mean(1) for name, value in prediction.maps.items()}
-        return prediction.final.unflatten(0, (-1, groups)).mean(1), maps
-
-    def _from_text(self, batch: Episode) -> tuple[list[Tensor], dict[str, list[Tensor]]]:
-        """Scores 2 h w of each image (of its own shape, or the network's) and its map."""
-        priors = self.text_prior.at_annotation_size(batch, range(len(batch)))
-        return [torch.stack([1 - prior, prior]) for prior in priors], {"vtp": priors}
+    def _mean(self, x: Tensor) -> Tensor:
+        """B*G ... -> B ..., over the groups of supports."""
+        return x.unflatten(0, (-1, len(self._groups))).mean(1)
 
 
 def trained_on(config: Config, meta: dict) -> tuple[Fold, ClassNames]:
@@ -221,32 +205,6 @@ def trained_on(config: Config, meta: dict) -> tuple[Fold, ClassNames]:
         return Fold(config.Train.data_set, config.Train.split, novel, base), ClassNames(names, texts)
     file = Path(config.Data.class_names)
     return fold_of(config), read_class_names(file) if file.is_file() else NO_NAMES
-
-
-def choose_device(name: str | None) -> torch.device:
-    """The named device, or the GPU where there is one.
-
-    Raises:
-        UserError: there is no such device.
-    """
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device {name!r}: {str(error).splitlines()[0]}; there is cpu"
-                        + (", and cuda" if torch.cuda.is_available() else "")) from error
-    return device
-
-
-def choose_precision(name: str | None, device: torch.device) -> str:
-    """bf16 on a GPU that has it, unless named.
-
-    Raises:
-        UserError: no such precision.
-    """
-    if name not in (None, "fp32", "bf16"):
-        raise UserError(f"precision {name!r}: choose fp32 or bf16")
-    return name or ("bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32")
 
 
 def as_list(value: Source | Sequence | None) -> list:

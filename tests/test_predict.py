@@ -3,6 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -10,8 +11,10 @@ from PIL import Image
 
 from model import load_weights, open_system
 from model.build import text_bank
+from model.few_shot.prior import TextPrior
 from model.predictor import Predictor
 from model.system import Prediction
+from model.text_predictor import TextPredictor
 from tests.test_photos import upright
 from tests.untrained import CONFIG, ROOT, make, palette_mask, star
 from util.cache import TensorCache
@@ -183,6 +186,33 @@ def test_text_alone_and_systems_without_it(piclip: Path, scenes: Path, tmp_path:
         other.set_support(text="star")
     with pytest.raises(UserError, match="call set_support"):
         Predictor.from_checkpoint(piclip).predict(images[0])
+
+
+def test_without_any_training(piclip: Path, scenes: Path) -> None:
+    """CLIP and a text alone: what a trained system with the same CLIP says of a text alone, and the published computation."""
+    images, masks = star(scenes)
+    alone, trained = TextPredictor.from_clip("demo/clip"), Predictor.from_checkpoint(piclip)
+    with pytest.raises(UserError, match="call set_text"):
+        alone.predict(images[0])
+    alone.set_text(" star ")
+    trained.set_support(text="star")
+    found = alone.predict(images[0])
+    assert np.array_equal(found.score, trained.predict(images[0]).score) and alone.notes == trained.notes
+    assert found.score[masks[0]].mean() > 1.5 * found.score[~masks[0]].mean()
+    image = read_photo(images[0]).image
+    image = image[: image.shape[0] // 8 * 8, : image.shape[1] // 8 * 8]  # whole patches: CLIP sees it as it is
+    bank = text_bank(alone.clip, ["star"])
+    prior = TextPrior(alone.clip, bank, "all", ()).refined(
+        torch.from_numpy(image.copy()).permute(2, 0, 1)[None], torch.ones(1, 2, dtype=torch.bool), torch.tensor([0]))
+    np.testing.assert_array_equal(alone.predict(image).maps["vtp"], prior[0].numpy())
+    for text, message in ((" ", "give a text"), ("golden retriever", "not trained on")):
+        with pytest.raises(UserError, match=message):
+            alone.set_text(text)
+    assert np.array_equal(alone.predict(images[0]).score, found.score)  # what failed has changed nothing
+    large = cv2.resize(image, None, fx=6, fy=6)
+    assert alone.predict(large).mask.shape == large.shape[:2] and max(alone.predict(large).maps["vtp"].shape) == 320 // 8
+    for hw in ((1, 1), (3, 200), (2000, 2)):
+        assert alone.predict(upright(np.random.default_rng(3), hw)).mask.shape == hw
 
 
 def test_a_base_class_is_known_by_its_name(piclip: Path, scenes: Path) -> None:

@@ -93,6 +93,11 @@ def test_command_line(piclip: Path, scenes: Path, tmp_path: Path, program: Calla
     area = sum(cv2.contourArea(np.array(shape["points"], np.float32)) for shape in record["shapes"])
     assert area == mask.sum() > 0
 
+    code, said = program("--clip", "demo/clip", "--text", "star", "--query", folder / "a.png", "--out", tmp_path / "clip")
+    assert code == 0 and "without a trained network" in said, said  # no weights at all
+    record = json.loads((tmp_path / "clip/scores.json").read_text())
+    assert (record["weights"], record["clip"], len(record["images"])) == (None, "demo/clip", 1)
+
 
 def test_wrong_command_lines(piclip: Path, scenes: Path, tmp_path: Path, program: Callable, monkeypatch) -> None:
     (image, query), (mask, _) = star(scenes)
@@ -121,6 +126,14 @@ def test_wrong_command_lines(piclip: Path, scenes: Path, tmp_path: Path, program
         code, said = program(*arguments)
         assert code == 2 and "Traceback" not in said, (change, said)
         assert re.search(message, said), (message, said)
+    clip = {"--clip": "demo/clip", "--text": "star", "--query": query, "--out": tmp_path / "out"}
+    wrong = [({"--weights": piclip}, "no trained network, and so nothing of weights"), ({"--text": None}, "give a text"),
+             ({"--support": image}, "need a trained system"), ({"--clip": "none.pt"}, "no file none.pt"),
+             ({"--clip": "demo"}, "demo has no config.json")]  # fmt: skip
+    for change, message in wrong:
+        arguments = [str(part) for option, value in (clip | change).items() if value is not None for part in (option, value)]
+        code, said = program(*arguments)
+        assert code == 2 and re.search(message, said), (message, said)
     monkeypatch.setattr(predict, "DEMO", "nowhere/best.safetensors")
     code, said = program("--text", "star", "--query", query, "--out", tmp_path / "out")
     assert code == 2 and "sh train.sh split0 demo 0" in said

@@ -1,13 +1,10 @@
-"""The page: what it does (without gradio), and the real page in a headless browser where gradio, playwright and chromium are."""
+"""What the page does, without gradio; the page itself is tested in test_web_page.py."""
 
 import base64
-import importlib.util
 import io
 import re
-import shutil
 import sys
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,6 +21,7 @@ from demo.web import session as do
 from demo.web import show
 from demo.web.session import Model, Session, Support, demo_examples
 from model.predictor import Predictor
+from model.text_predictor import TextPredictor
 from tests.untrained import ROOT, make
 from util import cli
 from util.data.photos import MAX_SIDE, Photo
@@ -41,7 +39,7 @@ def at_root(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def model(piclip: Path) -> Model:
-    return Model(Predictor.from_checkpoint(piclip, "cpu"))
+    return Model(Predictor.from_checkpoint(piclip, "cpu"), "PI-CLIP of the demo")
 
 
 @pytest.fixture(scope="module")
@@ -64,9 +62,6 @@ def painted(mask: np.ndarray) -> dict:
     file = io.BytesIO()
     Image.fromarray(np.dstack([np.full((*mask.shape, 3), 200, np.uint8), np.uint8(255) * (mask == 1)])).save(file, "PNG")
     return {"painted": "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()}
-
-
-# --- what it does -----------------------------------------------------------------------------------------------------
 
 
 def test_the_examples_show_their_thing() -> None:
@@ -129,6 +124,14 @@ def test_text_alone_is_the_text_prior(model: Model, query: str) -> None:
     assert "text alone" in show.result(found, 0.5) and "Score" not in show.details(found, 0.5)
 
 
+def test_clip_without_a_trained_network(query: str) -> None:
+    model = Model(TextPredictor.from_clip("demo/clip", "cpu"), "CLIP alone")
+    found = do.segment(model, Session(), None, "star", query).found
+    assert np.array_equal(found.score, model.predictor.predict(query).score) and found.text_alone and not model.takes_supports
+    with pytest.raises(UserError, match="give a text"):
+        do.segment(model, Session(), None, "", query)
+
+
 def wrong(path: Path, what: str) -> tuple[Session, tuple]:
     """A session and the arguments of `segment` that are wrong in some way."""
     photo = save(path / "a.png", np.full((40, 60, 3), 90, np.uint8))
@@ -161,7 +164,7 @@ def wrong(path: Path, what: str) -> tuple[Session, tuple]:
 
 
 @pytest.mark.parametrize(("what", "says"), [
-    ("no query", "step 3"), ("query is text", r"^text.png: not an image"), ("query is gone", "^no such file: gone.png"),
+    ("no query", "choose the"), ("query is text", r"^text.png: not an image"), ("query is gone", "^no such file: gone.png"),
     ("nothing at all", "give a text"), ("no mask", "where is the object"), ("nothing painted", "nothing is painted"),
     ("painted elsewhere", "paint again"), ("painted no image", "paint again"), ("painted too long", "paint again"),
     ("forgotten", "load the page again"), ("long name", "149 characters"),
@@ -193,7 +196,8 @@ def test_wrong_uploads_give_a_message(tmp_path: Path) -> None:
 
 
 def test_a_system_without_clip_takes_no_text_alone(tmp_path: Path, query: str) -> None:
-    model = Model(Predictor.from_checkpoint(make(tmp_path, "PFENet")[1], "cpu"))
+    model = Model(Predictor.from_checkpoint(make(tmp_path, "PFENet")[1], "cpu"), "PFENet")
+    assert not model.takes_text and model.takes_supports
     with pytest.raises(UserError, match="no text prior"):
         do.segment(model, Session(), None, "star", query)
 
@@ -217,7 +221,7 @@ def test_users_do_not_mix() -> None:
     """Between one user's support and query no other user's support comes in."""
 
     class Slow:
-        notes = ()
+        notes, takes_text = (), True
         support = None
 
         def set_support(self, images: list, masks: list, text: str) -> None:
@@ -227,7 +231,7 @@ def test_users_do_not_mix() -> None:
         def predict(self, photo: Photo) -> object:
             return SimpleNamespace(score=self.support, maps={}, seconds=0)
 
-    model, photo = Model(Slow()), Photo(np.zeros((4, 4, 3), np.uint8), "a")
+    model, photo = Model(Slow(), "slow"), Photo(np.zeros((4, 4, 3), np.uint8), "a")
     support = Support(photo, photo, np.ones((4, 4), np.uint8))
     with ThreadPoolExecutor(8) as pool:
         found = pool.map(lambda i: model.find([support], f"user {i}", photo).score, range(24))
@@ -247,7 +251,8 @@ def test_the_painter_shows_the_mask(example: do.Example) -> None:
 
 @pytest.mark.parametrize(("installed", "arguments", "says"), [
     (False, [], "-m pip install \"gradio>="), (True, ["--weights", "nothing"], "nothing: no such file"),
-    (True, [], "sh train.sh split0 demo 0"),
+    (True, [], "sh train.sh split0 demo 0"), (True, ["--clip", "no.pt"], "no file no.pt"),
+    (True, ["--clip", "demo/clip", "--arch", "HDMNet"], "nothing of arch (HDMNet)"),
 ])  # fmt: skip
 def test_what_is_missing_is_told(installed: bool, arguments: list[str], says: str, monkeypatch: pytest.MonkeyPatch,
                                  capsys: pytest.CaptureFixture) -> None:  # fmt: skip
@@ -257,114 +262,3 @@ def test_what_is_missing_is_told(installed: bool, arguments: list[str], says: st
     with pytest.raises(SystemExit) as ended:
         cli.run(program.main)
     assert ended.value.code == 2 and says in capsys.readouterr().err
-
-
-# --- the real page ----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def address(model: Model) -> Iterator[str]:
-    if importlib.util.find_spec("gradio") is None:
-        pytest.skip("gradio is not installed (requirements.txt, optional)")
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in program.OFFLINE.items():
-            patch.setenv(name, value)
-        from demo.web import page
-
-        app = page.build(model, list(demo_examples([1, 2])))
-        yield page.launch(app, "127.0.0.1", None)
-        app.close(verbose=False)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator:
-    if importlib.util.find_spec("playwright") is None:
-        pytest.skip("playwright is not installed (requirements.txt, optional)")
-    chromium = shutil.which("chromium") or shutil.which("google-chrome")
-    if chromium is None:
-        pytest.skip("no chromium on this machine (Debian: apt-get install chromium)")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        opened = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        yield opened
-        opened.close()
-
-
-@pytest.fixture
-def page(browser, address: str) -> Iterator:  # noqa: ANN001
-    """A user's page; at the end: it has asked for nothing from elsewhere, and no script of it has failed."""
-    asked, failed = [], []
-    user = browser.new_context(viewport={"width": 1400, "height": 900}).new_page()
-    user.on("request", lambda request: asked.append(request.url))
-    user.on("pageerror", lambda error: failed.append(error))
-    user.goto(address)
-    user.get_by_role("button", name="Find it").wait_for()
-    yield user
-    assert [url for url in asked if not url.startswith((address, "data:", "blob:"))] == [] and failed == []
-    user.context.close()
-
-
-def find(page) -> None:  # noqa: ANN001
-    page.get_by_role("button", name="Find it").click()
-    page.locator(".result img, .wrong").first.wait_for()
-
-
-@pytest.mark.slow
-def test_example_predict_threshold(page) -> None:  # noqa: ANN001
-    page.get_by_role("button", name="star").click()
-    page.locator(".painter img[src]").wait_for()
-    find(page)
-    assert page.locator(".maps img").count() == 5 and page.locator(".wrong").count() == 0
-    assert all(page.locator("figure img").evaluate_all("found => found.map(x => x.complete && x.naturalWidth > 0)"))
-    before = page.locator(".result figcaption").inner_text()
-    page.get_by_label("number input for threshold").fill("0.99")
-    page.wait_for_function("text => document.querySelector('.result figcaption').innerText != text", arg=before)
-    assert "nothing" in page.locator(".result figcaption").inner_text()
-
-
-@pytest.mark.slow
-def test_upload_paint_and_messages(page, example: do.Example, query: str, tmp_path: Path) -> None:  # noqa: ANN001
-    (tmp_path / "text.png").write_text("hello")
-    page.locator("#photo input[type=file]").set_input_files(tmp_path / "text.png")
-    page.get_by_text("text.png: not an image").wait_for()
-    assert page.get_by_text("Error").count() == 0
-    page.locator("#photo input[type=file]").set_input_files(save(tmp_path / "a.png", example.support.photo.image))
-    page.locator(".painter img[src]").wait_for()
-    page.locator("#query input[type=file]").set_input_files(query)
-    page.get_by_label("class name").fill("star")
-    find(page)
-    page.get_by_text("where is the object").wait_for()
-    box = page.locator(".painter canvas").bounding_box()
-    page.mouse.move(box["x"] + box["width"] * 0.4, box["y"] + box["height"] * 0.5)
-    page.mouse.down()
-    page.mouse.move(box["x"] + box["width"] * 0.6, box["y"] + box["height"] * 0.5, steps=5)
-    page.mouse.up()
-    page.get_by_role("button", name="Find it").click()
-    page.locator(".result img").wait_for()
-    page.get_by_role("button", name="Clear").click()
-    page.get_by_role("button", name="Find it").click()
-    page.get_by_text("nothing is painted").wait_for()
-    assert page.locator(".result img").count() == 0
-    page.locator("#mask").locator("xpath=..").locator("input[type=file]").set_input_files(tmp_path / "text.png")
-    page.get_by_text("text.png: not an image").wait_for()
-    page.get_by_role("button", name="Remove", exact=True).click()
-    page.locator("#photo").wait_for()
-    page.locator("#photo input[type=file]").set_input_files(tmp_path / "text.png")  # after a good one, too
-    page.get_by_text("text.png: not an image").wait_for()
-    assert page.get_by_text("Error").count() == 0
-
-
-@pytest.mark.slow
-def test_each_user_for_himself_and_narrow(page, browser, address: str) -> None:  # noqa: ANN001
-    page.get_by_role("button", name="fish").click()
-    page.locator(".painter img[src]").wait_for()
-    other = browser.new_context(viewport={"width": 420, "height": 900}).new_page()
-    other.goto(address)
-    find(other)
-    other.get_by_text("choose the picture to search").wait_for()
-    assert other.evaluate("document.documentElement.scrollWidth") <= 420
-    find(page)
-    assert page.locator(".result img").count() == 1
-    assert other.locator(".result img").count() == 0
-    other.context.close()

@@ -2,6 +2,8 @@
 
     python -m demo.web                           the demo's trained PI-CLIP (sh train.sh split0 demo 0), on http://127.0.0.1:7860
     python -m demo.web --weights W               another checkpoint, exported file, or published .pth (with --config, --arch)
+    python -m demo.web --clip                    no training: a name alone, and OpenAI's CLIP, which is downloaded
+    python -m demo.web --clip demo/clip          the same with the demo's CLIP, for drawn scenes
     python -m demo.web --host 0.0.0.0 --port 80  for other machines, too: everyone who reaches it may use it
 
 Nothing is loaded from or sent to elsewhere. docs/web.md tells more.
@@ -10,13 +12,20 @@ Nothing is loaded from or sent to elsewhere. docs/web.md tells more.
 import argparse
 import os
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 
 import env
+from demo.shapes import NAMES
 from demo.web.session import Model, demo_examples
+from model import SYSTEMS
 from model.predictor import Predictor
-from predict import asked_config, weight_file
+from model.text_predictor import TextPredictor
+from predict import asked_config, check_model, model_options, weight_file
 from util import cli
+from util.data.folds import fold
 from util.errors import UserError
+from util.experiment import ROOT
 
 OFFLINE = {"GRADIO_ANALYTICS_ENABLED": "False", "NO_PROXY": "*", "no_proxy": "*"}  # gradio asks for its own page, without a proxy
 
@@ -24,16 +33,32 @@ OFFLINE = {"GRADIO_ANALYTICS_ENABLED": "False", "NO_PROXY": "*", "no_proxy": "*"
 def main() -> None:
     given = parse()
     check_gradio()
-    weights = weight_file(given.weights)
-    predictor = Predictor.from_checkpoint(weights, given.device, None, asked_config(given, weights), given.arch)
-    examples = demo_examples(predictor.fold.novel) if predictor.config.Train.data_set == "demo" else ()
+    model, classes = clip_alone(given) if given.clip is not None else trained(given)
 
     os.environ |= OFFLINE
     from demo.web import page  # imports gradio, which reads them
 
-    app = page.build(Model(predictor), list(examples))
-    print(f"{weights} on {page.launch(app, given.host, given.port)}  (Ctrl-C ends it)", flush=True)
+    app = page.build(model, list(demo_examples(classes)))
+    print(f"{model.about}: {page.launch(app, given.host, given.port)}  (Ctrl-C ends it)", flush=True)
     app.block_thread()
+
+
+def trained(given: argparse.Namespace) -> tuple[Model, Sequence[int]]:
+    """A checkpoint, and the classes of the demo world to show examples of."""
+    weights = weight_file(given.weights)
+    predictor = Predictor.from_checkpoint(weights, given.device, None, asked_config(given, weights), given.arch)
+    name, train = next(name for name, cls in SYSTEMS.items() if type(predictor.system) is cls), predictor.config.Train
+    about = f"{name} · {train.data_set} split {train.split} · {train.shot}-shot · on {predictor.device}"
+    demo = train.data_set == "demo"
+    return Model(predictor, about, predictor.names.texts if demo else ()), predictor.fold.novel if demo else ()
+
+
+def clip_alone(given: argparse.Namespace) -> tuple[Model, Sequence[int]]:
+    """A CLIP without a trained network; the demo's has examples, of the classes of its first fold."""
+    predictor = TextPredictor.from_clip(given.clip, given.device)
+    demo = Path(given.clip).resolve() == ROOT / "demo/clip"
+    about = f"CLIP {given.clip} · text alone, without a trained network · on {predictor.device}"
+    return Model(predictor, about, NAMES if demo else ()), fold("demo", 0).novel if demo else ()
 
 
 def check_gradio() -> None:
@@ -48,14 +73,13 @@ def check_gradio() -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m demo.web", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("--weights", help="checkpoint, exported file, or published .pth; default: the demo's trained PI-CLIP")
+    model_options(parser)
+    parser.set_defaults(device="cpu")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this machine only)")
     parser.add_argument("--port", type=int, help="default: the first free one from 7860 on")
-    parser.add_argument("--device", default="cpu", help="cpu (default), cuda, ...")
-    parser.add_argument("--config", help="of a published .pth: config/DATASET/DATASET_EXP_NET.yaml")
-    parser.add_argument("--arch", help="of a published .pth: PI_CLIP, HDMNet, BAM, PFENet")
-    parser.add_argument("overrides", nargs="*", metavar="Section.key=value", help="where files are now, CLIP.clip_path=...")
-    return parser.parse_intermixed_args()
+    given = parser.parse_intermixed_args()
+    check_model(given)
+    return given
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""The page: four steps from left to right, in gradio. What they do is in session.py, how results look in show.py."""
+"""The page: its steps from left to right, in gradio. What they do is in session.py, how results look in show.py."""
 
 import socket
 from collections.abc import Callable
 from dataclasses import replace
+from html import escape
 from pathlib import Path
 
 import gradio as gr
@@ -10,7 +11,6 @@ import gradio as gr
 from demo.web import session as do
 from demo.web import show
 from demo.web.session import Example, Model, Session
-from model import SYSTEMS
 from util.errors import UserError
 
 HERE = Path(__file__).parent
@@ -26,17 +26,18 @@ HOUR = 3600  # seconds after which uploads are deleted
 
 def build(model: Model, examples: list[Example]) -> gr.Blocks:
     """The page over a model."""
-    predictor = model.predictor
-    words = ", ".join(predictor.names.texts) if predictor.config.Train.data_set == "demo" else ""
+    told = "Show one example of a thing, name it, and find it in another picture."
+    if not model.takes_supports:
+        told = "Name a thing, and find it in a picture: roughly, from the name alone."
+    before = int(model.takes_supports)  # steps before the name
     with gr.Blocks(title="Few-shot segmentation", analytics_enabled=False, delete_cache=(600, HOUR)) as page:
         state = gr.State(Session())
-        gr.HTML("<h1>Few-shot segmentation</h1><p>Show one example of a thing, name it, and find it in another picture.</p>"
-                f"<small>{about(model)}</small>", elem_classes="head")  # fmt: skip
+        gr.HTML(f"<h1>Few-shot segmentation</h1><p>{told}</p><small>{escape(model.about)}</small>", elem_classes="head")
         strip = gr.HTML(html_template=show.examples(examples), js_on_load=PICK, visible=bool(examples))
         with gr.Row(equal_height=True):
-            with gr.Column(scale=3, min_width=270, elem_classes="card"):
+            with gr.Column(scale=3, min_width=270, elem_classes="card", visible=model.takes_supports):
                 step(1, "Example", "A photo with the thing in it. Paint over the thing, or give its mask as a file."
-                     + (" Without an example the name alone counts." if predictor.takes_text else ""))  # fmt: skip
+                     + (" Without an example the name alone counts." if model.takes_text else ""))  # fmt: skip
                 with gr.Column() as choose:
                     photo = upload("photo with the thing", "photo")
                 with gr.Column(visible=False) as at_hand:
@@ -48,17 +49,18 @@ def build(model: Model, examples: list[Example]) -> gr.Blocks:
                         other = gr.Button("Remove", size="sm", min_width=60)
                 kept, wrong = gr.HTML(), gr.HTML()
             with gr.Column(scale=2, min_width=180, elem_classes="card"):
-                step(2, "Name", "What the thing is called, in plain English." if predictor.takes_text else
+                step(before + 1, "Name", "What the thing is called, in plain English." if model.takes_text else
                      "This system does not read it; you may leave it empty.")  # fmt: skip
-                text = gr.Textbox(label="class name", placeholder="star" if words else "dog", max_length=do.MAX_TEXT, max_lines=1)
-                if words:
-                    gr.HTML(f"This model knows words of the drawn demo world: {words}.", elem_classes="hint")
+                text = gr.Textbox(label="class name", placeholder="star" if model.words else "dog", max_length=do.MAX_TEXT,
+                                  max_lines=1)  # fmt: skip
+                if model.words:
+                    gr.HTML(f"This model knows words of the drawn demo world: {', '.join(model.words)}.", elem_classes="hint")
             with gr.Column(scale=3, min_width=270, elem_classes="card"):
-                step(3, "Picture to search", "Any other picture in which the thing may be.")
+                step(before + 2, "Picture to search", "Any picture in which the thing may be.")
                 query = upload("picture to search", "query")
                 run = gr.Button("Find it", variant="primary")
             with gr.Column(scale=4, min_width=300, elem_classes="card"):
-                step(4, "Result", "Blue is what was found. The threshold says how sure it has to be.")
+                step(before + 3, "Result", "Blue is what was found. The threshold says how sure it has to be.")
                 failed = gr.HTML()
                 result = gr.HTML(show.EMPTY, elem_classes="result")
                 threshold = gr.Slider(0.01, 0.99, 0.5, step=0.01, label="threshold")
@@ -82,7 +84,7 @@ def build(model: Model, examples: list[Example]) -> gr.Blocks:
 
         def pick(session: Session, threshold: float, event: gr.EventData) -> dict:
             example = examples[event.number]
-            session = replace(Session(), support=example.support)
+            session = replace(Session(), support=example.support if model.takes_supports else None)
             return support_changed(session) | {text: example.name, query: example.query} | result_changed(session, threshold)
 
         def segment(session: Session, painted: dict | None, text: str, query: dict | None, threshold: float) -> dict:
@@ -145,9 +147,3 @@ def upload(label: str, name: str) -> gr.Image:
 def file(value: dict | None) -> str | dict | None:
     """The path of an upload, which gradio has not opened: what is wrong with it is told by our reader. Else the value itself."""
     return value["path"] if isinstance(value, dict) and "path" in value else value
-
-
-def about(model: Model) -> str:
-    predictor, train = model.predictor, model.predictor.config.Train
-    name = next(name for name, cls in SYSTEMS.items() if type(predictor.system) is cls)
-    return f"{name} · {train.data_set} split {train.split} · {train.shot}-shot · on {predictor.device}"

@@ -19,6 +19,7 @@ from PIL import Image
 from demo.shapes import NAMES
 from demo.world import VAL, scene
 from model.predictor import Predictor
+from model.text_predictor import TextPredictor
 from util.data.photos import MAX_SIDE, Photo, read_mask, read_photo, shrink
 from util.errors import UserError
 
@@ -79,17 +80,29 @@ class Example:
 
 
 class Model:
-    """A Predictor that several users share, one at a time."""
+    """A predictor that several users share, one at a time.
 
-    def __init__(self, predictor: Predictor) -> None:
-        self.predictor, self.lock = predictor, threading.Lock()
+    Attributes:
+        about: one line on what it is.
+        words: all that its CLIP knows, where that is few.
+        takes_supports: False for a CLIP without a trained network, which reads the text alone.
+        takes_text: whether it reads the text.
+    """
+
+    def __init__(self, predictor: Predictor | TextPredictor, about: str, words: Sequence[str] = ()) -> None:
+        self.predictor, self.about, self.words, self.lock = predictor, about, words, threading.Lock()
+        self.takes_supports = not isinstance(predictor, TextPredictor)
+        self.takes_text = not self.takes_supports or predictor.takes_text
 
     def find(self, supports: Sequence[Support], text: str, query: Photo) -> Found:
-        """Raises UserError as `Predictor.set_support` and `predict` do."""
+        """Raises UserError as the predictor's methods do."""
         # a palette image: in an array, 255 would count as the object
         masks = [Image.fromarray(support.mask, "P") for support in supports]
         with self.lock:
-            self.predictor.set_support([support.photo for support in supports], masks, text)
+            if self.takes_supports:
+                self.predictor.set_support([support.photo for support in supports], masks, text)
+            else:
+                self.predictor.set_text(text)
             found, notes = self.predictor.predict(query), self.predictor.notes
         return Found(query.image, found.score, found.maps, notes, found.seconds, not supports)
 
@@ -168,7 +181,7 @@ def segment(model: Model, session: Session, drawn: dict | None, text: str | None
     if len(text) > MAX_TEXT:
         raise UserError(f"the name has {len(text)} characters; {MAX_TEXT} are the most")
     if not query:
-        raise UserError("choose the picture to search (step 3)")
+        raise UserError("choose the picture to search")
     examples = supports(session, drawn)
     return replace(session, found=model.find(examples, text, reduced(read_upload(query))))
 

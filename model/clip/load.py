@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -69,10 +70,23 @@ def load_clip(source: str) -> Clip:
         raise UserError(f"CLIP.clip_path: no file {source}. {_WHERE}")
     name, _, tag = source.partition("/") if not source.startswith("hf-hub:") else (source, "", "")
     try:
-        model = open_clip.create_model(name, pretrained=tag or None, precision="fp32", require_pretrained=True)
+        with _no_log():
+            model = open_clip.create_model(name, pretrained=tag or None, precision="fp32", require_pretrained=True)
     except Exception as error:  # open_clip and the hub raise many kinds; the user needs one answer
-        raise UserError(f"CLIP.clip_path: open_clip could not get {source!r} ({error}). {_WHERE}") from error
+        raise UserError(f"CLIP.clip_path: open_clip could not get {source!r} ({error}). Without network, put OpenAI's "
+                        f"ViT-B-16.pt (sha256 {OPENAI_VIT_B_16[:12]}...) into initmodel/ and name that file") from error
     return Clip(model)
+
+
+@contextlib.contextmanager
+def _no_log() -> Iterator[None]:
+    """The hub's client logs every retry twice; what went wrong stands in the error that it raises."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 def clip_from_state(state: Mapping[str, Tensor], name: str = "state dict") -> Clip:
