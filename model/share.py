@@ -11,7 +11,6 @@ one. `Predictor.from_checkpoint`, predict.py --weights and Test_Finetune.weight 
 
 import argparse
 import dataclasses
-import json
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,7 +22,8 @@ from util.config import Config
 from util.errors import UserError
 from util.experiment import ROOT, recorded_config
 from util.files import atomic
-from util.report import text_table
+from util.report import check_keys, text_table
+from util.stats import read_result
 
 RESULT = ("date", "protocol", "protocol_hash", "mean", "sd", "interval", "leak_free", "baselines", "warnings", "environment")
 CARD = """---
@@ -123,11 +123,15 @@ def portable(config: Config) -> dict[str, Any]:
 
 
 def result_of(snapshot: Path) -> tuple[dict[str, Any], list[str]]:
-    """The report of test.py on this very checkpoint ({} where there is none), and why there is none."""
+    """The report of test.py on this very checkpoint ({} where there is none), and why there is none.
+
+    Raises:
+        UserError: the report is damaged.
+    """
     file = snapshot.parent.parent / "result/report.json"
     if not file.is_file():
         return {}, [f"no result inside: there is no {file} (test.py makes it)"]
-    report = json.loads(file.read_text())
+    report = read_result(file, check_keys)
     if Path(report.get("checkpoint", "")).name != snapshot.name:
         return {}, [f"no result inside: {file} is about {report.get('checkpoint')}"]
     if file.stat().st_mtime < snapshot.stat().st_mtime - LATER:

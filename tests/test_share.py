@@ -1,5 +1,6 @@
 """One file with everything but CLIP: the same bits, with the result that is about it, to a hub and back."""
 
+import inspect
 import json
 import os
 import shutil
@@ -100,6 +101,10 @@ def test_the_result_in_a_shared_file_is_about_it(piclip: Path, tmp_path: Path) -
     assert "older than the checkpoint" in export(snapshot, out)[0] and not read_meta(out)["result"]
     save_json(file, report | {"checkpoint": "exp/run/snapshot/last.safetensors"})
     assert "is about" in export(snapshot, out)[0] and not read_meta(out)["result"]
+    for damaged, message in (("{", "no valid JSON"), ("{}", "no report of an evaluation")):
+        file.write_text(damaged)
+        with pytest.raises(UserError, match=rf"report\.json: {message}"):
+            export(snapshot, out)
 
 
 class Hub:
@@ -121,6 +126,20 @@ class Hub:
         if not (self.root / repository).is_dir():
             raise OSError("404 not found")
         shutil.copytree(self.root / repository, local_dir)
+
+
+def test_the_stand_in_is_called_as_the_real_client() -> None:
+    """With the names of arguments that the installed huggingface_hub has (it comes along with timm)."""
+    import huggingface_hub
+
+    api, ours = huggingface_hub.HfApi, Hub(Path())
+    pairs = [(api.create_repo, ours.create_repo), (api.upload_file, ours.upload_file),
+             (huggingface_hub.snapshot_download, ours.snapshot_download)]  # fmt: skip
+    for real, stand_in in pairs:
+        known = list(inspect.signature(real).parameters)
+        for name, parameter in inspect.signature(stand_in).parameters.items():
+            positional = parameter.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD and name == "repository"
+            assert name in known or (positional and known[known[0] == "self"] == "repo_id"), (real, name)
 
 
 def test_push_and_pull(piclip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
