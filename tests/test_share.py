@@ -91,7 +91,7 @@ def test_the_result_in_a_shared_file_is_about_it(piclip: Path, tmp_path: Path) -
     seed = scores | {"seed": 1, "episodes": 5, "per_class": {"1": 0.4}, "episodes_per_class": {"1": 5}}
     report = {"system": "PI_CLIP", "data_set": "demo", "split": 0, "shot": 1, "backbone": "resnet50", "protocol_hash": "47a2",
               "protocol": {"name": "strict", "hash": "47a2"}, "checkpoint": "exp/run/snapshot/best.safetensors", "mean": scores,
-              "sd": scores, "seeds": [seed], "classes": {"1": "star"}}  # fmt: skip
+              "sd": scores, "seeds": [seed], "classes": {"1": "star"}, "environment": {}}  # fmt: skip
     save_json(file, report)
     out = tmp_path / "shared.safetensors"
     assert len(export(snapshot, out)) == 1
