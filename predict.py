@@ -21,11 +21,14 @@ from model.predictor import Predictor, annotated
 from model.text_predictor import TextPredictor
 from util import cli
 from util.config import CLIP, Config, load_config
-from util.data.photos import Photo, find, frames, read_photo
+from util.data.photos import Photo, find, frames, others, read_photo
 from util.errors import UserError
 from util.experiment import ROOT, recorded_config
 from util.results import Results
 
+POOR = 0.3  # IoU of an example in its own photo, below which is told:
+WEAK = ("an example is hardly found even in its own photo: expect nothing of others. Is its mask right (supports/)? Was the "
+        "system trained on pictures of this kind?")  # fmt: skip
 DEMO = "exp/demo/PI_CLIP/split0/resnet50/snapshot/best.safetensors"
 
 
@@ -35,24 +38,30 @@ def main() -> None:
     paths, weights = find(given.query), None if given.clip is not None else weight_file(given.weights)
     photos = [read_photo(support["image"]) for support in given.support]
     masks, boxes = ([support[key] for support in given.support] for key in ("mask", "boxes"))
-    record = {"weights": weights and str(weights), "clip": given.clip, "text": given.text, "supports": given.support}
-    results = Results(given.out, given.polygons, given.text or "object", record)
-    for i, (photo, mask) in enumerate(annotated(photos, masks, boxes), start=1):
-        results.support(i, photo, mask)
+    examples = annotated(photos, masks, boxes)
 
     # 2. the model, and what it looks for
+    predictor, what = open_predictor(given, weights)
     if weights is None:
-        if not Path(given.clip).exists():
-            print(f"CLIP {given.clip} is downloaded, unless it was before", flush=True)
-        predictor, what = TextPredictor.from_clip(given.clip, given.device, given.precision), given.clip
         predictor.set_text(given.text or "")
     else:
-        predictor = Predictor.from_checkpoint(weights, given.device, given.precision, asked_config(given, weights), given.arch)
         predictor.set_support(photos, masks, given.text, boxes)
-        what = f"{weights}, {predictor.system.shot}-shot"
-    results.record |= {"device": str(predictor.device), "precision": predictor.precision, "notes": predictor.notes}
+    ious, left_out = ([] if weights is None else predictor.check()), [str(path) for path in others(given.query)]
+    notes = [*predictor.notes, *([WEAK] if min(ious, default=1) < POOR else [])]
+    record = {
+        "weights": weights and str(weights), "clip": given.clip, "text": given.text, "supports": given.support,
+        "found_in_supports": [round(iou, 4) for iou in ious], "device": str(predictor.device),
+        "precision": predictor.precision, "notes": notes, "left_out": left_out,
+    }  # fmt: skip
+    results = Results(given.out, given.polygons, given.text or "object", record)
+    for i, (photo, mask) in enumerate(examples, start=1):
+        results.support(i, photo, mask)
     print(f"{what}, on {predictor.device} in {predictor.precision}")
-    print("".join(f"note: {note}\n" for note in predictor.notes), end="")
+    for iou, photo in zip(ious, photos, strict=True):
+        print(f"{photo.name}: an example; found again in its own photo with an IoU of {iou:.2f}")
+    if left_out:
+        notes = [*notes, f"neither photos nor videos, left out: {', '.join(left_out[:5])}{', ...' * (len(left_out) > 5)}"]
+    print("".join(f"note: {note}\n" for note in notes), end="")
 
     # 3. one image (on a GPU: eight) after the other
     try:
@@ -63,9 +72,21 @@ def main() -> None:
                 print(f"{photo.name}: {100 * row['fraction']:.1f} % of the image, {score}  ({found.seconds:.2f} s)")
     finally:
         results.close()
-    print(f"{len(results.record['images'])} masks in {given.out}: masks/, overlays/, overview.jpg, scores.json")
+    count = len(results.record["images"])
+    print(f"{count} mask{'s' * (count != 1)} in {given.out}: masks/, overlays/, overview.jpg, scores.json")
     if unread := results.record["unread"]:
         raise UserError(f"{len(unread)} of the queries could not be read: {', '.join(item['image'] for item in unread)}")
+
+
+def open_predictor(given: argparse.Namespace, weights: Path | None) -> tuple[Predictor | TextPredictor, str]:
+    """The predictor of a checkpoint, or that of a CLIP alone, and what to call it."""
+    if weights is not None:
+        config = asked_config(given, weights)
+        predictor = Predictor.from_checkpoint(weights, given.device, given.precision, config, given.arch)
+        return predictor, f"{weights}, {predictor.system.shot}-shot"
+    if not Path(given.clip).exists():
+        print(f"CLIP {given.clip} is downloaded, unless it was before", flush=True)
+    return TextPredictor.from_clip(given.clip, given.device, given.precision), given.clip
 
 
 def readable(paths: Sequence[Path], every: int, results: Results) -> Iterator[tuple[str, Photo]]:

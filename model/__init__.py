@@ -1,5 +1,10 @@
 """Systems, and the one builder. Everything else is found in the folder of its idea: clip, backbone, few_shot."""
 
+try:
+    import torch as _torch  # noqa: F401
+except ModuleNotFoundError as _error:
+    raise ImportError(f"{_error}: prepare the environment with `python3 env.py`, then `. .venv/bin/activate`") from None
+
 from model.build import SYSTEMS, build_system, load_backbone, load_weights, needs_base_learner, open_system, system_class
 from model.system import Prediction, System, content_hash
 

@@ -28,8 +28,8 @@ from util.checkpoint import EXPORT, read_meta
 from util.config import Config
 from util.data.episodes import Episode, EpisodeMaker, Shot, collate
 from util.data.folds import ClassNames, Fold, fold_of, read_class_names
-from util.data.photos import Box, Photo, Source, box_mask, read_mask, read_photo, shrink
-from util.data.transforms import ValTransform
+from util.data.photos import Box, Photo, Source, box_mask, doubt, read_mask, read_photo, shrink
+from util.data.transforms import IGNORE, ValTransform
 from util.errors import UserError
 from util.experiment import Experiment
 from util.metrics import to_original
@@ -61,6 +61,7 @@ class Predictor:
         self.notes: tuple[str, ...] = ()
         self._text_alone = TextPredictor(system.clip, device, precision) if self.takes_text else None
         self._groups: list[list[Shot]] | None = None  # of K shots; text alone: none
+        self._examples: list[tuple[Photo, np.ndarray]] = []
         self._base_rank = -1
 
     @classmethod
@@ -108,7 +109,8 @@ class Predictor:
         """
         text = (text or "").strip()
         photos = [read_photo(source, f"support {i}") for i, source in enumerate(as_list(images), start=1)]
-        shots = [self._shot(*pair) for pair in annotated(photos, as_list(masks), box_lists(boxes))]
+        examples = annotated(photos, as_list(masks), box_lists(boxes))
+        shots = [self._shot(*pair) for pair in examples]
         self._check(shots, text)
         if not shots:
             self._text_alone.set_text(text)
@@ -117,9 +119,7 @@ class Predictor:
         shot, count = self.system.shot, len(shots)
         turns = [shots[i % count] for i in range(-(-count // shot) * shot)]
         self._groups = [turns[i : i + shot] for i in range(0, len(turns), shot)]
-        base = {name.casefold(): rank for rank, c in enumerate(self.fold.base) if c <= len(self.names.names)
-                for name in (self.names.names[c - 1], self.names.texts[c - 1])}
-        self._base_rank = base.get(text.casefold(), -1)
+        self._examples, self._base_rank = examples, self._rank(text)
         self.notes = tuple(self._notes(count, text)) if count else self._text_alone.notes
 
     def predict(self, image: Source) -> Segmentation:
@@ -153,6 +153,15 @@ class Predictor:
         seconds = (time.perf_counter() - started) / len(photos)
         return [Segmentation(*parts, seconds) for parts in found]
 
+    def check(self) -> list[float]:
+        """IoU 0..1 of each support's object with what is found in the support's own photo (with boxes: of the box; text
+        alone: []). It costs a query each. Where it is low there is little to expect of other photos."""
+        scores = []
+        for photo, mask in self._examples:
+            given, seen, counts = mask == 1, self.predict(photo).mask, mask != IGNORE
+            scores.append(float((given & seen & counts).sum() / ((given | seen) & counts).sum()))
+        return scores
+
     def episode(self, photo: Photo, shots: Sequence[Shot]) -> Episode:
         """The batch of one that evaluation would make of a query and its supports; nothing is known of its annotation."""
         image = shrink(photo.image, self._side)
@@ -175,11 +184,18 @@ class Predictor:
 
     def _check(self, shots: Sequence[Shot], text: str) -> None:
         if self.takes_text and not text:
-            raise UserError("this checkpoint's priors read the name of what is to be found: give a text, for instance 'dog'")
+            name = self.names.texts[self.fold.novel[0] - 1] if self.names.texts else "dog"
+            raise UserError(f"this checkpoint's priors read the name of what is to be found: give a text, for instance {name!r}")
         if not shots and not text:
             raise UserError("nothing to look for: give supports (images with masks or boxes), a text, or both")
         if not shots and not self.takes_text:
             raise UserError("this checkpoint has no text prior (CLIP): it needs at least one image with a mask or a box")
+
+    def _rank(self, text: str) -> int:
+        """Of the base class that the text names, -1: it names none."""
+        ranks = {name.casefold(): rank for rank, c in enumerate(self.fold.base) if c <= len(self.names.names)
+                 for name in (self.names.names[c - 1], self.names.texts[c - 1])}  # fmt: skip
+        return ranks.get(text.casefold(), -1)
 
     def _notes(self, count: int, text: str) -> list[str]:
         found, shot = list(self.system.warnings), self.system.shot
@@ -187,10 +203,13 @@ class Predictor:
             found.append(f"{count} supports for a {shot}-shot checkpoint: the mean of {len(self._groups)} predictions")
         elif count < shot:
             found.append(f"{count} of {shot} supports: they are repeated in turn")
-        if text and self._base_rank >= 0 and self.system.uses_base_learner:
+        if self._base_rank >= 0 and self.system.uses_base_learner:
             found.append(f"{text!r} is one of the classes that the base learner knows, and is not held for background")
         elif text and not self.takes_text:
             found.append("this system has no text prior: the text changes nothing")
+        found += [f"{photo.name}: {why}" for photo, mask in self._examples if (why := doubt(mask))]
+        if self.config.Train.data_set == "demo":
+            found.append("trained on the drawn demo world: on photographs its masks mean nothing")
         return found
 
     def _mean(self, x: Tensor) -> Tensor:

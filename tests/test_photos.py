@@ -10,7 +10,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from demo import world
-from util.data.photos import ORIENTATION, box_mask, read_mask, read_photo
+from util.data.photos import ORIENTATION, box_mask, doubt, read_mask, read_photo
 from util.errors import UserError
 from util.polygons import Coco, polygons
 
@@ -66,6 +66,15 @@ def test_kinds_of_photos(tmp_path: Path) -> None:
     assert np.array_equal(read_photo(tmp_path / "moving.webp").image, image)  # the first frame
 
 
+def test_a_mask_with_object_and_background_exchanged_is_told() -> None:
+    mask = np.ones((40, 60), np.uint8)
+    mask[10:20, 20:30] = 0
+    assert "exchanged" in doubt(mask) and "exchanged" in doubt(np.where(mask == 0, 255, mask))
+    close = np.zeros((40, 60), np.uint8)
+    close[2:, 3:] = 1  # a thing that fills the photo
+    assert doubt(1 - mask) == doubt(close) == ""
+
+
 def test_kinds_of_masks(tmp_path: Path) -> None:
     found = read_photo(np.zeros((4, 6, 3), np.uint8))
     values = np.zeros((4, 6), np.uint8)
@@ -87,7 +96,10 @@ def test_kinds_of_masks(tmp_path: Path) -> None:
         read_mask(tmp_path / "mask.jpg", found)
     with pytest.raises(UserError, match="empty"):
         read_mask(np.zeros((4, 6), bool), found)
-    assert box_mask([[1, 1, 3, 9], [-5, 0, 1, 1]], found).tolist() == [[1, 0, 0, 0, 0, 0], *[[0, 1, 1, 0, 0, 0]] * 3]
+    assert box_mask([[1, 1, 3, 5], [-1, 0, 1, 1]], found).tolist() == [[1, 0, 0, 0, 0, 0], *[[0, 1, 1, 0, 0, 0]] * 3]
+    for box in ([1, 1, 3, 9], [-5, 0, 1, 1]):  # x, y, width, height, perhaps, or of another size of the photo
+        with pytest.raises(UserError, match="reaches far outside"):
+            box_mask([box], found)
     for box in ([3, 1, 3, 2], [6, 0, 9, 2], [-9, 0, -1, 2], [1, 2, 3], [0, 0, float("nan"), 2]):
         with pytest.raises(UserError, match="box"):
             box_mask([box], found)

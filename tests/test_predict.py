@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from demo import world
 from model import load_weights, open_system
 from model.build import text_bank
 from model.few_shot.prior import TextPrior
@@ -106,6 +108,25 @@ def test_supports_are_paid_for_once(piclip: Path, scenes: Path) -> None:
     assert (sum(backbone), sum(clip)) == (4, 6) and text == [2]  # the new support alone
 
 
+def test_examples_are_found_in_their_own_photos(piclip: Path, scenes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    predictor = Predictor.from_checkpoint(piclip)
+    images, masks = star(scenes, of=3)
+    assert predictor.check() == []
+    mask = np.zeros((40, 60), np.uint8)
+    mask[:20, :20], mask[20:] = 1, 255
+    label = Image.fromarray(mask, "P")
+    label.putpalette(world.palette())
+    predictor.set_support([images[0], np.full((40, 60, 3), 90, np.uint8)], [masks[0], label], "star")
+    seen = np.zeros((40, 60), bool)
+    seen[10:, :10] = True  # 100 pixels of the object's 400, and many that do not count
+    monkeypatch.setattr(predictor, "predict", lambda photo: SimpleNamespace(mask=seen if photo.hw == (40, 60) else masks[0]))
+    assert predictor.check() == [1, 0.25]
+    predictor.set_support(images[2], ~masks[2], "star")
+    assert "exchanged" in " ".join(predictor.notes) and "drawn demo world" in " ".join(predictor.notes)
+    predictor.set_support(text="star")
+    assert predictor.check() == []
+
+
 def test_every_way_to_give_an_image(piclip: Path, scenes: Path) -> None:
     predictor = Predictor.from_checkpoint(piclip)
     (support, query), (mask, _) = star(scenes)
@@ -174,7 +195,7 @@ def test_text_alone_and_systems_without_it(piclip: Path, scenes: Path, tmp_path:
     assert found.maps.keys() == {"vtp"} and np.array_equal(found.mask, found.score > 0.5) and 0 < found.mask.mean() < 1
     inside, outside = found.score[masks[0]].mean(), found.score[~masks[0]].mean()
     assert inside > 1.5 * outside  # the demo's CLIP is trained, and knows a star
-    with pytest.raises(UserError, match="not trained on 'golden', 'retriever'"):
+    with pytest.raises(UserError, match="does not know golden, retriever .* all its words: .*anchor"):
         predictor.set_support(text="golden retriever")
     assert np.array_equal(predictor.predict(images[0]).score, found.score)  # what failed has changed nothing
     with pytest.raises(UserError, match="give a text"):
@@ -205,7 +226,7 @@ def test_without_any_training(piclip: Path, scenes: Path) -> None:
     prior = TextPrior(alone.clip, bank, "all", ()).refined(
         torch.from_numpy(image.copy()).permute(2, 0, 1)[None], torch.ones(1, 2, dtype=torch.bool), torch.tensor([0]))
     np.testing.assert_array_equal(alone.predict(image).maps["vtp"], prior[0].numpy())
-    for text, message in ((" ", "give a text"), ("golden retriever", "not trained on")):
+    for text, message in ((" ", "give a text"), ("golden retriever", "does not know")):
         with pytest.raises(UserError, match=message):
             alone.set_text(text)
     assert np.array_equal(alone.predict(images[0]).score, found.score)  # what failed has changed nothing

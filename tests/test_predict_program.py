@@ -70,6 +70,8 @@ def test_command_line(piclip: Path, scenes: Path, tmp_path: Path, program: Calla
     assert [Path(image["mask"]).stem for image in record["images"]] == names
     assert [item["image"] for item in record["unread"]] == [str(folder / "broken.jpg")]
     assert {f.name for f in (out / "supports").iterdir()} == {"1.jpg", "2.jpg"} and record["notes"]
+    assert record["left_out"] == [str(folder / "notes.txt")] and "left out: " in said
+    assert len(record["found_in_supports"]) == said.count("found again in its own photo") == 2
     predictor = Predictor.from_checkpoint(piclip)
     predictor.set_support(images[:2], [masks[0], None], "star", [None, [10, 20, 80, 90]])
     found = predictor.predict(folder / "a.png")

@@ -40,8 +40,10 @@ class TextEncoder(nn.Module):
                 raise UserError(f"text of {len(ids)} tokens does not fit CLIP's {self.clip.context_length}: {text!r}")
             unknown = [] if self.known_ids is None else [i for i in ids if i not in self.known_ids]
             if unknown:
-                words = ", ".join(repr(self.tokenizer.decode([i]).strip()) for i in unknown)
-                raise UserError(f"this CLIP was not trained on {words} (in {text!r}); use a full CLIP: CLIP.clip_path=...")
+                words, known = (sorted(filter(str.isalpha, (self.tokenizer.decode([i]).strip() for i in some)))
+                                for some in (unknown, self.known_ids))  # fmt: skip
+                raise UserError(f"this small CLIP does not know {', '.join(words)} (in {text!r}); all its words: "
+                                f"{', '.join(known)}. For photographs take a full CLIP, and a system trained with it")
         tokens = self.tokenizer(list(texts)).to(self.clip.positional_embedding.device)
         return F.normalize(self.clip.encode_text(tokens).float(), dim=-1)
 

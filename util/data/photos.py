@@ -85,7 +85,8 @@ def read_mask(source: Source, photo: Photo) -> np.ndarray:
         source = source != 0
     image, name = _open(source, f"mask of {photo.name}")
     if image.format in ("JPEG", "MPO"):
-        raise UserError(f"{name}: a mask must be lossless, JPEG blurs its values; save it as PNG")
+        raise UserError(f"{name}: a mask must be lossless, JPEG blurs its values; export it as PNG from where "
+                        "it was painted (turning this file into a PNG keeps the blur)")
     image = ImageOps.exif_transpose(image)
     hw = image.size[::-1]
     if hw != photo.hw and hw == photo.hw[::-1] and photo.orientation in TURNS:
@@ -107,12 +108,21 @@ def read_mask(source: Source, photo: Photo) -> np.ndarray:
     return mask
 
 
-def box_mask(boxes: Sequence[Box], photo: Photo) -> np.ndarray:
-    """Filled boxes, H W uint8 {0, 1}; what sticks out of the photo is cut off.
+def doubt(mask: np.ndarray) -> str:
+    """What looks wrong about a mask, H W {0, 1, 255}; "" where nothing does."""
+    border = np.concatenate([mask[0], mask[-1], mask[:, 0], mask[:, -1]])
+    if (border == 1).mean() > 0.9 and (mask == 1).mean() > 0.5:
+        return "the object covers nearly the whole border of the photo; are background and object exchanged in its mask?"
+    return ""
 
-    Raises UserError: not four numbers, or nothing of a box lies in the photo.
+
+def box_mask(boxes: Sequence[Box], photo: Photo) -> np.ndarray:
+    """Filled boxes, H W uint8 {0, 1}; what sticks out of the photo, by a twentieth of its side at most, is cut off.
+
+    Raises UserError: not four numbers, an empty box, or one that is not of this photo.
     """
     height, width = photo.hw
+    slack_y, slack_x = height / 20 + 1, width / 20 + 1
     mask = np.zeros((height, width), np.uint8)
     for box in boxes:
         if len(box) != 4 or not np.isfinite(box).all():
@@ -122,6 +132,9 @@ def box_mask(boxes: Sequence[Box], photo: Photo) -> np.ndarray:
         if x0 >= x1 or y0 >= y1 or not part.size:
             raise UserError(f"box {x0},{y0},{x1},{y1} of {photo.name}: needs x0 < x1, y0 < y1 and a part inside the photo "
                             f"({width} x {height} pixels)")
+        if min(x0 + slack_x, y0 + slack_y, width + slack_x - x1, height + slack_y - y1) < 0:
+            raise UserError(f"box {x0},{y0},{x1},{y1} reaches far outside {photo.name} ({width} x {height} pixels): give x0, y0, "
+                            "x1, y1 in pixels of the upright photo, not width and height")
         part[:] = 1
     return mask
 
@@ -152,6 +165,12 @@ def find(patterns: Sequence[str]) -> list[Path]:
                 raise UserError(f"no such file, folder or pattern: {pattern}")
         found.update(dict.fromkeys(files))
     return list(found)
+
+
+def others(patterns: Sequence[str]) -> list[Path]:
+    """Files in the folders among the patterns that `find` does not look at."""
+    files = (f for pattern in patterns if Path(pattern).is_dir() for f in sorted(Path(pattern).iterdir()) if f.is_file())
+    return [f for f in files if f.suffix.lower() not in PHOTOS + VIDEOS]
 
 
 def frames(path: Path, every: int) -> Iterator[tuple[str, Photo]]:
