@@ -9,6 +9,7 @@ command again continues where the last run stopped, bit for bit: at a signal to 
 import dataclasses
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,31 +44,31 @@ def main() -> None:
         if context.main:
             preflight.require(config, place, ("train_list", "val_list") if config.Train.evaluate else ("train_list",))
         context.barrier()
-        if arguments.dry_run:
-            return dry_run(config, place, context)
+        run = dry_run if arguments.dry_run else train
         if needs_base_learner(place.arch):
-            ready_base_learner(config, load_config(arguments.config, "PSPNet"), place, context, arguments.quiet)
-        train(config, place, context, arguments.quiet)
+            ready_base_learner(run, config, load_config(arguments.config, "PSPNet"), place, context, arguments.quiet)
+        run(config, place, context, arguments.quiet)
     finally:
         distributed.stop()
 
 
-def ready_base_learner(config: Config, recipe: Config, place: Experiment, context: Context, quiet: bool) -> None:
+def ready_base_learner(run: Callable, config: Config, recipe: Config, place: Experiment, context: Context, quiet: bool) -> None:
     """The demo's base learner takes minutes, so it is trained (to its end) on the way; a real one is a run of its own."""
     own = place.of("PSPNet")
     if config.Train.data_set == "demo" and config.Method.pre_weight == "auto":
         if not checkpoint.finished(own.snapshot):
             recipe.Data, recipe.Method, recipe.Runtime = config.Data, config.Method, config.Runtime
             recipe.Train.workers, recipe.Train.selection = config.Train.workers, config.Train.selection
-            train(recipe, own, context, quiet)
+            run(recipe, own, context, quiet)
     elif not experiment.base_learner_file(config, place).is_file():
         raise UserError(experiment.missing_base_learner(config, place))
 
 
-def dry_run(config: Config, place: Experiment, context: Context) -> None:
-    """Says what a run would do and take; writes nothing."""
+def dry_run(config: Config, place: Experiment, context: Context, quiet: bool) -> None:
+    """Says what a run would do and take, whether its base learner is there yet or not; writes nothing."""
+    ready = not needs_base_learner(place.arch) or experiment.base_learner_file(config, place).is_file()
     with RunLog(place.folder, main=False) as log:
-        found = plan.measure(build(config, place, context, log))
+        found = plan.measure(build(config, place, context, log, weights=ready))
         if context.main:
             print(found)
 
@@ -140,11 +141,12 @@ def save_point(run: Run) -> None:
         checkpoint.save_resume(run.place.snapshot, state, run.meta, run.optimizer, rng, run.progress)
 
 
-def build(config: Config, place: Experiment, context: Context, log: RunLog) -> Run:
-    """Model, data and optimizer at the start of a run."""
+def build(config: Config, place: Experiment, context: Context, log: RunLog, weights: bool = True) -> Run:
+    """Model, data and optimizer at the start of a run; without `weights` the frozen parts mean nothing, and cost the same."""
     torch.manual_seed(config.Train.manual_seed)
     system, source = open_system(place.arch, config)
-    load_backbone(system, config, place)
+    if weights:
+        load_backbone(system, config, place)
     for warning in system.warnings:
         log.warning(warning)
     system.to(context.device)

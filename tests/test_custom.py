@@ -13,7 +13,7 @@ from util import protocol
 from util.config import load_config
 from util.data.build import Source
 from util.data.custom import check
-from util.data.custom.__main__ import main
+from util.data.custom.__main__ import following, main
 from util.data.folds import fold_of, read_class_names, read_folds
 from util.data.index import Record, read_list
 from util.data.transforms import read_label
@@ -85,6 +85,7 @@ def test_a_folder_becomes_a_data_set(own: Path, capsys: pytest.CaptureFixture) -
     make(own)
     shown = capsys.readouterr().out
     assert re.search(r"3  tree +\d+ +\d+ +\d+ +\d+ +split2", shown) and "split3: " in shown, shown
+    assert following("mine", False).endswith("ARCH=HDMNet NET=efficientnet_lite0 sh test.sh split0 mine 0")
     for split in range(4):
         data = source(split)
         assert data.fold.novel == (split + 1,) and len(data.fold.base) == 3 and data.names.texts[2] == "tall tree"

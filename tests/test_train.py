@@ -180,6 +180,8 @@ def test_dry_run_writes_nothing(world: list[str], trained: Path, tmp_path: Path)
     assert run.returncode == 0 and "nothing is written" in run.stdout, run.stdout + run.stderr
     for told in (r"steps +\d+ an epoch, 1 epochs; 8 samples", r"time +0:\d\d:\d\d = \d+ steps"):
         assert re.search(told, run.stdout), run.stdout
+    run = sh("train.sh", *world[:-1], *SMALL, f"Runtime.output={tmp_path}", "--dry-run", arch="HDMNet")  # no base learner yet
+    assert re.findall(r"^(\w+) on demo", run.stdout, re.MULTILINE) == ["PSPNet", "HDMNet"], run.stdout + run.stderr
     assert not list(tmp_path.iterdir())
 
 

@@ -14,6 +14,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from util import cli
 from util.config import load_config
 from util.data.custom import check, sources, write
@@ -76,8 +78,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"left alone: {path} is other than would be written now; delete it to have it made anew")
     if not written:
         print("nothing new to write")
-    print(f"next: ARCH=PSPNet sh train.sh split0 {name}; sh train.sh split0 {name}; sh test.sh split0 {name} "
-          "(NET=efficientnet_lite0 for a small network)")
+    print(following(name, torch.cuda.is_available()))
 
 
 def check_name(name: str) -> None:
@@ -113,6 +114,14 @@ def choose_folds(given: argparse.Namespace, found: sources.Found, places: write.
         raise UserError(f"--folds {given.folds}: {path} has {len(folds)}; leave --folds out, or delete that file")
     print(f"folds: those of {path}")
     return path.read_text(encoding="utf-8-sig"), folds
+
+
+def following(name: str, gpu: bool) -> str:
+    """The commands that train on it and test, on this machine: without a GPU with a small network."""
+    arch, net, gpus = ("PI_CLIP", "resnet50", "") if gpu else ("HDMNet", "efficientnet_lite0", " 0")
+    runs = [f"ARCH={a} NET={net} sh {stage}.sh split0 {name}{gpus}" for a, stage in
+            (("PSPNet", "train"), (arch, "train"), (arch, "test"))]  # fmt: skip
+    return "\n  ".join(["next:", *([] if gpu else ["python -m model.backbone.lite0"]), *runs])
 
 
 if __name__ == "__main__":

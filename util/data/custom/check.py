@@ -38,7 +38,8 @@ class Seen:
 def classes(names: ClassNames) -> None:
     """Raises UserError unless there are 2 to 254 classes, none of them the background."""
     if not 2 <= (count := len(names.names)) < IGNORE:
-        raise UserError(f"{count} class{'es' * (count != 1)} named; needed are 2 (a novel one, a base one) to {IGNORE - 1}")
+        raise UserError(f"{count} class{'es' * (count != 1)} named; needed are 2 to {IGNORE - 1}, since a system is "
+                        "trained on some and tested on others. To find one kind of thing by a few examples: predict.py --support")
     if zero := [name for name in names.names if name.strip("_ ").lower() in ("background", "ignore", "void")]:
         raise UserError(f"{zero[0]!r} among the classes: background (0) and ignore ({IGNORE}) have no name; line 1 is value 1")
 
