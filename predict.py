@@ -1,8 +1,9 @@
 """Segment your own images: what the supports show, and the text names, is found in every query.
 
-    python predict.py --support a.jpg --mask a.png --query photos/*.jpg --text "golden retriever" --weights W --out DIR
+    python predict.py --support a.jpg --mask a.png --query photos/ --out DIR
 
     --support b.jpg --box 10,20,200,300     a box x0,y0,x1,y1 in pixels instead of a mask; several --box for one support
+    --weights W --text "golden retriever"   another system than the small network that comes along; PI-CLIP reads a name, too
     --clip --text cat                       no training at all: rough masks from OpenAI's CLIP, which is downloaded, and words
     --clip demo/clip --text star            the same with the demo's CLIP, for the drawn world
     --query FOLDER 'more/*.png' clip.mp4    files, folders, patterns, videos (--every N: every N-th frame)
@@ -17,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from model.clip.load import HUB_NAME
-from model.predictor import Predictor, annotated
+from model.predictor import Predictor, annotated, find_weights
 from model.text_predictor import TextPredictor
 from util import cli
 from util.config import CLIP, Config, load_config
@@ -29,13 +30,14 @@ from util.results import Results
 POOR = 0.3  # IoU of an example in its own photo, below which is told:
 WEAK = ("an example is hardly found even in its own photo: expect nothing of others. Is its mask right (supports/)? Was the "
         "system trained on pictures of this kind?")  # fmt: skip
-DEMO = "exp/demo/PI_CLIP/split0/resnet50/snapshot/best.safetensors"
 
 
 def main() -> None:
     given = parse()
     # 1. what is to be done
-    paths, weights = find(given.query), None if given.clip is not None else weight_file(given.weights)
+    if any(given.out.resolve() == Path(query).resolve() for query in given.query):
+        raise UserError(f"--out {given.out}: that folder is searched; give another, results would be found as photos next time")
+    paths, weights = find(given.query), None if given.clip is not None else find_weights(given.weights or "photos")
     photos = [read_photo(support["image"]) for support in given.support]
     masks, boxes = ([support[key] for support in given.support] for key in ("mask", "boxes"))
     examples = annotated(photos, masks, boxes)
@@ -57,10 +59,12 @@ def main() -> None:
     for i, (photo, mask) in enumerate(examples, start=1):
         results.support(i, photo, mask)
     print(f"{what}, on {predictor.device} in {predictor.precision}")
-    for iou, photo in zip(ious, photos, strict=True):
-        print(f"{photo.name}: an example; found again in its own photo with an IoU of {iou:.2f}")
+    for iou, photo, boxed in zip(ious, photos, boxes, strict=True):
+        around = " (of the boxes around both)" if boxed else ""
+        print(f"{photo.name}: an example; its overlap with what is found there is {iou:.2f}{around}")
     if left_out:
-        notes = [*notes, f"neither photos nor videos, left out: {', '.join(left_out[:5])}{', ...' * (len(left_out) > 5)}"]
+        some = ", ".join(left_out[:5]) + ", ..." * (len(left_out) > 5)
+        notes = [*notes, f"left out, since only JPEG, PNG and the like and videos are read: {some}"]
     print("".join(f"note: {note}\n" for note in notes), end="")
 
     # 3. one image (on a GPU: eight) after the other
@@ -68,12 +72,14 @@ def main() -> None:
         for some in chunks(readable(paths, given.every, results), 8 if predictor.device.type == "cuda" else 1):
             for (stem, photo), found in zip(some, predictor.predict_batch([photo for _, photo in some]), strict=True):
                 row = results.add(stem, photo, found.mask, found.score, found.seconds)
-                score = f"score {row['score']:.2f}" if found.mask.any() else "nothing found"
-                print(f"{photo.name}: {100 * row['fraction']:.1f} % of the image, {score}  ({found.seconds:.2f} s)")
+                share = f"{100 * row['fraction']:.1f} % of the image" if found.mask.any() else "nothing found"
+                print(f"{photo.name}: {share}  ({found.seconds:.2f} s)")
     finally:
         results.close()
     count = len(results.record["images"])
     print(f"{count} mask{'s' * (count != 1)} in {given.out}: masks/, overlays/, overview.jpg, scores.json")
+    if WEAK in notes:
+        print(f"but note: {WEAK}")
     if unread := results.record["unread"]:
         raise UserError(f"{len(unread)} of the queries could not be read: {', '.join(item['image'] for item in unread)}")
 
@@ -111,23 +117,6 @@ def chunks(items: Iterator, size: int) -> Iterator[list]:
         yield some
 
 
-def weight_file(given: str | None) -> Path:
-    """The named checkpoint, or the demo's.
-
-    Raises:
-        UserError: there is none.
-    """
-    found = next((path for path in (Path(given or DEMO), ROOT / (given or DEMO)) if path.is_file()), None)
-    if found is None and given:
-        raise UserError(f"--weights {given}: no such file")
-    if found is None:
-        raise UserError("no weights. For photographs give --weights FILE of a system trained on PASCAL or COCO (README, Real "
-                        "data), or a published .pth with --config FILE --arch SYSTEM; or, without any training, --clip and "
-                        "--text alone. `sh train.sh split0 demo 0` trains the demo's model (of a drawn world, minutes on a "
-                        "CPU), which is then taken")
-    return found
-
-
 def asked_config(given: argparse.Namespace, weights: Path) -> Config | None:
     """The config that --config and the overrides of a command line ask for; None: the one recorded with the weights."""
     if given.config:
@@ -137,7 +126,8 @@ def asked_config(given: argparse.Namespace, weights: Path) -> Config | None:
 
 def model_options(parser: argparse.ArgumentParser) -> None:
     """Which model: a checkpoint, or a CLIP alone. `check_model` looks at what was given."""
-    parser.add_argument("--weights", help="checkpoint, exported file, or published .pth; default: the demo's trained PI-CLIP")
+    parser.add_argument("--weights", help="checkpoint, exported file, published .pth, or a name: photos, a small network for "
+                        "photographs that comes along (default); demo, the drawn world's PI-CLIP once it is trained")
     parser.add_argument("--clip", nargs="?", const="", metavar="SOURCE", help="no weights, no training, the text alone: a CLIP's "
                         f"file, folder or hub name (default: {CLIP.clip_path} or else {HUB_NAME}, some 600 MB to download)")
     parser.add_argument("--device", help="cpu, cuda, ...; default: the GPU where there is one")
@@ -169,7 +159,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--box", action=AddSupport, metavar="X0,Y0,X1,Y1", help="or a box around it")
     parser.add_argument("--text", help="what it is, in any words; systems with CLIP's text prior need it")
     parser.add_argument("--query", nargs="+", required=True, help="images, folders, patterns, videos")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the results")
+    parser.add_argument("--out", type=Path, default=Path("found"), help="folder for the results (default found)")
     parser.add_argument("--polygons", choices=("coco", "labelme"), help="also write the masks as polygons")
     parser.add_argument("--every", type=int, default=1, metavar="N", help="of a video, every N-th frame")
     parser.add_argument("--precision", choices=("fp32", "bf16"), help="default: bf16 on a GPU that has it")
@@ -197,9 +187,10 @@ class AddSupport(argparse.Action):
             namespace.support[-1]["mask"] = value
         else:
             try:
-                namespace.support[-1]["boxes"].append([float(number) for number in value.split(",")])
+                x0, y0, x1, y1 = map(float, value.split(","))
             except ValueError:
-                parser.error(f"--box {value}: give four numbers x0,y0,x1,y1")
+                parser.error(f"--box {value}: give four numbers with commas and no blanks, x0,y0,x1,y1 as in 10,20,200,300")
+            namespace.support[-1]["boxes"].append([x0, y0, x1, y1])
 
 
 if __name__ == "__main__":

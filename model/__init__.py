@@ -1,5 +1,8 @@
 """Systems, and the one builder. Everything else is found in the folder of its idea: clip, backbone, few_shot."""
 
+import os as _os
+
+_os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch loads it: threads that spin make shared cores 20 times slower
 try:
     import torch as _torch  # noqa: F401
 except ModuleNotFoundError as _error:

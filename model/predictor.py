@@ -1,7 +1,7 @@
 """Segment your own images: supports once, any number of queries after them, on the path that test.py takes.
 
-    predictor = Predictor.from_checkpoint("exp/demo/PI_CLIP/split0/resnet50/snapshot/best.safetensors")
-    predictor.set_support("a.jpg", "a.png", text="star")
+    predictor = Predictor.from_checkpoint()  # a small network for photographs; or the path of any checkpoint
+    predictor.set_support("a.jpg", "a.png")
     found = predictor.predict("b.jpg")  # found.mask, found.score, found.maps
 
 How many supports: a checkpoint is trained for K shots (Train.shot). With fewer they repeat in turn; with more, each K of them in
@@ -31,9 +31,10 @@ from util.data.folds import ClassNames, Fold, fold_of, read_class_names
 from util.data.photos import Box, Photo, Source, box_mask, doubt, read_mask, read_photo, shrink
 from util.data.transforms import IGNORE, ValTransform
 from util.errors import UserError
-from util.experiment import Experiment
+from util.experiment import ROOT, Experiment
 from util.metrics import to_original
 
+NAMED = {"photos": "demo/photos/hdmnet_lite0.safetensors", "demo": "exp/demo/PI_CLIP/split0/resnet50/snapshot/best.safetensors"}
 CACHE = 2**30  # bytes for what the supports and the latest queries gave
 NO_NAMES = ClassNames((), ())
 
@@ -48,9 +49,11 @@ class Predictor:
         notes: what the user should know of the present supports and text.
     """
 
-    def __init__(self, system: FewShot, config: Config, fold: Fold, names: ClassNames, device: torch.device, precision: str):
+    def __init__(self, system: FewShot, config: Config, fold: Fold, names: ClassNames, device: torch.device, precision: str,
+                 note: str = ""):
         self.system = system.to(device).eval()
         self.config, self.fold, self.names, self.device, self.precision = config, fold, names, device, precision
+        self._note = note  # that came with an exported file
         self.system.remember(TensorCache(CACHE), fixed_head=True)
         self.maker = EpisodeMaker(
             ValTransform(config.Train.val_size, squash=config.Train.resized_val), fold,
@@ -61,25 +64,24 @@ class Predictor:
         self.notes: tuple[str, ...] = ()
         self._text_alone = TextPredictor(system.clip, device, precision) if self.takes_text else None
         self._groups: list[list[Shot]] | None = None  # of K shots; text alone: none
-        self._examples: list[tuple[Photo, np.ndarray]] = []
+        self._examples: list[tuple[Photo, np.ndarray, bool]] = []  # with its mask; whether that was made of boxes
         self._base_rank = -1
 
     @classmethod
-    def from_checkpoint(cls, path: str | Path, device: str | None = None, precision: str | None = None,
+    def from_checkpoint(cls, path: str | Path = "photos", device: str | None = None, precision: str | None = None,
                         config: Config | None = None, arch: str | None = None) -> "Predictor":  # fmt: skip
         """Loads a checkpoint with everything it was trained with, checked by hash as in test.py.
 
         Args:
-            path: snapshot/best.safetensors of a run, an exported file, or a published .pth.
+            path: snapshot/best.safetensors of a run, an exported file, or a published .pth; here or below the repository.
+                Or a name: photos (comes with the repository, see demo/photos/), demo (PI-CLIP, once it is trained).
             device: cuda, cpu, ...; None: the GPU where there is one.
             precision: fp32 or bf16; None: bf16 on a GPU that has it, fp32 otherwise.
             config: instead of the recorded one; needed, with `arch`, for a published .pth (`load_config(file, arch)`).
         Raises:
             UserError: no such checkpoint, of another kind, or what it was trained with is not at hand.
         """
-        path, chosen = Path(path), choose_device(device)
-        if not path.is_file():
-            raise UserError(f"no checkpoint {path}; `sh train.sh` trains one (README)")
+        path, chosen = find_weights(path), choose_device(device)
         meta = read_meta(path) if path.suffix == ".safetensors" else {}
         arch = arch or meta.get("system")
         if arch is None or (not meta and config is None):
@@ -92,7 +94,7 @@ class Predictor:
         fold, names = trained_on(config, meta)
         system = build_system(arch, config, fold, NO_NAMES)
         load_weights(system, config, Experiment.of_checkpoint(path, arch, config), path)
-        return cls(system, config, fold, names, chosen, choose_precision(precision, chosen))
+        return cls(system, config, fold, names, chosen, choose_precision(precision, chosen), meta.get("note", ""))
 
     def set_support(self, images: Source | Sequence[Source] | None = None, masks: Source | Sequence[Source | None] | None = None,
                     text: str | None = None, boxes: Box | Sequence[Box | Sequence[Box] | None] | None = None) -> None:
@@ -109,8 +111,9 @@ class Predictor:
         """
         text = (text or "").strip()
         photos = [read_photo(source, f"support {i}") for i, source in enumerate(as_list(images), start=1)]
-        examples = annotated(photos, as_list(masks), box_lists(boxes))
-        shots = [self._shot(*pair) for pair in examples]
+        box = box_lists(boxes)
+        pairs = annotated(photos, as_list(masks), box)
+        shots = [self._shot(*pair) for pair in pairs]
         self._check(shots, text)
         if not shots:
             self._text_alone.set_text(text)
@@ -119,7 +122,8 @@ class Predictor:
         shot, count = self.system.shot, len(shots)
         turns = [shots[i % count] for i in range(-(-count // shot) * shot)]
         self._groups = [turns[i : i + shot] for i in range(0, len(turns), shot)]
-        self._examples, self._base_rank = examples, self._rank(text)
+        self._examples = [(*pair, bool(box) and len(box[i]) > 0) for i, pair in enumerate(pairs)]
+        self._base_rank = self._rank(text)
         self.notes = tuple(self._notes(count, text)) if count else self._text_alone.notes
 
     def predict(self, image: Source) -> Segmentation:
@@ -154,11 +158,13 @@ class Predictor:
         return [Segmentation(*parts, seconds) for parts in found]
 
     def check(self) -> list[float]:
-        """IoU 0..1 of each support's object with what is found in the support's own photo (with boxes: of the box; text
-        alone: []). It costs a query each. Where it is low there is little to expect of other photos."""
+        """IoU 0..1 of each support's object with what is found in the support's own photo; where boxes were given, of the
+        box around each. Text alone: []. It costs a query each. Where it is low there is little to expect of other photos."""
         scores = []
-        for photo, mask in self._examples:
+        for photo, mask, boxed in self._examples:
             given, seen, counts = mask == 1, self.predict(photo).mask, mask != IGNORE
+            if boxed:
+                given, seen = box_around(given), box_around(seen)
             scores.append(float((given & seen & counts).sum() / ((given | seen) & counts).sum()))
         return scores
 
@@ -189,7 +195,8 @@ class Predictor:
         if not shots and not text:
             raise UserError("nothing to look for: give supports (images with masks or boxes), a text, or both")
         if not shots and not self.takes_text:
-            raise UserError("this checkpoint has no text prior (CLIP): it needs at least one image with a mask or a box")
+            raise UserError("this checkpoint has no text prior (CLIP): it needs an example with a mask or a box. For a name "
+                            "alone take a CLIP: predict.py --clip, model.text_predictor")
 
     def _rank(self, text: str) -> int:
         """Of the base class that the text names, -1: it names none."""
@@ -198,7 +205,7 @@ class Predictor:
         return ranks.get(text.casefold(), -1)
 
     def _notes(self, count: int, text: str) -> list[str]:
-        found, shot = list(self.system.warnings), self.system.shot
+        found, shot = [*self.system.warnings, *([self._note] if self._note else [])], self.system.shot
         if count > shot:
             found.append(f"{count} supports for a {shot}-shot checkpoint: the mean of {len(self._groups)} predictions")
         elif count < shot:
@@ -207,7 +214,7 @@ class Predictor:
             found.append(f"{text!r} is one of the classes that the base learner knows, and is not held for background")
         elif text and not self.takes_text:
             found.append("this system has no text prior: the text changes nothing")
-        found += [f"{photo.name}: {why}" for photo, mask in self._examples if (why := doubt(mask))]
+        found += [f"{photo.name}: {why}" for photo, mask, _ in self._examples if (why := doubt(mask))]
         if self.config.Train.data_set == "demo":
             found.append("trained on the drawn demo world: on photographs its masks mean nothing")
         return found
@@ -217,6 +224,22 @@ class Predictor:
         return x.unflatten(0, (-1, len(self._groups))).mean(1)
 
 
+def find_weights(given: str | Path) -> Path:
+    """A checkpoint by its path, here or below the repository, or by its name.
+
+    Raises:
+        UserError: there is none.
+    """
+    name = NAMED.get(str(given), given)
+    found = next((path for path in (Path(name), ROOT / name) if path.is_file()), None)
+    if found is None and given == "demo":
+        raise UserError("the demo's model is not trained yet: `sh train.sh split0 demo 0` (minutes on a CPU)")
+    if found is None:
+        raise UserError(f"no such checkpoint: {given}. Give {' or '.join(NAMED)}, what `sh train.sh` has trained, an exported "
+                        "file, or a published .pth (docs/predict.md)")
+    return found
+
+
 def trained_on(config: Config, meta: dict) -> tuple[Fold, ClassNames]:
     """Fold and class names of the training: an exported file has them, else they are where the config says (names may lack)."""
     if EXPORT in meta:
@@ -224,6 +247,14 @@ def trained_on(config: Config, meta: dict) -> tuple[Fold, ClassNames]:
         return Fold(config.Train.data_set, config.Train.split, novel, base), ClassNames(names, texts)
     file = Path(config.Data.class_names)
     return fold_of(config), read_class_names(file) if file.is_file() else NO_NAMES
+
+
+def box_around(mask: np.ndarray) -> np.ndarray:
+    """H W bool: the smallest box that holds all of a mask, filled."""
+    filled, (y, x) = np.zeros_like(mask), np.nonzero(mask)
+    if len(y):
+        filled[y.min() : y.max() + 1, x.min() : x.max() + 1] = True
+    return filled
 
 
 def as_list(value: Source | Sequence | None) -> list:
@@ -256,6 +287,7 @@ def annotated(photos: Sequence[Photo], masks: Sequence[Source | None], boxes: Se
     for i, photo in enumerate(photos):
         mask, box = masks[i] if masks else None, boxes[i] if boxes else []
         if (mask is None) == (not len(box)):
-            raise UserError(f"support {photo.name}: give a mask or boxes" + ("" if mask is None else ", not both"))
+            raise UserError(f"support {photo.name}: give a mask or boxes (--mask PNG, --box x0,y0,x1,y1)"
+                            + ("" if mask is None else ", not both"))
         pairs.append((photo, box_mask(box, photo) if mask is None else read_mask(mask, photo)))
     return pairs

@@ -15,13 +15,15 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
+
 from model.predictor import Predictor
 from util import cli
 from util.checkpoint import EXPORT, read_meta, save_weights
 from util.config import Config
 from util.errors import UserError
 from util.experiment import ROOT, recorded_config
-from util.files import atomic
+from util.files import atomic, load_tensors
 from util.report import check_keys, text_table
 from util.stats import read_result
 
@@ -48,6 +50,8 @@ python predict.py --weights {file} --support a.jpg --mask a.png{option} --query 
 ```
 
 ```python
+import torch
+
 from model.predictor import Predictor
 
 predictor = Predictor.from_checkpoint("{file}")
@@ -59,6 +63,7 @@ mask = predictor.predict("b.jpg").mask
 
 {table}
 """
+HALF = "weights rounded to half precision; the result is of those before"
 LATER = 60.0  # seconds by which a report may be older than its checkpoint: a copied folder has the times of the copying
 
 
@@ -68,6 +73,8 @@ def main() -> None:
     out = commands.add_parser("export", help="write one file with a model card beside it")
     out.add_argument("snapshot", type=Path, help="snapshot/best.safetensors of a run")
     out.add_argument("--out", type=Path, required=True, metavar="FILE.safetensors")
+    out.add_argument("--note", default="", help="what its users should know; predictors tell it")
+    out.add_argument("--half", action="store_true", help="round to 16 bits: half the size")
     out.add_argument("--push", metavar="USER/REPO", help="then upload both to this repository of the hub")
     into = commands.add_parser("pull", help="download what was pushed")
     into.add_argument("repository", metavar="USER/REPO")
@@ -77,14 +84,16 @@ def main() -> None:
         print("\n".join(map(str, pull(given.repository, given.out))))
         return
     hub = _hub() if given.push else None  # before the work, when it is missing
-    for line in export(given.snapshot, given.out):
+    for line in export(given.snapshot, given.out, given.half, given.note):
         print(line)
     if hub:
         print(push(hub, given.out, given.push))
 
 
-def export(snapshot: Path, out: Path) -> list[str]:
+def export(snapshot: Path, out: Path, half: bool = False, note: str = "") -> list[str]:
     """Writes `out` and its model card, and returns what there is to tell.
+
+    half: round all weights but CLIP's to fp16; computed with is fp32 all the same. note: what users should know.
 
     Raises:
         UserError: `out` is no .safetensors, the checkpoint or what it was trained with is not at hand, the disk is full.
@@ -100,9 +109,14 @@ def export(snapshot: Path, out: Path) -> list[str]:
     report, told = result_of(snapshot)
     meta |= {
         EXPORT: 1, "config": portable(recorded_config(snapshot)), "classes": [names.names, names.texts, fold.novel, fold.base],
-        "result": {key: report[key] for key in RESULT if key in report}, "notes": system.warnings,
+        "result": {key: report[key] for key in RESULT if key in report},
+        "notes": [*system.warnings, *([note] if note else [])], "note": note,
     }  # fmt: skip
     tensors = {name: tensor for name, tensor in system.state_dict().items() if not name.startswith("clip.")}
+    if half:
+        tensors = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+        system.load_state_dict(system.state_dict() | tensors)
+        meta |= {"frozen": system.frozen_hashes(), "notes": [*meta["notes"], HALF]}
     save_weights(out, tensors, meta)
     card = out.with_suffix(".md")
     with atomic(card) as temporary:
@@ -132,11 +146,17 @@ def result_of(snapshot: Path) -> tuple[dict[str, Any], list[str]]:
     if not file.is_file():
         return {}, [f"no result inside: there is no {file} (test.py makes it)"]
     report = read_result(file, check_keys)
-    if Path(report.get("checkpoint", "")).name != snapshot.name:
+    tested = snapshot.with_name(Path(report.get("checkpoint") or "nothing").name)
+    if tested != snapshot and not (tested.is_file() and same_tensors(tested, snapshot)):  # of a run to its end, best may be last
         return {}, [f"no result inside: {file} is about {report.get('checkpoint')}"]
     if file.stat().st_mtime < snapshot.stat().st_mtime - LATER:
         return {}, [f"no result inside: {file} is older than the checkpoint; run test.py again"]
     return report, []
+
+
+def same_tensors(a: Path, b: Path) -> bool:
+    one, other = load_tensors(a), load_tensors(b)
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 def model_card(file: str, meta: dict[str, Any], report: dict[str, Any], count: int) -> str:

@@ -121,6 +121,12 @@ def test_examples_are_found_in_their_own_photos(piclip: Path, scenes: Path, monk
     seen[10:, :10] = True  # 100 pixels of the object's 400, and many that do not count
     monkeypatch.setattr(predictor, "predict", lambda photo: SimpleNamespace(mask=seen if photo.hw == (40, 60) else masks[0]))
     assert predictor.check() == [1, 0.25]
+    seen[:] = False
+    seen[10, 0], seen[19, 14] = True, True  # two pixels far apart, in a box of 10 x 15
+    predictor.set_support(np.full((40, 60, 3), 90, np.uint8), boxes=[0, 0, 20, 20], text="star")
+    assert predictor.check() == [150 / 400]
+    seen[:] = False
+    assert predictor.check() == [0]
     predictor.set_support(images[2], ~masks[2], "star")
     assert "exchanged" in " ".join(predictor.notes) and "drawn demo world" in " ".join(predictor.notes)
     predictor.set_support(text="star")
@@ -203,7 +209,7 @@ def test_text_alone_and_systems_without_it(piclip: Path, scenes: Path, tmp_path:
     other = Predictor.from_checkpoint(make(tmp_path, "PFENet")[1])
     other.set_support(images[0], masks[0], "golden retriever")
     assert "the text changes nothing" in " ".join(other.notes)
-    with pytest.raises(UserError, match="needs at least one image"):
+    with pytest.raises(UserError, match="needs an example"):
         other.set_support(text="star")
     with pytest.raises(UserError, match="call set_support"):
         Predictor.from_checkpoint(piclip).predict(images[0])

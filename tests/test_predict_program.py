@@ -14,7 +14,7 @@ import yaml
 from PIL import Image
 
 import predict
-from model.predictor import Predictor
+from model.predictor import NAMED, Predictor
 from tests.untrained import ROOT, star
 from util import cli
 from util.checkpoint import read_meta, save_weights
@@ -70,8 +70,8 @@ def test_command_line(piclip: Path, scenes: Path, tmp_path: Path, program: Calla
     assert [Path(image["mask"]).stem for image in record["images"]] == names
     assert [item["image"] for item in record["unread"]] == [str(folder / "broken.jpg")]
     assert {f.name for f in (out / "supports").iterdir()} == {"1.jpg", "2.jpg"} and record["notes"]
-    assert record["left_out"] == [str(folder / "notes.txt")] and "left out: " in said
-    assert len(record["found_in_supports"]) == said.count("found again in its own photo") == 2
+    assert record["left_out"] == [str(folder / "notes.txt")] and "left out, since" in said
+    assert len(record["found_in_supports"]) == said.count("its overlap with what is found there is") == 2
     predictor = Predictor.from_checkpoint(piclip)
     predictor.set_support(images[:2], [masks[0], None], "star", [None, [10, 20, 80, 90]])
     found = predictor.predict(folder / "a.png")
@@ -118,10 +118,11 @@ def test_wrong_command_lines(piclip: Path, scenes: Path, tmp_path: Path, program
         ({"--mask": None}, "give a mask or boxes"), ({"--box": "1,1,9,9"}, "not both"), ({"--text": None}, "give a text"),
         ({"--support": None}, "give its --support"), ({"--query": tmp_path / "*.jpg"}, "no such file, folder or pattern"),
         ({"--query": tmp_path / "folder"}, "no photo and no video"), ({"--query": tmp_path / "clip.mp4"}, "not a readable video"),
-        ({"--weights": tmp_path / "none.safetensors"}, "no such file"), ({"--weights": tmp_path / "file"}, "--arch PI_CLIP"),
+        ({"--weights": tmp_path / "none.safetensors"}, "no such checkpoint: .*none"),
+        ({"--weights": tmp_path / "file"}, "--arch PI_CLIP"),
         ({"--weights": base}, "is a base learner"), ({"--out": tmp_path / "file/out"}, "cannot be written"),
         ({"--out": tmp_path / "file"}, "cannot be written"), ({"--every": "0"}, "at least 1"), ({"--device": "tpu9"}, "device"),
-        ({"--box": "1,2,3", "--mask": None}, "x0, y0, x1, y1"), ({"--box": "a,b", "--mask": None}, "four numbers"),
+        ({"--box": "1,2,3", "--mask": None}, "four numbers with commas"), ({"--box": "a,b", "--mask": None}, "four numbers"),
     ]  # fmt: skip
     for change, message in wrong:
         arguments = [str(part) for option, value in (good | change).items() if value is not None for part in (option, value)]
@@ -136,9 +137,11 @@ def test_wrong_command_lines(piclip: Path, scenes: Path, tmp_path: Path, program
         arguments = [str(part) for option, value in (clip | change).items() if value is not None for part in (option, value)]
         code, said = program(*arguments)
         assert code == 2 and re.search(message, said), (message, said)
-    monkeypatch.setattr(predict, "DEMO", "nowhere/best.safetensors")
-    code, said = program("--text", "star", "--query", query, "--out", tmp_path / "out")
+    monkeypatch.setitem(NAMED, "demo", "nowhere/best.safetensors")
+    code, said = program("--text", "star", "--query", query, "--out", tmp_path / "out", "--weights", "demo")
     assert code == 2 and "sh train.sh split0 demo 0" in said
+    code, said = program("--text", "star", "--query", scenes, "--out", scenes, "--weights", piclip)
+    assert code == 2 and "is searched" in said and not (scenes / "scores.json").exists()
 
 
 def test_checkpoint_tells_its_config(piclip: Path, scenes: Path, tmp_path: Path, program: Callable, monkeypatch) -> None:
@@ -159,6 +162,14 @@ def test_checkpoint_tells_its_config(piclip: Path, scenes: Path, tmp_path: Path,
     code, said = program(f"Method.pre_weight={base}", "--text", "star", "--query", star(scenes)[0][0], "--out", "out",
                          "--weights", run / "snapshot/best.safetensors")  # fmt: skip
     assert code == 0, said
+
+
+def test_nobody_listens(piclip: Path, scenes: Path, tmp_path: Path) -> None:
+    """`predict.py ... | head -1`"""
+    command = f"'{sys.executable}' predict.py --text star --query '{scenes}/JPEGImages/00500*.jpg' --weights '{piclip}'"
+    run = subprocess.run(f"{command} --out '{tmp_path}/out' | head -1", shell=True, cwd=ROOT, text=True, capture_output=True,
+                         timeout=300)  # fmt: skip
+    assert run.stdout.count("\n") == 1 and "Traceback" not in run.stderr and "BrokenPipe" not in run.stderr, run.stderr
 
 
 def test_as_a_program(piclip: Path, scenes: Path, tmp_path: Path) -> None:

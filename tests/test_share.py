@@ -64,6 +64,21 @@ def test_one_file_to_share(piclip: Path, scenes: Path, tmp_path: Path, monkeypat
         export(piclip, tmp_path / "taken/model.safetensors")
 
 
+def test_half_the_size(piclip: Path, scenes: Path, tmp_path: Path) -> None:
+    for name, half in (("whole", False), ("half", True)):
+        export(piclip, tmp_path / f"{name}.safetensors", half, "knows stars only" * half)
+    whole, half = (tmp_path / f"{name}.safetensors" for name in ("whole", "half"))
+    assert half.stat().st_size < 0.55 * whole.stat().st_size and "half precision" in half.with_suffix(".md").read_text()
+    images, masks = star(scenes)
+    scores = []
+    for file in (whole, half):
+        predictor = Predictor.from_checkpoint(file)
+        predictor.set_support(images[0], masks[0], "star")
+        scores.append(predictor.predict(images[1]).score)
+    assert 0 < np.abs(scores[0] - scores[1]).max() < 0.01
+    assert predictor.notes[0] == "knows stars only" and "- knows stars only" in half.with_suffix(".md").read_text()
+
+
 def test_a_data_set_of_ones_own(scenes: Path, tmp_path: Path) -> None:
     """Its folds and names go along: their files are not on the other machine."""
     (tmp_path / "folds.yaml").write_text("split0: [star, fish, tree]\n")
@@ -85,6 +100,7 @@ def test_the_result_in_a_shared_file_is_about_it(piclip: Path, tmp_path: Path) -
     run = tmp_path / "run"
     shutil.copytree(piclip.parents[6], run)
     snapshot = run / "exp/demo/PI_CLIP/split0/resnet50/snapshot/best.safetensors"
+    base_learner = run / "exp/demo/PSPNet/split0/resnet50/snapshot/best.safetensors"
     file = snapshot.parents[1] / "result/report.json"
     file.parent.mkdir()
     scores = {"miou": 0.4321, "fb_iou": 0.6}
@@ -100,6 +116,9 @@ def test_the_result_in_a_shared_file_is_about_it(piclip: Path, tmp_path: Path) -
     os.utime(file, (0, 0))
     assert "older than the checkpoint" in export(snapshot, out)[0] and not read_meta(out)["result"]
     save_json(file, report | {"checkpoint": "exp/run/snapshot/last.safetensors"})
+    shutil.copy(snapshot, snapshot.with_name("last.safetensors"))
+    assert len(export(snapshot, out)) == 1 and read_meta(out)["result"]  # the same weights under another name
+    shutil.copy(base_learner, snapshot.with_name("last.safetensors"))
     assert "is about" in export(snapshot, out)[0] and not read_meta(out)["result"]
     for damaged, message in (("{", "no valid JSON"), ("{}", "no report of an evaluation")):
         file.write_text(damaged)

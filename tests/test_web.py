@@ -15,12 +15,11 @@ from PIL import Image
 
 import demo.web.__main__ as program
 import env
-import predict
 from demo import world
 from demo.web import session as do
 from demo.web import show
 from demo.web.session import Model, Session, Support, demo_examples
-from model.predictor import Predictor
+from model.predictor import NAMED, Predictor
 from model.text_predictor import TextPredictor
 from tests.untrained import ROOT, make
 from util import cli
@@ -250,14 +249,14 @@ def test_the_painter_shows_the_mask(example: do.Example) -> None:
 
 
 @pytest.mark.parametrize(("installed", "arguments", "says"), [
-    (False, [], "-m pip install \"gradio>="), (True, ["--weights", "nothing"], "nothing: no such file"),
-    (True, [], "sh train.sh split0 demo 0"), (True, ["--clip", "no.pt"], "no file no.pt"),
+    (False, [], "-m pip install \"gradio>="), (True, ["--weights", "nothing"], "no such checkpoint: nothing"),
+    (True, ["--weights", "demo"], "sh train.sh split0 demo 0"), (True, ["--clip", "no.pt"], "no file no.pt"),
     (True, ["--clip", "demo/clip", "--arch", "HDMNet"], "nothing of arch (HDMNet)"),
 ])  # fmt: skip
 def test_what_is_missing_is_told(installed: bool, arguments: list[str], says: str, monkeypatch: pytest.MonkeyPatch,
                                  capsys: pytest.CaptureFixture) -> None:  # fmt: skip
     monkeypatch.setattr(env, "check_package", lambda *_: env.Row("gradio", installed, "not installed", ""))
-    monkeypatch.setattr(predict, "DEMO", "no/such/file")
+    monkeypatch.setitem(NAMED, "demo", "no/such/file")
     monkeypatch.setattr(sys, "argv", ["web", *arguments])
     with pytest.raises(SystemExit) as ended:
         cli.run(program.main)

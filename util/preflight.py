@@ -98,7 +98,7 @@ def data_root(config: Config) -> Finding:
     root = Path(config.Data.data_root)
     if config.Train.data_set == "demo":
         return Finding("data", True, f"{root} (drawn on first use)")
-    return Finding("data", root.is_dir(), f"Data.data_root = {root}", "README tells where the data comes from")
+    return Finding("data", root.is_dir(), f"Data.data_root = {root}", "docs/getting-started.md tells where it comes from")
 
 
 def base_learner(config: Config, place: Experiment) -> Finding:

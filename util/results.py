@@ -16,7 +16,8 @@ from util.files import atomic, save_json
 
 OVERLAY_SIDE = 1600  # pixels: overlays of larger photos are reduced to it
 SHEET = 30  # overview.jpg shows so many at most, supports first,
-ROW = 6  # so many in a row
+ROW = 6  # so many in a row,
+TILE = 200  # of so many pixels in height
 
 
 class Results:
@@ -39,7 +40,7 @@ class Results:
 
     def support(self, number: int, photo: Photo, mask: np.ndarray) -> None:
         """A support as it was understood; mask: H W {0, 1, 255}."""
-        self._save_overlay(f"supports/{number}.jpg", f"support {number}", photo.image, mask, "support mask")
+        self._save_overlay(f"supports/{number}.jpg", f"example {number}", photo.image, mask, "support mask")
 
     def add(self, stem: str, photo: Photo, mask: np.ndarray, score: np.ndarray, seconds: float) -> dict[str, Any]:
         """Writes the files of one image and returns what scores.json will tell of it.
@@ -91,7 +92,7 @@ class Results:
         shown = viz.overlay(image, mask, viz.COLOURS[colour], outline=max(1, round(max(mask.shape) / 300)))
         self._save_jpeg(name, shown)
         if len(self._panels) < SHEET:
-            self._panels.append((caption, viz.fit(shown, 150)))
+            self._panels.append((caption, viz.fit(shown, TILE)))
 
     def _save_jpeg(self, name: str, image: np.ndarray) -> None:
         self._save(name, image, "JPEG", quality=92, subsampling=0)

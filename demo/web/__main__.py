@@ -1,7 +1,7 @@
 """A page to try few-shot segmentation in the browser.
 
-    python -m demo.web                           the demo's trained PI-CLIP (sh train.sh split0 demo 0), on http://127.0.0.1:7860
-    python -m demo.web --weights W               another checkpoint, exported file, or published .pth (with --config, --arch)
+    python -m demo.web                           the demo's PI-CLIP once it is trained, else the network for photographs
+    python -m demo.web --weights photos          the network for photographs, in any case; or any checkpoint (see predict.py)
     python -m demo.web --clip                    no training: a name alone, and OpenAI's CLIP, which is downloaded
     python -m demo.web --clip demo/clip          the same with the demo's CLIP, for drawn scenes
     python -m demo.web --host 0.0.0.0 --port 80  for other machines, too: everyone who reaches it may use it
@@ -19,9 +19,9 @@ import env
 from demo.shapes import NAMES
 from demo.web.session import Model, demo_examples
 from model import SYSTEMS
-from model.predictor import Predictor
+from model.predictor import NAMED, Predictor, find_weights
 from model.text_predictor import TextPredictor
-from predict import asked_config, check_model, model_options, weight_file
+from predict import asked_config, check_model, model_options
 from util import cli
 from util.data.folds import fold
 from util.errors import UserError
@@ -45,7 +45,7 @@ def main() -> None:
 
 def trained(given: argparse.Namespace) -> tuple[Model, Sequence[int]]:
     """A checkpoint, and the classes of the demo world to show examples of."""
-    weights = weight_file(given.weights)
+    weights = find_weights(given.weights or ("demo" if (ROOT / NAMED["demo"]).is_file() else "photos"))
     predictor = Predictor.from_checkpoint(weights, given.device, None, asked_config(given, weights), given.arch)
     name, train = next(name for name, cls in SYSTEMS.items() if type(predictor.system) is cls), predictor.config.Train
     about = f"{name} · {train.data_set} split {train.split} · {train.shot}-shot · on {predictor.device}"

@@ -50,7 +50,7 @@ def build(model: Model, examples: list[Example]) -> gr.Blocks:
                 kept, wrong = gr.HTML(), gr.HTML()
             with gr.Column(scale=2, min_width=180, elem_classes="card"):
                 step(before + 1, "Name", "What the thing is called, in plain English." if model.takes_text else
-                     "This system does not read it; you may leave it empty.")  # fmt: skip
+                     "Optional: only the name of a class that this system was trained on has an effect.")  # fmt: skip
                 text = gr.Textbox(label="class name", placeholder="star" if model.words else "dog", max_length=do.MAX_TEXT,
                                   max_lines=1)  # fmt: skip
                 if model.words:

@@ -21,8 +21,9 @@ from util.files import load_state, zip_members
 # The one TorchScript archive we open: OpenAI's ViT-B-16.pt. Such archives carry code, so any other is refused.
 OPENAI_VIT_B_16 = "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f"
 HUB_NAME = "ViT-B-16-quickgelu/openai"
+URL = f"https://openaipublic.azureedge.net/clip/models/{OPENAI_VIT_B_16}/ViT-B-16.pt"
 _WHERE = (
-    f"Put OpenAI's ViT-B-16.pt there (sha256 {OPENAI_VIT_B_16[:12]}...), or set CLIP.clip_path={HUB_NAME} to download the "
+    f"Put OpenAI's ViT-B-16.pt there ({URL}), or set CLIP.clip_path={HUB_NAME} to download the "
     "same weights through open_clip, or CLIP.clip_path=random for a dry run without meaning"
 )
 
@@ -73,8 +74,8 @@ def load_clip(source: str) -> Clip:
         with _no_log():
             model = open_clip.create_model(name, pretrained=tag or None, precision="fp32", require_pretrained=True)
     except Exception as error:  # open_clip and the hub raise many kinds; the user needs one answer
-        raise UserError(f"CLIP.clip_path: open_clip could not get {source!r} ({error}). Without network, put OpenAI's "
-                        f"ViT-B-16.pt (sha256 {OPENAI_VIT_B_16[:12]}...) into initmodel/ and name that file") from error
+        raise UserError(f"CLIP.clip_path: {source!r} is neither a file nor could it be downloaded. Without network, fetch {URL} "
+                        f"elsewhere, put it into initmodel/ and name that file. open_clip said: {error}") from error
     return Clip(model)
 
 
