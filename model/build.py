@@ -62,7 +62,7 @@ def build_system(arch: str, config: Config, fold: Fold, names: ClassNames, cache
     wanted = cls.default_priors if method.priors is None else method.priors
     if wanted != cls.default_priors:
         check_priors(wanted, cls.uses_base_learner)
-    check_clip_size("cam" in wanted, config.CLIP.clip_size)
+    check_clip_size("cam" in cls.default_priors, config.CLIP.clip_size)
     clip = Frozen(load_clip(config.CLIP.clip_path, resnet="cam" in wanted)) if {"vtp", "vvp", "cam"} & set(wanted) else None
     makers: dict[str, Callable[[], Prior]] = {
         "cosine": CosinePrior,
