@@ -70,7 +70,7 @@ def build_system(arch: str, config: Config, fold: Fold, names: ClassNames, cache
         "vvp": lambda: VisualPrior(clip, train.shot),
         "vtp": lambda: TextPrior(clip, text_bank(clip, names.texts, cache), config.CLIP.vocabulary, fold.base),
         "cam": lambda: CamPrior(cam_source(clip.module), clip.module.text.bank([TEMPLATE.format(n) for n in names.names], cache),
-                                config.CLIP.vocabulary, fold.base),
+                                config.CLIP.vocabulary, fold.base, config.CLIP.clip_size),
     }
     return cls(backbone, [makers[name]() for name in wanted], train.shot, method, clip)
 

@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 
 from model.backbone import build_encoder
-from model.few_shot.hsnet import Encoder4d, HSNet
+from model.few_shot import imr_hsnet
+from model.few_shot.hsnet import Encoder4d, Head, HSNet
 from model.system import Frozen
 from tests.golden.check_hsnet import check_units, load
 from tests.test_episodes import abstract_index
@@ -93,6 +94,22 @@ def test_published_checkpoint_goes_in_whole_or_not_at_all() -> None:
         other.import_official(state)
     with pytest.raises(UserError, match="1 not part of this model: state"):
         other.import_official(state | {"module.hpn_learner.encoder_layer3to2.6.conv2.weight": gone, "state": gone})
+
+
+def test_sizes_and_names_are_the_published_ones() -> None:
+    def count(module: torch.nn.Module) -> int:
+        return sum(p.numel() for p in module.parameters())
+
+    blocks = {"resnet50": (4, 6, 3), "resnet101": (4, 23, 3), "vgg16": (3, 3, 1)}
+    with torch.device("meta"):
+        assert [count(Head(n)) for n in blocks.values()] == [2_573_794, 2_587_394, 2_570_018]
+        assert count(imr_hsnet.Head(blocks["resnet50"], 1024, 2, "official")) == 4_712_352
+        assert count(imr_hsnet.Head(blocks["vgg16"], 512, 2, "official")) == 4_183_776
+    system = hsnet(backbone="vgg16")
+    names = {system.official_name(name) for name in system.state_dict()}
+    layers = [i for stage in ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28)) for i in stage]
+    wanted = {f"backbone.features.{i}.{leaf}" for i in layers for leaf in ("weight", "bias")}
+    assert {name for name in names if name.startswith("backbone")} == wanted
 
 
 def test_what_it_cannot_be_built_on() -> None:

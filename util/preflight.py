@@ -118,7 +118,8 @@ def clip(config: Config) -> Finding:
         return Finding("CLIP", True, "random weights: scores mean nothing")
     local = source.startswith((".", "/", "~")) or Path(source).suffix in (".pt", ".pth", ".bin", ".safetensors")
     ok = Path(source).expanduser().exists() or not local
-    remedy = "OpenAI's ViT-B-16.pt (its sha256 is checked), or CLIP.clip_path=ViT-B-16-quickgelu/openai to download it"
+    model = "RN50" if "RN50" in source else "ViT-B-16"
+    remedy = f"OpenAI's {model}.pt (its sha256 is checked), or CLIP.clip_path={model}-quickgelu/openai to download it"
     return Finding("CLIP", ok, f"CLIP.clip_path = {source}" + ("" if ok else ": no such file"), remedy)
 
 

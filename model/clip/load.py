@@ -24,10 +24,13 @@ from util.files import load_state, zip_members
 OPENAI_VIT_B_16 = "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f"
 OPENAI_RN50 = "afeb0e10f9e5a86da6080e35cf09123aca3b358a0c3e3b6c78a7b63bc04b6762"
 HUB_NAME = "ViT-B-16-quickgelu/openai"
-_WHERE = (
-    f"Put OpenAI's ViT-B-16.pt there (sha256 {OPENAI_VIT_B_16[:12]}...), or set CLIP.clip_path={HUB_NAME} to download the "
-    "same weights through open_clip, or CLIP.clip_path=random for a dry run without meaning"
-)
+
+
+def _where(source: str | Path) -> str:
+    """What to do where OpenAI's archive is missing or damaged."""
+    name, digest = ("RN50", OPENAI_RN50) if "RN50" in str(source) else ("ViT-B-16", OPENAI_VIT_B_16)
+    return (f"Put OpenAI's {name}.pt there (sha256 {digest[:12]}...), or set CLIP.clip_path={name}-quickgelu/openai to download "
+            "the same weights through open_clip, or CLIP.clip_path=random for a dry run without meaning")
 
 
 class Clip(nn.Module):
@@ -52,8 +55,8 @@ def load_clip(source: str, resnet: bool = False) -> Clip:
     """Builds CLIP from `CLIP.clip_path`.
 
     Args:
-        source: OpenAI's `ViT-B-16.pt` (TorchScript; its sha256 is checked before it is opened); any `.pt`, `.pth`, `.bin`
-            or `.safetensors` state dict in OpenAI or open_clip naming; a folder with open_clip `config.json` and
+        source: OpenAI's `ViT-B-16.pt` or `RN50.pt` (TorchScript; the sha256 is checked before it is opened); any `.pt`, `.pth`,
+            `.bin` or `.safetensors` state dict in OpenAI or open_clip naming; a folder with open_clip `config.json` and
             `model.safetensors`; `random` (deterministic weights of ViT-B/16); else a hub name `MODEL/PRETRAINED` or
             `hf-hub:...` that open_clip downloads.
         resnet: whether a ResNet image tower (RN50) will do.
@@ -78,7 +81,7 @@ def _load(source: str) -> Clip:
         state = _read_openai_archive(path) if _is_torchscript(path) else load_state(path)
         return clip_from_state(state, path.name)
     if path.suffix in (".pt", ".pth", ".bin", ".safetensors") or source.startswith((".", "/", "~")):
-        raise UserError(f"CLIP.clip_path: no file {source}. {_WHERE}")
+        raise UserError(f"CLIP.clip_path: no file {source}. {_where(source)}")
     name, _, tag = source.partition("/") if not source.startswith("hf-hub:") else (source, "", "")
     try:
         with _no_log():
@@ -197,6 +200,6 @@ def _read_openai_archive(path: Path) -> dict[str, Tensor]:
         raise UserError(
             f"CLIP.clip_path: {path} is a TorchScript archive with sha256 {digest[:12]}..., not OpenAI's ViT-B-16.pt "
             f"({OPENAI_VIT_B_16[:12]}...). Archives can run code, so only that one (and RN50.pt) is opened; the download "
-            f"may be damaged. {_WHERE}"
+            f"may be damaged. {_where(path)}"
         )
     return torch.jit.load(path, map_location="cpu").state_dict()

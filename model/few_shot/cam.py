@@ -21,12 +21,13 @@ class CamPrior:
         bank: C D, one row of TEMPLATE for every class, base and novel.
         vocabulary: which classes compete, CLIP.vocabulary; published: `all`.
         base: 1-based base classes of the fold.
+        view: what of an image CLIP sees, CLIP.clip_size: maps of one kind are not kept for the other.
     """
 
     name, channels = "cam", 1
     query_needs = support_needs = frozenset()
 
-    def __init__(self, source: CamSource, bank: Tensor, vocabulary: str, base: Sequence[int]):
+    def __init__(self, source: CamSource, bank: Tensor, vocabulary: str, base: Sequence[int], view: str = "whole"):
         if vocabulary not in ("all", "base+target"):
             raise UserError(
                 f"CLIP.vocabulary = {vocabulary}: a class activation map needs classes that compete with the target, "
@@ -39,7 +40,7 @@ class CamPrior:
             )
         self.source, self.bank, self.vocabulary = source, bank, vocabulary
         self.base = torch.tensor(base) - 1
-        self.bank_key = content_key(bank.cpu().numpy())
+        self.kept_as = f"cam {content_key(bank.cpu().numpy())} {vocabulary} {view}"
 
     def __call__(self, episode: Episode, features: Features) -> Tensor:
         """B 1 h w of the queries."""
@@ -63,7 +64,7 @@ class CamPrior:
             return {"map": resize(found[:, None], size)}
 
         keys = [f"{key} {c}" for key, c in zip(keys, cls.tolist(), strict=True)] if keys else []
-        return features.memo.rows(f"cam {self.bank_key} {self.vocabulary} {tuple(size)}", keys, device, compute)["map"]
+        return features.memo.rows(f"{self.kept_as} {tuple(size)}", keys, device, compute)["map"]
 
     def candidates(self, target: Tensor) -> Tensor:
         """N C bool."""
