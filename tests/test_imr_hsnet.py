@@ -18,11 +18,13 @@ from model.few_shot.imr_hsnet import Head, IMRHSNet
 from model.system import Frozen
 from tests.test_few_shot import random_episode
 from util.cache import TensorCache
+from util.checkpoint import check_identity
 from util.config import Method, load_config
 from util.data.episodes import Episode, EpisodeMaker
 from util.data.folds import fold
 from util.data.transforms import TrainTransform, ValTransform
 from util.errors import UserError
+from util.experiment import identity
 
 ROOT = Path(__file__).parents[1]
 
@@ -165,3 +167,13 @@ def test_a_resnet_clip_is_refused_where_tokens_are_needed(monkeypatch: pytest.Mo
     load_clip("RN50", resnet=True)
     with pytest.raises(UserError, match="only ViT image towers"):
         load_clip("RN50")
+
+
+def test_a_checkpoint_is_not_tested_with_other_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    made, asked = (load_config("config/demo/demo_split0_resnet50.yaml", "IMR_HSNet", given)
+                   for given in ([], ["Method.stages=3", "CLIP.clip_size=crop", "Train.shot=5"]))  # fmt: skip
+    with pytest.raises(UserError) as found:
+        check_identity(tmp_path, identity("IMR_HSNet", made, ["cam"]), identity("IMR_HSNet", asked, ["cam"]))
+    assert "Method.stages: the checkpoint has 2, the config 3" in str(found.value) and "CLIP.clip_size" in str(found.value)
+    assert "Train.shot" not in str(found.value)  # shots vote: any number will do

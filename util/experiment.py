@@ -130,6 +130,8 @@ def identity(arch: str, config: Config, priors: list[str] | None = None) -> dict
     if arch == "PSPNet":
         return shared
     shot = None if arch in VOTING else train.shot
+    if arch == "IMR_HSNet":
+        shared |= {"stages": method.stages, "mask_mode": method.mask_mode, "clip_size": config.CLIP.clip_size}
     return shared | {"shot": shot, "priors": priors, "filter_novel": train.filter_novel, "crop": train.crop,
                      "selection": train.selection, "low_fea": method.low_fea}
 
