@@ -104,7 +104,7 @@ def test_predicts_with_several_shots_and_keeps_its_maps() -> None:
     hits = cache.hits
     made.cls = made.cls.flip(0)  # the same images, other classes: other maps
     other = system.predict(made)
-    assert cache.hits > hits and not torch.equal(other.maps["cam"], plain.maps["cam"])
+    assert cache.hits > hits and (other.maps["cam"] - plain.maps["cam"]).abs().max() > 0.05
 
 
 def test_maps_of_a_resnet_clip_follow_the_target() -> None:
