@@ -8,10 +8,13 @@ from torch import Tensor
 from model.backbone import BaseLearner, build_encoder, hub_state
 from model.backbone.encoder import Encoder
 from model.backbone.pspnet import PSPNet
-from model.clip import load_clip
+from model.clip import CamSource, Clip, ClipTrunk, ResNetCam, ViTCam, load_clip
 from model.clip.text import BACKGROUND, FOREGROUND
 from model.few_shot.bam import BAM
+from model.few_shot.cam import TEMPLATE, CamPrior
 from model.few_shot.hdmnet import PICLIP, HDMNet
+from model.few_shot.hsnet import HSNet
+from model.few_shot.imr_hsnet import IMRHSNet
 from model.few_shot.pfenet import PFENet
 from model.few_shot.prior import CosinePrior, Prior, SimilarityPrior, TextPrior, VisualPrior, check_priors
 from model.few_shot.system import FewShot
@@ -25,7 +28,8 @@ from util.errors import UserError
 from util.experiment import Experiment
 from util.files import load_state, load_tensors
 
-SYSTEMS: dict[str, type[System]] = {"PI_CLIP": PICLIP, "HDMNet": HDMNet, "BAM": BAM, "PFENet": PFENet, "PSPNet": PSPNet}
+SYSTEMS: dict[str, type[System]] = {"PI_CLIP": PICLIP, "HDMNet": HDMNet, "BAM": BAM, "PFENet": PFENet, "HSNet": HSNet,
+                                    "IMR_HSNet": IMRHSNet, "PSPNet": PSPNet}  # fmt: skip
 
 
 def system_class(arch: str) -> type[System]:
@@ -50,21 +54,37 @@ def build_system(arch: str, config: Config, fold: Fold, names: ClassNames, cache
     """
     method, train = config.Method, config.Train
     cls = system_class(arch)
-    encoder = build_encoder(method.backbone, method.width)
+    encoder = build_encoder(method.backbone, method.width, method.stem, getattr(cls, "dilated", True))
     learner = BaseLearner(encoder, len(fold.base) + 1, width=8 * method.width)
     if cls is PSPNet:
         return PSPNet(learner)
     backbone = Frozen(learner if cls.uses_base_learner else encoder)
     wanted = cls.default_priors if method.priors is None else method.priors
-    check_priors(wanted, cls.uses_base_learner)
-    clip = Frozen(load_clip(config.CLIP.clip_path)) if {"vtp", "vvp"} & set(wanted) else None
+    if wanted != cls.default_priors:
+        check_priors(wanted, cls.uses_base_learner)
+    check_clip_size("cam" in cls.default_priors, config.CLIP.clip_size)
+    clip = Frozen(load_clip(config.CLIP.clip_path, resnet="cam" in wanted)) if {"vtp", "vvp", "cam"} & set(wanted) else None
     makers: dict[str, Callable[[], Prior]] = {
         "cosine": CosinePrior,
         "similarity": SimilarityPrior,
         "vvp": lambda: VisualPrior(clip, train.shot),
         "vtp": lambda: TextPrior(clip, text_bank(clip, names.texts, cache), config.CLIP.vocabulary, fold.base),
+        "cam": lambda: CamPrior(cam_source(clip.module), clip.module.text.bank([TEMPLATE.format(n) for n in names.names], cache),
+                                config.CLIP.vocabulary, fold.base, config.CLIP.clip_size),
     }
     return cls(backbone, [makers[name]() for name in wanted], train.shot, method, clip)
+
+
+def cam_source(clip: Clip) -> CamSource:
+    """Class activation maps of whichever image tower a CLIP has."""
+    return ViTCam(clip.visual, clip.logit_scale) if isinstance(clip.visual, ClipTrunk) else ResNetCam(clip.visual)
+
+
+def check_clip_size(cam: bool, size: str) -> None:
+    """Raises UserError where CLIP would get an image of the wrong kind."""
+    if cam != (size in ("whole", "crop")):
+        fitting = "whole (all of the image) or crop (its centre square, as published)" if cam else "original or train"
+        raise UserError(f"CLIP.clip_size = {size}: for this system choose {fitting}")
 
 
 def text_bank(clip: Frozen, texts: Sequence[str], cache: Path | None = None) -> Tensor:

@@ -56,7 +56,7 @@ class Predictor:
         self._note = note  # that came with an exported file
         self.system.remember(TensorCache(CACHE), fixed_head=True)
         self.maker = EpisodeMaker(
-            ValTransform(config.Train.val_size, squash=config.Train.resized_val), fold,
+            ValTransform(config.Train.val_size, config.Train.resized_val, config.Train.antialias), fold,
             clip_size=config.CLIP.clip_size if system.clip_patch else None, patch=system.clip_patch or 1, evaluation=True,
         )  # fmt: skip
         self.text_prior = next((prior for prior in system.priors if isinstance(prior, TextPrior)), None)

@@ -166,7 +166,8 @@ def model_card(file: str, meta: dict[str, Any], report: dict[str, Any], count: i
         frozen.append(f"- CLIP is not inside: it comes from `{meta['config']['CLIP']['clip_path']}`, checked by that hash")
     says = "vtp" in meta["priors"]
     return CARD.format_map(meta | {
-        "file": file, "size": meta["config"]["Train"]["val_size"], "count": count / 1e6, "priors": ", ".join(meta["priors"]),
+        "shot": meta["config"]["Train"]["shot"], "priors": ", ".join(meta["priors"]) or "none",
+        "file": file, "size": meta["config"]["Train"]["val_size"], "count": count / 1e6,
         "more": "\n".join([*frozen, *(f"- {note}" for note in meta["notes"])]),
         "option": ' --text "what it is"' if says else "", "argument": ', text="what it is"' if says else "",
         "table": f"```\n{text_table(report)}\n```" if report else "Not tested yet.",

@@ -23,6 +23,7 @@ class Prediction:
     base: Tensor | None = None  # B N+1 S S, base learner logits
     maps: dict[str, Tensor] = field(default_factory=dict)  # name -> B h w, priors for the report
     baselines: dict[str, Tensor] = field(default_factory=dict)  # name -> B S S bool, trivial predictions to compare with
+    votes: Tensor | None = None  # B K 2 h w, logits of each shot where shots vote (util.metrics.vote); `final` is near the vote
 
 
 class Frozen(nn.Module):
@@ -53,7 +54,7 @@ class System(nn.Module):
     task: ClassVar[str] = "episodes"  # what it learns from: "episodes" (few-shot) or "images" (base learner)
     head: nn.Module
     prior_names: list[str] | None = None
-    clip_patch: int | None = None  # patch side of CLIP where the system reads `Episode.clip_query`
+    clip_patch: int | None = None  # where the system reads `Episode.clip_query`: CLIP's patch side (the image's, for a CAM)
     warnings: tuple[str, ...] = ()  # what disqualifies its scores
     mark: str = ""  # short form of it, put on every line with a score
 

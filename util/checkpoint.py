@@ -32,6 +32,7 @@ IDENTITY = {
     "system": "ARCH", "data_set": "Train.data_set", "split": "Train.split", "shot": "Train.shot",
     "use_split_coco": "Train.use_split_coco", "backbone": "Method.backbone", "width": "Method.width", "priors": "Method.priors",
     "low_fea": "Method.low_fea", "filter_novel": "Train.filter_novel", "crop": "Train.crop", "selection": "Train.selection",
+    "stages": "Method.stages", "mask_mode": "Method.mask_mode", "clip_size": "CLIP.clip_size",
     "novel": "Data.folds, novel classes", "base": "Data.folds, base classes",
 }  # fmt: skip
 

@@ -19,7 +19,9 @@ import yaml
 from util.errors import UserError
 
 PROTOCOLS = Path(__file__).parents[1] / "config/protocol"
-PAPER = {"PI_CLIP": "piclip-paper", "HDMNet": "hdmnet-paper", "BAM": "bam-paper", "PFENet": "pfenet-paper"}  # ARCH -> `auto`
+PAPER = {"PI_CLIP": "piclip-paper", "HDMNet": "hdmnet-paper", "BAM": "bam-paper", "PFENet": "pfenet-paper",
+         "HSNet": "hsnet-paper", "IMR_HSNet": "hsnet-paper"}  # ARCH -> `auto`
+VOTING = ("HSNet", "IMR_HSNet")  # systems whose shots vote: a checkpoint serves any number of them
 
 
 @dataclass
@@ -36,7 +38,8 @@ class Data:
 @dataclass
 class CLIP:
     clip_path: str = "initmodel/ViT-B-16.pt"  # file, folder, hub name MODEL/PRETRAINED, or `random` (no meaning, full path)
-    clip_size: Literal["original", "train"] = "original"  # VTP image: undo the squash (PASCAL) or keep the network side (COCO)
+    # VTP's image: undo the squash (PASCAL) or keep the network side (COCO). IMR-HSNet's: all of the image, or a centre square
+    clip_size: Literal["original", "train", "whole", "crop"] = "original"
     vocabulary: Literal["present", "target", "base+target", "all"] = "present"  # texts that compete; `present` reads ground truth
 
 
@@ -50,6 +53,9 @@ class Train:
     # images
     train_h: int = 473  # side of the square network input
     val_size: int = 473
+    draw: Literal["image", "pair", "class"] = "image"  # what an episode starts from; the latter two: supports may repeat (HSNet)
+    augment: bool = True  # False: training images are only resized (HSNet)
+    antialias: bool = False  # squash with Pillow's antialiased bilinear (HSNet) instead of OpenCV's plain one
     crop: bool = False  # random crop (BAM, PFENet, base learner) instead of squashing the aspect ratio
     scale_min: float = 0.9
     scale_max: float = 1.1
@@ -79,12 +85,15 @@ class Train:
 
 @dataclass
 class Method:
-    backbone: str = "resnet50"  # resnet50 | resnet101 | vgg16_bn | timm:NAME
+    backbone: str = "resnet50"  # resnet50 | resnet101 | vgg16_bn | vgg16 | timm:NAME
     width: int = 64  # ResNet base width; 64 is the published network
+    stem: Literal["deep", "plain"] = "deep"  # ResNet's: semseg's three 3x3, or torchvision's 7x7 (HSNet)
     backbone_weight: str = "hub"  # ImageNet weights the base learner starts from: file | hub | none
     pre_weight: str = "auto"  # base learner checkpoint; auto: the one trained by ARCH=PSPNet for this fold
     priors: list[str] | None = None  # cosine | similarity | vtp | vvp; None: the system's own
     low_fea: Literal["layer1", "layer2", "layer3"] = "layer2"  # stage whose Gram matrices measure scene difference
+    stages: int = 2  # IMR-HSNet: how often the masks are refined; 3 on COCO
+    mask_mode: Literal["official", "paper"] = "official"  # IMR-HSNet: which side of a correlation is masked, see its page
     kshot_trans_dim: int = 2  # hidden width of the K-shot weighting
     ppm_scales: list[int] = field(default_factory=lambda: [60, 30, 15, 8])  # PFENet's pyramid: sides of its grids
     aux_weight1: float = 1.0  # distillation between matcher levels
@@ -329,6 +338,8 @@ def _validate(config: Config) -> None:
             raise UserError(f"Train.{key} = {getattr(train, key)}: must be at least {smallest}, four cells of the feature grid")
     if not config.Method.ppm_scales or min(config.Method.ppm_scales) < 1:
         raise UserError(f"Method.ppm_scales = {config.Method.ppm_scales}: name at least one side, each at least 1")
+    if config.Method.stages < 1:
+        raise UserError(f"Method.stages = {config.Method.stages}: must be at least 1")
     if config.Method.kshot_trans_dim < 1:
         raise UserError(f"Method.kshot_trans_dim = {config.Method.kshot_trans_dim}: must be at least 1")
     if len(set(config.Test_Finetune.seeds)) < len(config.Test_Finetune.seeds):

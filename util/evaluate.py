@@ -14,7 +14,7 @@ from util.data.folds import Fold
 from util.data.loading import Loader
 from util.distributed import Context, RangeSampler
 from util.log import RunLog
-from util.metrics import Counts, FewShotMeter, SemanticMeter, to_original
+from util.metrics import Counts, FewShotMeter, SemanticMeter, decide, to_original
 from util.priors import MAP_NAMES, PriorMeter
 from util.viz import Card, episode_panels
 
@@ -63,7 +63,7 @@ def evaluate_episodes(
             for i in range(len(episode)):
                 truth, cls = episode.original_mask[i], int(episode.cls[i])
                 size, number = tuple(truth.shape), int(episode.number[i])
-                pred = to_original(prediction.final[i], size, squash).argmax(0)
+                pred = decide(prediction.final[i], votes_of(prediction, i), size, squash)
                 counts = meters["final"].update(pred, truth, cls)
                 where = spread(pred, episode.original_label[i], cls)
                 rows.append(Row(number, cls, data.episodes.spec(number).query, counts, where))
@@ -146,7 +146,7 @@ def gallery(predict: Predict, data: EpisodeDataset, groups: dict[str, Sequence[i
             supports = [(_picture(image), mask.numpy()) for image, mask in shots]
             maps = {MAP_NAMES.get(name, name): value[0].float().cpu().numpy() for name, value in prediction.maps.items()}
             original, cls = sample.original_mask[0], int(sample.cls)
-            shown = to_original(prediction.final[0].cpu(), tuple(original.shape), squash).argmax(0)
+            shown = decide(prediction.final[0], votes_of(prediction, 0), tuple(original.shape), squash).cpu()
             iou = FewShotMeter([cls]).update(shown, original, cls).iou
             name = names[cls - 1]
             if group == "confused":
@@ -159,6 +159,11 @@ def gallery(predict: Predict, data: EpisodeDataset, groups: dict[str, Sequence[i
                 panels=episode_panels(supports, _picture(sample.query[0]), maps, pred, truth),
             ))  # fmt: skip
     return cards
+
+
+def votes_of(prediction: Any, i: int) -> torch.Tensor | None:
+    """The votes of episode i, where shots vote."""
+    return None if prediction.votes is None else prediction.votes[i]
 
 
 def _picture(image: torch.Tensor):

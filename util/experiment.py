@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from util.checkpoint import read_meta
-from util.config import Config, config_of, parse_yaml
+from util.config import VOTING, Config, config_of, parse_yaml
 from util.data.folds import fold_of, read_class_names
 from util.data.index import Record
 from util.errors import UserError
@@ -129,7 +129,10 @@ def identity(arch: str, config: Config, priors: list[str] | None = None) -> dict
         shared |= {"novel": [names[c - 1] for c in fold.novel], "base": [names[c - 1] for c in fold.base]}
     if arch == "PSPNet":
         return shared
-    return shared | {"shot": train.shot, "priors": priors, "filter_novel": train.filter_novel, "crop": train.crop,
+    shot = None if arch in VOTING else train.shot
+    if arch == "IMR_HSNet":
+        shared |= {"stages": method.stages, "mask_mode": method.mask_mode, "clip_size": config.CLIP.clip_size}
+    return shared | {"shot": shot, "priors": priors, "filter_novel": train.filter_novel, "crop": train.crop,
                      "selection": train.selection, "low_fea": method.low_fea}
 
 

@@ -37,6 +37,22 @@ def to_original(logits: Tensor, hw: tuple[int, int], squash: bool) -> Tensor:
     return full if logits.dim() == 4 else full[0]
 
 
+def vote(masks: Tensor) -> Tensor:
+    """K H W {0, 1} -> H W int64: foreground where at least half as many shots say so as where most of them do (HSNet).
+
+    The share is of the largest number of votes in the image, not of K: if no pixel has more than two, one is enough.
+    """
+    votes = masks.long().sum(0)
+    return (2 * votes >= votes.max().clamp(min=1)).long()
+
+
+def decide(final: Tensor, votes: Tensor | None, hw: tuple[int, int], squash: bool) -> Tensor:
+    """H W int64 at file size: the class of the best score (C S S), or where shots vote (K 2 h w) their vote."""
+    if votes is None:
+        return to_original(final, hw, squash).argmax(0)
+    return vote(to_original(votes, hw, squash).argmax(1))
+
+
 def confusion(pred: Tensor, target: Tensor, num_classes: int) -> Tensor:
     """Pixels counted by (truth, prediction): num_classes x num_classes int64, on the device of `pred`.
 

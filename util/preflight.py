@@ -75,9 +75,10 @@ def inspect(
             if findings[-1].ok:
                 findings.append(attempt(f"{key}: classes", lambda key=key: _classes(config, source(config, place), key)))
     if start:  # ARCH without a base learner start from ImageNet weights
-        findings.append(backbone(config) if place.arch in ("PSPNet", "PFENet") else base_learner(config, place))
+        alone = place.arch in ("PSPNet", "PFENet", "HSNet", "IMR_HSNet")
+        findings.append(backbone(config) if alone else base_learner(config, place))
     priors = config.Method.priors or (["vtp", "vvp"] if place.arch == "PI_CLIP" else [])
-    if {"vtp", "vvp"} & set(priors):
+    if {"vtp", "vvp"} & set(priors) or place.arch == "IMR_HSNet":
         findings.append(clip(config))
     if config.Test_Finetune.episodes:
         file = Path(config.Test_Finetune.episodes)
@@ -117,7 +118,8 @@ def clip(config: Config) -> Finding:
         return Finding("CLIP", True, "random weights: scores mean nothing")
     local = source.startswith((".", "/", "~")) or Path(source).suffix in (".pt", ".pth", ".bin", ".safetensors")
     ok = Path(source).expanduser().exists() or not local
-    remedy = "OpenAI's ViT-B-16.pt (its sha256 is checked), or CLIP.clip_path=ViT-B-16-quickgelu/openai to download it"
+    model = "RN50" if "RN50" in source else "ViT-B-16"
+    remedy = f"OpenAI's {model}.pt (its sha256 is checked), or CLIP.clip_path={model}-quickgelu/openai to download it"
     return Finding("CLIP", ok, f"CLIP.clip_path = {source}" + ("" if ok else ": no such file"), remedy)
 
 
@@ -188,7 +190,7 @@ def _classes(config: Config, source: Source, key: str) -> str:
     if source.task == "images":
         return f"{len(source.records(key))} labels"
     index = source.index(training=key == "train_list")
-    episodes = EpisodeList(index, train.shot, train.manual_seed)
+    episodes = EpisodeList(index, train.shot, train.manual_seed, start=train.draw)
     if key == "val_list":
         check_novel(episodes, source.fold, source.names)
     filed = {source.names.names[c - 1]: len(images) for c, images in index.by_class.items()}

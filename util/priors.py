@@ -14,7 +14,8 @@ from torch import Tensor
 from util.distributed import Context
 from util.metrics import to_original
 
-MAP_NAMES = {"vtp": "VTP", "vvp": "VVP", "cosine": "cosine prior", "similarity": "similarity prior"}
+MAP_NAMES = {"vtp": "VTP", "vvp": "VVP", "cosine": "cosine prior", "similarity": "similarity prior",
+             "cam": "CAM"}  # fmt: skip
 THRESHOLDS = tuple(k / 10 for k in range(1, 10))
 LEVELS = len(THRESHOLDS) + 1
 

@@ -18,6 +18,10 @@ STRICT = "strict"
 KEYS = {  # what a protocol fixes, and what it says in a report
     "Train.use_split_coco": ("folds", {True: "interleaved", False: "contiguous"}),
     "Train.filter_novel": ("training images", {True: "without novel objects (BAM)", False: "novel objects are background"}),
+    "Train.draw": ("episodes start from", {"image": "an image", "pair": "an (image, class) pair; supports may repeat",
+                                           "class": "a class, then an image of it; supports may repeat"}),
+    "Train.augment": ("augmentation", {True: "yes", False: "none"}),
+    "Train.antialias": ("antialiased", {True: "yes", False: "no"}),
     "Train.crop": ("training resize", {True: "random crop", False: "squash"}),
     "Train.resized_val": ("resize", {True: "squash", False: "letterbox"}),
     "Train.selection": ("checkpoint", {"novel": "best mIoU on the novel classes (a leak, as published)",
@@ -31,6 +35,9 @@ KEYS = {  # what a protocol fixes, and what it says in a report
     "Test_Finetune.seeds": ("seeds", {}),
     "Test_Finetune.episodes": ("episodes of a file, hash", {}),
 }  # fmt: skip
+
+
+LATER = {"Train.draw": "image", "Train.augment": True, "Train.antialias": False}  # told where they differ
 
 
 @dataclass(frozen=True)
@@ -67,13 +74,14 @@ def of(config: Config) -> Protocol:
     coco = config.Train.data_set == "coco"  # which alone has two styles of folds
     values = {key: lookup(config, key) for key in KEYS if key != "Test_Finetune.episodes"}
     values["Train.use_split_coco"] = values["Train.use_split_coco"] and coco
+    values = {key: value for key, value in values.items() if key not in LATER or value != LATER[key]}
     if config.Test_Finetune.episodes:
         del values["Test_Finetune.test_num"], values["Test_Finetune.seeds"]
         values["Test_Finetune.episodes"] = hashlib.sha256(read_bytes(Path(config.Test_Finetune.episodes))).hexdigest()[:16]
     name = config.Test_Finetune.protocol
     layer = protocol_layer(name, config.Train.data_set)
     fixed = {f"{section}.{key}": value for section, keys in layer.items() for key, value in keys.items()}
-    changed = [f"{key}={value}" for key, value in values.items() if key in fixed and fixed[key] != value
+    changed = [f"{key}={value}" for key, value in (LATER | values).items() if fixed.get(key, LATER.get(key, value)) != value
                and (coco or key != "Train.use_split_coco")]
     changed += [f"episodes of {config.Test_Finetune.episodes}"] if config.Test_Finetune.episodes else []
     return Protocol(name + (f" but {', '.join(changed)}" if changed else ""), values)

@@ -1,4 +1,4 @@
-"""Image encoders at stride 8: ResNet with deep stem, VGG-16-BN, any timm CNN, behind one interface.
+"""Image encoders: ResNet with deep or plain stem, VGG-16, any timm CNN, behind one interface; at stride 8 unless told otherwise.
 
 An encoder normalises its own input (the statistics it was trained with are its buffers) and returns the maps of stages 0..4.
 """
@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import timm
 import torch
+import torch.nn.functional as F
 from timm.models.resnet import Bottleneck, ResNet
 from torch import Tensor, nn
 
@@ -23,7 +24,10 @@ class Encoder(nn.Module):
     Attributes:
         channels: output channels of stages 0..4.
         hub: the timm model whose ImageNet weights fit.
+        blocks: how many maps each level of `pyramid` has; None where there is no `pyramid`.
     """
+
+    blocks: tuple[int, int, int] | None = None
 
     def __init__(self, channels: tuple[int, ...], hub: str, mean: Statistic = IMAGENET_MEAN, std: Statistic = IMAGENET_STD):
         super().__init__()
@@ -41,8 +45,15 @@ class Encoder(nn.Module):
         Returns:
             maps of stages 0..last; stages 2..4 have stride 8 (VGG: stage 2 stride 8, stages 3 and 4 stride 16).
         """
-        x = (images.to(self.mean.dtype) - self.mean) / self.std
+        x = self.normalise(images)
         return self.maps(x if mask is None else x * mask, last)
+
+    def normalise(self, images: Tensor) -> Tensor:
+        return (images.to(self.mean.dtype) - self.mean) / self.std
+
+    def pyramid(self, images: Tensor) -> list[Tensor]:
+        """B 3 S S RGB 0..255 -> what enters the last ReLU of every block (HSNet), levels fine to coarse: 3 x B n C h w."""
+        raise NotImplementedError
 
     def maps(self, x: Tensor, last: int) -> list[Tensor]:
         raise NotImplementedError
@@ -88,23 +99,52 @@ class _Staged(Encoder):
     def last_stage(self, stage3: Tensor) -> Tensor:
         return self.stages[4](stage3)
 
+    def torchvision_name(self, name: str) -> str:
+        """Name in our state dict -> name in that of torchvision's classifier."""
+        raise NotImplementedError
+
 
 class ResNetEncoder(_Staged):
-    """ResNet-50/101 with semseg's deep stem (3x3/2, 3x3, 3x3), stage 3 dilated by 2 and stage 4 by 4.
+    """ResNet-50/101.
 
-    Every 3x3 of a dilated stage has the full rate, the first block too (timm's own rule leaves that one behind).
+    Args:
+        depth: 50 or 101.
+        deep: semseg's deep stem (3x3/2, 3x3, 3x3) instead of torchvision's plain one (7x7/2).
+        dilated: stage 3 by 2 and stage 4 by 4, so that both keep stride 8; else they have strides 16 and 32. Every 3x3 of a
+            dilated stage has the full rate, the first block too (timm's own rule leaves that one behind).
     """
 
-    def __init__(self, depths: tuple[int, ...], width: int, hub: str):
+    def __init__(self, depth: int, width: int, deep: bool, dilated: bool):
+        depths = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}[depth]
         channels = tuple(width * 2**i for i in range(4))
-        net = ResNet(Bottleneck, depths, stem_type="deep", stem_width=width, channels=channels, zero_init_last=False)
-        for stage, rate in ((net.layer3, 2), (net.layer4, 4)):
+        stem = {"stem_type": "deep", "stem_width": width} if deep else {}
+        net = ResNet(Bottleneck, depths, channels=channels, zero_init_last=False, **stem)
+        for stage, rate in ((net.layer3, 2), (net.layer4, 4)) if dilated else ():
             for block in stage:
                 block.conv2.stride, block.conv2.dilation, block.conv2.padding = (1, 1), (rate, rate), (rate, rate)
                 if block.downsample is not None:
                     block.downsample[0].stride = (1, 1)
-        stem = nn.Sequential(*net.conv1, net.bn1, net.act1, net.maxpool)
-        super().__init__([stem, net.layer1, net.layer2, net.layer3, net.layer4], (2 * width, *(4 * c for c in channels)), hub)
+        stem = nn.Sequential(*(net.conv1 if deep else [net.conv1]), net.bn1, net.act1, net.maxpool)
+        super().__init__([stem, net.layer1, net.layer2, net.layer3, net.layer4],
+                         (net.bn1.num_features, *(4 * c for c in channels)),
+                         hub=f"resnet{depth}s.gluon_in1k" if deep else f"resnet{depth}.tv_in1k")  # fmt: skip
+        self.blocks = depths[1:]
+
+    def pyramid(self, images: Tensor) -> list[Tensor]:
+        x, levels = self.maps(self.normalise(images), last=1)[1], []
+        for stage in self.stages[2:]:
+            level = []
+            for block in stage:
+                level.append(before_relu(block, x))
+                x = level[-1].relu()
+            levels.append(torch.stack(level, 1))
+        return levels
+
+    def torchvision_name(self, name: str) -> str:
+        for ours, theirs in (("stages.0.0.", "conv1."), ("stages.0.1.", "bn1."), ("stages.", "layer")):
+            if name.startswith(ours):
+                return theirs + name.removeprefix(ours)
+        return name
 
     def translate(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if "conv1.0.weight" in state:  # timm
@@ -118,19 +158,48 @@ class ResNetEncoder(_Staged):
         return found
 
 
+def before_relu(block: Bottleneck, x: Tensor) -> Tensor:
+    """A bottleneck's residual sum, without its last ReLU."""
+    shortcut = x if block.downsample is None else block.downsample(x)
+    x = block.act1(block.bn1(block.conv1(x)))
+    x = block.act2(block.bn2(block.conv2(x)))
+    return block.bn3(block.conv3(x)) + shortcut
+
+
 class VGGEncoder(_Staged):
-    """VGG-16-BN cut after each pooling layer; stage 4 ends before the last one."""
+    """VGG-16, with or without batch norm, cut after each pooling layer; stage 4 ends before the last one."""
 
-    SPLITS = ((0, 7), (7, 14), (14, 24), (24, 34), (34, 43))
+    SPLITS = {"vgg16_bn": ((0, 7), (7, 14), (14, 24), (24, 34), (34, 43)),
+              "vgg16": ((0, 5), (5, 10), (10, 17), (17, 24), (24, 30))}  # fmt: skip
+    blocks = (3, 3, 1)
 
-    def __init__(self, hub: str):
-        layers = timm.create_model("vgg16_bn", num_classes=0).features
-        super().__init__([layers[start:stop] for start, stop in self.SPLITS], (64, 128, 256, 512, 512), hub)
+    def __init__(self, name: str):
+        layers = timm.create_model(name, num_classes=0).features
+        self.splits = self.SPLITS[name]
+        super().__init__([layers[start:stop] for start, stop in self.splits], (64, 128, 256, 512, 512), f"{name}.tv_in1k")
         for stage in range(5):  # slicing keeps timm's numbers: count from 0 in each stage
             self.stages[stage] = nn.Sequential(*self.stages[stage])
 
+    def pyramid(self, images: Tensor) -> list[Tensor]:
+        """What enters the ReLUs of the last two stages, and the last pooling's output."""
+        x, levels = self.maps(self.normalise(images), last=2)[2], []
+        for stage in self.stages[3:]:
+            level = []
+            for layer in stage:
+                if isinstance(layer, nn.ReLU):
+                    level.append(x)
+                    x = x.relu()  # not in place, as the layer would
+                else:
+                    x = layer(x)
+            levels.append(torch.stack(level, 1))
+        return [*levels, F.max_pool2d(x, 2)[:, None]]
+
+    def torchvision_name(self, name: str) -> str:
+        _, stage, layer, leaf = name.split(".")
+        return f"features.{self.splits[int(stage)][0] + int(layer)}.{leaf}"
+
     def translate(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        place = {i: f"stages.{s}.{i - start}" for s, (start, stop) in enumerate(self.SPLITS) for i in range(start, stop)}
+        place = {i: f"stages.{s}.{i - start}" for s, (start, stop) in enumerate(self.splits) for i in range(start, stop)}
         found = {}
         for key, value in state.items():
             part = key.split(".")
@@ -171,21 +240,21 @@ class TimmEncoder(Encoder):
         return {f"body.{key}": value for key, value in state.items()}
 
 
-def build_encoder(backbone: str, width: int = 64) -> Encoder:
-    """`resnet50`, `resnet101` (of any base width; 64 is the published one), `vgg16_bn` or `timm:NAME`.
+def build_encoder(backbone: str, width: int = 64, stem: str = "deep", dilated: bool = True) -> Encoder:
+    """`resnet50`, `resnet101` (of any base width; 64 is the published one), `vgg16_bn`, `vgg16` or `timm:NAME`.
 
+    Args:
+        stem: deep or plain; dilated: see `ResNetEncoder`. Others take no notice of both.
     Raises:
         UserError: unknown name.
     """
-    if backbone == "resnet50":
-        return ResNetEncoder((3, 4, 6, 3), width, hub="resnet50s.gluon_in1k")
-    if backbone == "resnet101":
-        return ResNetEncoder((3, 4, 23, 3), width, hub="resnet101s.gluon_in1k")
-    if backbone == "vgg16_bn":
-        return VGGEncoder(hub="vgg16_bn.tv_in1k")
+    if backbone in ("resnet50", "resnet101"):
+        return ResNetEncoder(int(backbone.removeprefix("resnet")), width, stem == "deep", dilated)
+    if backbone in VGGEncoder.SPLITS:
+        return VGGEncoder(backbone)
     if backbone.startswith("timm:"):
         return TimmEncoder(backbone.removeprefix("timm:"))
-    raise UserError(f"Method.backbone = {backbone!r}: choose resnet50, resnet101, vgg16_bn or timm:NAME")
+    raise UserError(f"Method.backbone = {backbone!r}: choose resnet50, resnet101, vgg16_bn, vgg16 or timm:NAME")
 
 
 def hub_state(encoder: Encoder) -> dict[str, Tensor]:

@@ -1,17 +1,19 @@
-"""Softmax Grad-CAM on CLIP's last block (CLIP-ES; used by PI-CLIP, WeCLIP), batched over images and classes.
+"""Softmax Grad-CAM on CLIP's last block (CLIP-ES; used by PI-CLIP, WeCLIP, IMR-HSNet), batched over images and classes.
 
 The score of a class is its probability in a softmax over candidate texts, the image being the *mean of its patch tokens*;
 the map weighs the channels of `ln_1` of the last block by the gradient of that score.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from model.clip.affinity import min_max
+from model.clip.resnet import ResNetTower
 from model.clip.trunk import ClipTrunk, attend
+from model.ops import resize
 
 
 class Cam(NamedTuple):
@@ -58,3 +60,64 @@ def softmax_grad_cam(
     cam = torch.einsum("pnc,pc->pn", a.detach()[:, 1:], alpha).relu()
     cam = min_max(min_max(cam))  # twice, as published: raw maxima are ~1e-4, one pass leaves the peak at 0.999
     return Cam(cam.view(-1, *grid), probability.detach(), attention.detach())
+
+
+def resnet_grad_cam(tower: ResNetTower, activation: Tensor, texts: Tensor, candidates: Tensor, target: Tensor
+                    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The same on a ResNet's last block, whose image feature is the attention pool, in fp32: weights of the channels P C and
+    signed maps P 7 7.
+
+    Args:
+        activation: P C 7 7, of `ResNetTower.activation`; the rest as in `softmax_grad_cam`. The softmax's scale is 100.
+    """
+    with torch.autocast(activation.device.type, enabled=False), torch.enable_grad():
+        a = activation.detach().float().requires_grad_()
+        logits = 100 * F.normalize(tower.pool(a), dim=-1) @ texts.T
+        probability = logits.masked_fill(~candidates, float("-inf")).softmax(-1)
+        (gradient,) = torch.autograd.grad(probability.gather(1, target[:, None]).sum(), a)
+    alpha = gradient.mean((2, 3))
+    return alpha, torch.einsum("pchw,pc->phw", a.detach(), alpha)
+
+
+def published_map(raw: Tensor, side: int = 224, grid: int = 50) -> Tensor:
+    """IMR-HSNet's way from signed maps P h w to maps P 50 50 in 0..1: by way of the image's side, rescaled before and after."""
+
+    def rescaled(x: Tensor) -> Tensor:
+        return min_max(x.flatten(1)).view_as(x)
+
+    large = resize(rescaled(raw.relu())[:, None], (side, side), corners=False)[:, 0]
+    return resize(rescaled(large.relu())[:, None], (grid, grid), corners=False)[:, 0]
+
+
+class CamSource(Protocol):
+    """Class activation maps of whole square images."""
+
+    side: int  # of the images, in pixels
+
+    def __call__(self, images: Tensor, texts: Tensor, candidates: Tensor, target: Tensor) -> Tensor:
+        """N 3 side side RGB 0..255, M D texts, N M bool, N int64 -> N h w in 0..1."""
+        ...
+
+
+class ResNetCam:
+    """IMR-HSNet's own, of CLIP's RN50."""
+
+    def __init__(self, tower: ResNetTower):
+        self.tower, self.side = tower, tower.side
+
+    def __call__(self, images: Tensor, texts: Tensor, candidates: Tensor, target: Tensor) -> Tensor:
+        activation = self.tower.activation(self.tower.normalise(images))
+        return published_map(resnet_grad_cam(self.tower, activation, texts, candidates, target)[1], self.side)
+
+
+class ViTCam:
+    """Of CLIP's ViT, on its patch grid."""
+
+    def __init__(self, trunk: ClipTrunk, logit_scale: Tensor):
+        self.trunk, self.logit_scale = trunk, logit_scale
+        self.side = trunk.patch * trunk.visual.grid_size[0]
+
+    def __call__(self, images: Tensor, texts: Tensor, candidates: Tensor, target: Tensor) -> Tensor:
+        tokens, grid = self.trunk.embed(self.trunk.normalise(images))
+        run = self.trunk.run(tokens, stop=len(self.trunk.blocks) - 1)
+        return softmax_grad_cam(self.trunk, run.tokens, grid, texts, self.logit_scale, candidates, target).map

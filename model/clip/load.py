@@ -10,22 +10,33 @@ from pathlib import Path
 import open_clip
 import torch
 from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
+from open_clip.modified_resnet import ModifiedResNet
 from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 
+from model.clip.resnet import ResNetTower
 from model.clip.text import TextEncoder
 from model.clip.trunk import ClipTrunk
 from util.errors import UserError
 from util.files import load_state, zip_members
 
-# The one TorchScript archive we open: OpenAI's ViT-B-16.pt. Such archives carry code, so any other is refused.
+# The TorchScript archives we open: OpenAI's ViT-B-16.pt and RN50.pt. Such archives carry code, so any other is refused.
 OPENAI_VIT_B_16 = "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f"
+OPENAI_RN50 = "afeb0e10f9e5a86da6080e35cf09123aca3b358a0c3e3b6c78a7b63bc04b6762"
 HUB_NAME = "ViT-B-16-quickgelu/openai"
-URL = f"https://openaipublic.azureedge.net/clip/models/{OPENAI_VIT_B_16}/ViT-B-16.pt"
-_WHERE = (
-    f"Put OpenAI's ViT-B-16.pt there ({URL}), or set CLIP.clip_path={HUB_NAME} to download the "
-    "same weights through open_clip, or CLIP.clip_path=random for a dry run without meaning"
-)
+
+
+def _archive(source: str | Path) -> tuple[str, str]:
+    """Name of the OpenAI archive that a source means, and where it is."""
+    name, digest = ("RN50", OPENAI_RN50) if "RN50" in str(source) else ("ViT-B-16", OPENAI_VIT_B_16)
+    return name, f"https://openaipublic.azureedge.net/clip/models/{digest}/{name}.pt"
+
+
+def _where(source: str | Path) -> str:
+    """What to do where OpenAI's archive is missing or damaged."""
+    name, url = _archive(source)
+    return (f"Put OpenAI's {name}.pt there ({url}), or set CLIP.clip_path={name}-quickgelu/openai to download "
+            "the same weights through open_clip, or CLIP.clip_path=random for a dry run without meaning")
 
 
 class Clip(nn.Module):
@@ -33,10 +44,10 @@ class Clip(nn.Module):
 
     def __init__(self, clip: CLIP, known_ids: Tensor | None = None, random: bool = False):
         super().__init__()
-        if not isinstance(clip.visual, VisionTransformer):
-            raise UserError("CLIP.clip_path: only ViT image towers give patch tokens and attention; this one is "
+        if not isinstance(clip.visual, (VisionTransformer, ModifiedResNet)):
+            raise UserError("CLIP.clip_path: only ViT image towers and OpenAI's ResNets are known here; this one is "
                             f"{type(clip.visual).__name__}")
-        self.visual = ClipTrunk(clip.visual)
+        self.visual = ClipTrunk(clip.visual) if isinstance(clip.visual, VisionTransformer) else ResNetTower(clip.visual)
         clip.visual = None  # each tensor has one home
         self.text = TextEncoder(clip, known_ids)
         self.random = random
@@ -46,17 +57,25 @@ class Clip(nn.Module):
         return self.text.clip.logit_scale
 
 
-def load_clip(source: str) -> Clip:
+def load_clip(source: str, resnet: bool = False) -> Clip:
     """Builds CLIP from `CLIP.clip_path`.
 
     Args:
-        source: OpenAI's `ViT-B-16.pt` (TorchScript; its sha256 is checked before it is opened); any `.pt`, `.pth`, `.bin`
-            or `.safetensors` state dict in OpenAI or open_clip naming; a folder with open_clip `config.json` and
+        source: OpenAI's `ViT-B-16.pt` or `RN50.pt` (TorchScript; the sha256 is checked before it is opened); any `.pt`, `.pth`,
+            `.bin` or `.safetensors` state dict in OpenAI or open_clip naming; a folder with open_clip `config.json` and
             `model.safetensors`; `random` (deterministic weights of ViT-B/16); else a hub name `MODEL/PRETRAINED` or
             `hf-hub:...` that open_clip downloads.
+        resnet: whether a ResNet image tower (RN50) will do.
     Raises:
-        UserError: missing file, unknown archive, weights that do not fit.
+        UserError: missing file, unknown archive, weights that do not fit, a ResNet where that will not do.
     """
+    clip = _load(source)
+    if not resnet and not isinstance(clip.visual, ClipTrunk):
+        raise UserError(f"CLIP.clip_path = {source}: only ViT image towers give patch tokens and attention; this one is a ResNet")
+    return clip
+
+
+def _load(source: str) -> Clip:
     path = Path(source)
     if source == "random":
         with torch.random.fork_rng(devices=[]):
@@ -68,14 +87,14 @@ def load_clip(source: str) -> Clip:
         state = _read_openai_archive(path) if _is_torchscript(path) else load_state(path)
         return clip_from_state(state, path.name)
     if path.suffix in (".pt", ".pth", ".bin", ".safetensors") or source.startswith((".", "/", "~")):
-        raise UserError(f"CLIP.clip_path: no file {source}. {_WHERE}")
+        raise UserError(f"CLIP.clip_path: no file {source}. {_where(source)}")
     name, _, tag = source.partition("/") if not source.startswith("hf-hub:") else (source, "", "")
     try:
         with _no_log():
             model = open_clip.create_model(name, pretrained=tag or None, precision="fp32", require_pretrained=True)
     except Exception as error:  # open_clip and the hub raise many kinds; the user needs one answer
-        raise UserError(f"CLIP.clip_path: {source!r} is neither a file nor could it be downloaded. Without network, fetch {URL} "
-                        f"elsewhere, put it into initmodel/ and name that file. open_clip said: {error}") from error
+        raise UserError(f"CLIP.clip_path: {source!r} is neither a file nor could it be downloaded. Without network, fetch "
+                        f"{_archive(source)[1]} elsewhere, put it into initmodel/ and name that file ({error})") from error
     return Clip(model)
 
 
@@ -98,7 +117,8 @@ def clip_from_state(state: Mapping[str, Tensor], name: str = "state dict") -> Cl
     state = {key.removeprefix("module.").removeprefix("text."): value.float() for key, value in state.items()}
     for key in ("input_resolution", "context_length", "vocab_size", "attn_mask"):
         state.pop(key, None)
-    missing = [k for k in ("visual.conv1.weight", "visual.proj", "text_projection", "token_embedding.weight") if k not in state]
+    image = "visual.attnpool.c_proj.weight" if "visual.layer1.0.conv1.weight" in state else "visual.proj"
+    missing = [k for k in ("visual.conv1.weight", image, "text_projection", "token_embedding.weight") if k not in state]
     if missing:
         raise UserError(f"CLIP.clip_path: {name} holds no CLIP ViT, {', '.join(missing)} not found")
 
@@ -115,13 +135,18 @@ def _sizes(state: Mapping[str, Tensor]) -> dict:
         return len({k[len(prefix) :].split(".")[0] for k in state if k.startswith(prefix)})
 
     width, _, patch, _ = state["visual.conv1.weight"].shape
-    side = round((len(state["visual.positional_embedding"]) - 1) ** 0.5)
+    if "visual.proj" in state:
+        side, layers = round((len(state["visual.positional_embedding"]) - 1) ** 0.5), depth("visual.transformer.resblocks.")
+        image = {"image_size": side * patch, "layers": layers, "width": width, "patch_size": patch}
+    else:
+        side = round((len(state["visual.attnpool.positional_embedding"]) - 1) ** 0.5)
+        layers = [depth(f"visual.layer{i}.") for i in (1, 2, 3, 4)]
+        image = {"image_size": 32 * side, "layers": layers, "width": 2 * width, "patch_size": None}
     vocabulary, text_width = state["token_embedding.weight"].shape
     return {
         "embed_dim": state["text_projection"].shape[1],
         "quick_gelu": True,
-        "vision_cfg": {"image_size": side * patch, "layers": depth("visual.transformer.resblocks."), "width": width,
-                       "patch_size": patch},
+        "vision_cfg": image,
         "text_cfg": {"context_length": len(state["positional_embedding"]), "vocab_size": vocabulary, "width": text_width,
                      "heads": text_width // 64, "layers": depth("transformer.resblocks.")},
     }  # fmt: skip
@@ -177,10 +202,10 @@ def _is_torchscript(path: Path) -> bool:
 def _read_openai_archive(path: Path) -> dict[str, Tensor]:
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if digest != OPENAI_VIT_B_16:
+    if digest not in (OPENAI_VIT_B_16, OPENAI_RN50):
         raise UserError(
             f"CLIP.clip_path: {path} is a TorchScript archive with sha256 {digest[:12]}..., not OpenAI's ViT-B-16.pt "
-            f"({OPENAI_VIT_B_16[:12]}...). Archives can run code, so only that one is opened; the download may be damaged. "
-            f"{_WHERE}"
+            f"({OPENAI_VIT_B_16[:12]}...). Archives can run code, so only that one (and RN50.pt) is opened; the download "
+            f"may be damaged. {_where(path)}"
         )
     return torch.jit.load(path, map_location="cpu").state_dict()

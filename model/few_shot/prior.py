@@ -27,7 +27,7 @@ ATTENTION_BLOCKS = 8  # the affinity averages the last 8 blocks
 class View:
     """What the frozen backbone gives for N images; None where nothing asks for it."""
 
-    gram: Tensor  # N c c: Gram matrix of the low stage
+    gram: Tensor | None = None  # N c c: Gram matrix of the low stage
     middle: Tensor | None = None  # N C h w: stages 3 and 2 concatenated, or what a head that is fixed reduced them to
     prototype: Tensor | None = None  # N 256 1 1 and
     tokens: Tensor | None = None  # N n 64: what HDMNet's head, when it is fixed, makes of supports in place of `middle`
@@ -35,6 +35,13 @@ class View:
     hidden: Tensor | None = None  # N 512 h' w': base learner before its classifier
     base: Tensor | None = None  # N B+1 h' w': base logits (queries)
     masked4: Tensor | None = None  # N C' h' w': stage 4 of the masked stage 3, masked again (supports)
+    level2: Tensor | None = None  # N n C h w: all blocks of a stage before their last ReLU (HSNet), in place of the middle
+    level3: Tensor | None = None
+    level4: Tensor | None = None
+
+    @property
+    def levels(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.level2, self.level3, self.level4
 
 
 @dataclass
@@ -49,8 +56,8 @@ class Features:
 
     @property
     def size(self) -> torch.Size:
-        """(h, w) of the grid that prototypes, priors and head share: stage 3's."""
-        return self.query.middle.shape[2:]
+        """(h, w) of the grid that prototypes, priors and head share: stage 3's (HSNet: level 2's)."""
+        return (self.query.level2 if self.query.middle is None else self.query.middle).shape[-2:]
 
 
 class Prior(Protocol):

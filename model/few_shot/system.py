@@ -33,6 +33,7 @@ class Decoded:
     meta: Tensor | None = None  # B 2 h w logits, the few-shot branch before the ensemble
     inner: list[Tensor] = field(default_factory=list)  # B 2 h' w' logits of PFENet's pyramid
     correlations: list[Tensor] = field(default_factory=list)  # B h w of HDMNet's levels, coarse first
+    votes: Tensor | None = None  # B K 2 h w, see Prediction
 
 
 class FewShot(System):
@@ -48,6 +49,7 @@ class FewShot(System):
     default_priors: ClassVar[tuple[str, ...]]
     uses_base_learner: ClassVar[bool] = True
     masks_support: ClassVar[bool] = False  # multiply the support image by its mask before the backbone (HDMNet)
+    dilated: ClassVar[bool] = True  # the backbone keeps stride 8 in its last stages
     official: ClassVar[tuple[tuple[str, str], ...]]  # prefixes: ours -> published, first match wins
 
     def __init__(self, backbone: Frozen, priors: Sequence[Prior], shot: int, method: Method, clip: Frozen | None = None):
@@ -63,10 +65,12 @@ class FewShot(System):
         self.low_stage = int(method.low_fea[-1])
         self.memo, self.fixed_head = Memo(TensorCache(0), ""), ""
         channels = self.encoder.channels
-        self.head = self.build_head(channels[2] + channels[3], sum(p.channels for p in priors))
         self.prior_names = [prior.name for prior in priors]
+        self.head = self.build_head(channels[2] + channels[3], sum(p.channels for p in priors))
         if "vtp" in self.prior_names:
             self.clip_patch = clip.module.visual.patch
+        if "cam" in self.prior_names:
+            self.clip_patch = self.priors[0].source.side
         if clip is not None and clip.module.random:
             self.mark = "[random CLIP]"
             self.warnings = ("CLIP has random weights (CLIP.clip_path=random): the priors and every score mean nothing.",)
@@ -94,7 +98,7 @@ class FewShot(System):
     def remember(self, cache: TensorCache, fixed_head: bool) -> None:
         """See System; acts on episodes that carry keys (evaluation)."""
         made_by = [code_hash(), torch.__version__, str(self.encoder.mean.device.type), *self.frozen_hashes().values()]
-        self.memo = Memo(cache, " ".join([*made_by, str(self.low_stage), str(self.masks_support)]))
+        self.memo = Memo(cache, " ".join([*made_by, str(self.low_stage), str(self.masks_support), str(self.dilated)]))
         self.fixed_head = content_hash(self.trained) if fixed_head else ""
 
     def features(self, episode: Episode, query_needs: frozenset[str] = frozenset(), support_needs: frozenset[str] = frozenset()
@@ -134,9 +138,13 @@ class FewShot(System):
             found |= {"hidden": hidden} if "hidden" in needs else {}
             found |= {"base": learner.classify(hidden)} if "base" in needs else {}
         if "masked4" in needs:
-            deepest = self.encoder.last_stage(stages[3] * resize(mask, stages[3].shape[2:]))
-            found["masked4"] = deepest * resize(mask, deepest.shape[2:])
+            found["masked4"] = self.masked4(stages[3], mask)
         return found
+
+    def masked4(self, stage3: Tensor, mask: Tensor) -> Tensor:
+        """Stage 4 of a masked stage 3, masked again; mask: N 1 S S."""
+        deepest = self.encoder.last_stage(stage3 * resize(mask, stage3.shape[2:]))
+        return deepest * resize(mask, deepest.shape[2:])
 
     def reduce(self, middle: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
         """What a head that is fixed makes of middle features alone, as parts of a `View`: six times smaller."""
@@ -171,7 +179,8 @@ class FewShot(System):
         side = batch.query.shape[2:]
         scores = (decoded.final, decoded.meta, features.query.base)
         final, meta, base = (None if x is None else resize(x.float(), side) for x in scores)
-        return Prediction(final, meta, base, shown, self.baselines(batch, features, shown) if baselines else {})
+        trivial = self.baselines(batch, features, shown) if baselines else {}
+        return Prediction(final, meta, base, shown, trivial, decoded.votes)
 
     def baselines(self, batch: Episode, features: Features, maps: dict[str, Tensor]) -> dict[str, Tensor]:
         """Predictions that cost no training: everything is foreground; a prior, which is in 0..1, above one half.

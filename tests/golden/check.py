@@ -1,7 +1,7 @@
 """Builds a system on deterministic weights, runs a golden file's inputs through it and measures every array."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,37 +21,16 @@ from model.few_shot.prior import CosinePrior, SimilarityPrior, TextPrior, Visual
 from model.few_shot.system import FewShot
 from model.ops import resize
 from model.system import Frozen
+from tests.golden.check_hsnet import check_hsnet
+from tests.golden.check_imr_hsnet import check_clip, check_imr_hsnet
 from tests.golden.fill import tensor_for
+from tests.golden.rows import Row, compare
 from util.config import Method, Train
 from util.data.episodes import Episode
 from util.data.folds import fold, read_class_names
 from util.data.transforms import clip_input
 
 LISTS = Path(__file__).parents[2] / "lists"
-
-
-@dataclass
-class Row:
-    """One comparison: the error is absolute, or relative to the reference where `relative`."""
-
-    name: str
-    error: float
-    tolerance: float
-
-    @property
-    def ok(self) -> bool:
-        return self.error <= self.tolerance  # NaN fails
-
-
-def compare(name: str, ours: Tensor | np.ndarray | float, reference: np.ndarray, tolerance: float, relative: bool = False) -> Row:
-    a = np.asarray(ours.detach() if isinstance(ours, Tensor) else ours, dtype=np.float64)
-    b = np.asarray(reference, dtype=np.float64)
-    if a.shape != b.shape:
-        return Row(f"{name} {a.shape} instead of {b.shape}", float("inf"), tolerance)
-    error = np.abs(a - b)
-    if relative:
-        error = error / np.maximum(np.abs(b), 1e-12)
-    return Row(name, float(error.max(initial=0)), tolerance)
 
 
 class Golden:
@@ -81,9 +60,9 @@ class Golden:
 
 
 def system_of(path: Path) -> str:
-    """The system that made a file; "" for files of another layout."""
+    """What made a file: a system; files of another layout go by their name."""
     with np.load(path, allow_pickle=False) as archive:
-        return str(archive["system"]) if "system" in archive else ""
+        return str(archive["system"]) if "system" in archive else path.stem
 
 
 def filled_clip(golden: Golden) -> Clip:
@@ -145,6 +124,9 @@ def episode(golden: Golden) -> Episode:
 
 def check_file(path: Path) -> Iterator[Row]:
     """Yields one row per array of the file (and per stage fed from the file)."""
+    if (name := system_of(path)) in WHOLE:
+        yield from WHOLE[name](path)
+        return
     golden = Golden(path)
     system, batch = build(golden), episode(golden)
     yield from CHECKS[golden.system](golden, system, batch)
@@ -254,4 +236,7 @@ def check_training(golden: Golden, system: FewShot, batch: Episode, terms: Seque
 
 CHECKS: dict[str, Callable[[Golden, FewShot, Episode], Iterator[Row]]] = {
     "pi_clip": check_hdmnet, "hdmnet": check_hdmnet, "bam": check_bam, "pfenet": check_pfenet,
+}  # fmt: skip
+WHOLE: dict[str, Callable[[Path], Iterator[Row]]] = {  # files that need nothing of the above
+    "hsnet_r50": check_hsnet, "imr_hsnet_r50": check_imr_hsnet, "clip_rn50_cam": check_clip,
 }  # fmt: skip

@@ -58,12 +58,13 @@ class Source:
 
     def training(self) -> Dataset:
         train, seed = self.config.Train, self.config.Train.manual_seed
-        transform = TrainTransform(
+        transform: Transform = TrainTransform(
             train.train_h, train.scale_min, train.scale_max, train.rotate_min, train.rotate_max, train.crop
-        )
+        ) if train.augment else ValTransform(train.train_h, squash=True, antialias=train.antialias)  # fmt: skip
         if self.task == "images":
             return SemanticDataset(self.records("train_list"), self.fold, self.config.Data.data_root, transform, seed, False)
-        return self._episodes(EpisodeList(self.index(training=True), train.shot, seed, shuffle=True), transform, "mask", False)
+        episodes = EpisodeList(self.index(training=True), train.shot, seed, shuffle=True, start=train.draw)
+        return self._episodes(episodes, transform, "mask", False)
 
     def validation(self) -> Dataset:
         """What chooses the checkpoint: all images for the base learner, else episodes of the classes that
@@ -73,7 +74,8 @@ class Source:
             records = self.records("val_list")
             return SemanticDataset(records, self.fold, self.config.Data.data_root, self._plain(), train.manual_seed, True)
         if train.selection == "base":
-            return self.episodes(EpisodeList(self.index(training=False, base=True), train.shot, train.manual_seed))
+            index = self.index(training=False, base=True)
+            return self.episodes(EpisodeList(index, train.shot, train.manual_seed, start=train.draw))
         return self.episodes(self.drawn(train.manual_seed, train.val_episodes))
 
     def test_episodes(self) -> dict[int, AnyEpisodes]:
@@ -81,7 +83,8 @@ class Source:
         test = self.config.Test_Finetune
         if not test.episodes:
             return {seed: self.drawn(seed, test.test_num) for seed in test.seeds}
-        found = read_manifest(test.episodes, self.records("val_list"), self.fold.novel, self.config.Train.shot)
+        found = read_manifest(test.episodes, self.records("val_list"), self.fold.novel, self.config.Train.shot,
+                              repeats=self.config.Train.draw != "image")  # fmt: skip
         for episodes in found.values():
             check_novel(episodes, self.fold, self.names, len(episodes))
         return found
@@ -92,7 +95,7 @@ class Source:
         Raises:
             UserError: a novel class has no image or no episode among them.
         """
-        episodes = EpisodeList(self.index(training=False), self.config.Train.shot, seed)
+        episodes = EpisodeList(self.index(training=False), self.config.Train.shot, seed, start=self.config.Train.draw)
         check_novel(episodes, self.fold, self.names, count)
         return episodes
 
@@ -101,7 +104,8 @@ class Source:
         return self._episodes(episodes, self._plain(), self.config.Test_Finetune.ann_type, True)
 
     def _plain(self) -> ValTransform:
-        return ValTransform(self.config.Train.val_size, squash=self.config.Train.resized_val)
+        train = self.config.Train
+        return ValTransform(train.val_size, squash=train.resized_val, antialias=train.antialias)
 
     def _episodes(self, episodes: AnyEpisodes, transform: Transform, ann_type: str, evaluation: bool) -> EpisodeDataset:
         return EpisodeDataset(

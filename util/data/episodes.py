@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 
 from util.data.folds import ClassNames, Fold
 from util.data.index import Index, Record
-from util.data.transforms import IGNORE, Augmented, bbox_mask, clip_input, read_pair, to_tensor
+from util.data.transforms import IGNORE, Augmented, ValTransform, bbox_mask, clip_crop, clip_input, read_pair, to_tensor
 from util.errors import UserError
 
 
@@ -32,7 +32,7 @@ class Transform(Protocol):
     def __call__(self, rng: np.random.Generator | None, image: np.ndarray, labels: Sequence[np.ndarray]) -> Augmented: ...
 
 
-ClipSize = Literal["original", "train"]
+ClipSize = Literal["original", "train", "whole", "crop"]
 AnnType = Literal["mask", "bbox"]
 
 
@@ -68,36 +68,46 @@ class EpisodeSpec:
     supports: tuple[int, ...]
 
 
+Start = Literal["image", "pair", "class"]
+
+
 class EpisodeList:
-    """The endless list of episodes over an index; one pass has as many as there are images.
+    """The endless list of episodes over an index.
+
+    start  "image": each image in turn is a query, its class one of those that it shows; the supports are different images.
+           "pair": each (query, class) in turn whose class counts in the image; supports may repeat (HSNet on PASCAL).
+           "class": a class, all equally often, then a query of it; supports may repeat (HSNet on COCO).
+    One pass has as many episodes as there are images, or pairs.
 
     Raises UserError for a class that can be drawn but has too few images for `shot` supports besides the query.
     """
 
-    def __init__(self, index: Index, shot: int, seed: int, shuffle: bool = False) -> None:
+    def __init__(self, index: Index, shot: int, seed: int, shuffle: bool = False, start: Start = "image") -> None:
         if not index.records:
             raise UserError("no image of the list counts for this fold: check Train.data_set, Train.split and the list")
-        drawable = set().union(*index.present)
-        short = {c: len(index.by_class[c]) for c in sorted(drawable) if len(index.by_class[c]) <= shot}
+        self.classes = sorted(c for c, filed in index.by_class.items() if filed)
+        self.pairs = sorted((query, c) for c in self.classes for query in index.by_class[c]) if start == "pair" else []
+        self.repeats = start != "image"
+        drawable = set(self.classes) if self.repeats else set().union(*index.present)
+        needed = 2 if self.repeats else shot + 1
+        short = {c: len(index.by_class[c]) for c in sorted(drawable) if len(index.by_class[c]) < needed}
         if short:
             counts = ", ".join(f"class {c} has {n} image{'s' * (n != 1)}" for c, n in short.items())
             raise UserError(
-                f"{shot}-shot episodes need at least {shot + 1} images of a class with enough labelled pixels; "
+                f"{shot}-shot episodes need at least {needed} images of a class with enough labelled pixels; "
                 f"{counts}. Use fewer shots (Train.shot) or a list with more images"
             )
-        self.index, self.shot, self.seed, self.shuffle = index, shot, seed, shuffle
+        self.index, self.shot, self.seed, self.shuffle, self.start = index, shot, seed, shuffle, start
 
     def __len__(self) -> int:
-        return len(self.index.records)
+        return len(self.pairs or self.index.records)
 
     def spec(self, i: int) -> EpisodeSpec:
         """Episode i >= 0: query i % n (training: in the pass's own order), a class uniform over those present in it,
-        and `shot` different other images filed under that class."""
+        and `shot` different other images filed under that class; or as `start` says."""
         if i < 0:
             raise IndexError(f"episodes are numbered from 0, got {i}")
-        query = shuffled(len(self), self.seed, i) if self.shuffle else i % len(self)
-        present = self.index.present[query]
-        cls = present[draw(len(present), self.seed, i, "class")]
+        query, cls = self._target(i)
         filed = self.index.by_class[cls]
         own = bisect_left(filed, query)
         taken = [own] if filed[own : own + 1] == [query] else []  # ascending positions in `filed` that may not be drawn
@@ -106,9 +116,22 @@ class EpisodeList:
             position = draw(len(filed) - len(taken), self.seed, i, "support", k)
             for other in taken:
                 position += position >= other
-            insort(taken, position)
+            if not self.repeats:
+                insort(taken, position)
             supports.append(filed[position])
         return EpisodeSpec(i, query, cls, tuple(supports))
+
+    def _target(self, i: int) -> tuple[int, int]:
+        """Query and class of episode i."""
+        if self.start == "class":
+            cls = self.classes[draw(len(self.classes), self.seed, i, "class")]
+            filed = self.index.by_class[cls]
+            return filed[draw(len(filed), self.seed, i, "query")], cls
+        place = shuffled(len(self), self.seed, i) if self.shuffle else i % len(self)
+        if self.start == "pair":
+            return self.pairs[place]
+        present = self.index.present[place]
+        return place, present[draw(len(present), self.seed, i, "class")]
 
 
 def episodes_per_class(episodes: EpisodeList, count: int) -> Counter[int]:
@@ -202,6 +225,7 @@ class Episode(Batch):
     query_key: list[str] = field(default_factory=list)  # hash of each query's pixels; evaluation only, else []
     support_key: list[list[str]] = field(default_factory=list)  # B lists of K: hash of pixels and mask; evaluation only
     original_label: list[Tensor] = field(default_factory=list)  # B of H W uint8: the query's label file; evaluation only
+    clip_support: list[list[Tensor]] = field(default_factory=list)  # B of K of 3 s s uint8, for CLIP; [] unless asked for
 
 
 def content_key(*arrays: np.ndarray) -> str:
@@ -238,26 +262,37 @@ class Shot:
     mask: Tensor  # S S uint8 {0, 1, 255}
     name: str
     key: str  # hash of pixels and mask; evaluation only, else ""
+    clip: Tensor | None  # 3 s s uint8 where supports go to CLIP too
 
 
 class EpisodeMaker:
     """Arrays -> an `Episode` of B = 1; what a data set on disk (`EpisodeDataset`) and anybody's photos (`model.predictor`) share.
 
     clip_size    the size that the clean query is brought to for CLIP: "original" = that of the file (PASCAL, undoes
-                 the squash), "train" = S (COCO), rounded up to multiples of `patch`; None = no CLIP input
+                 the squash), "train" = S (COCO), rounded up to multiples of `patch`; None = no CLIP input; for query and
+                 supports, s = `patch` pixels square: "whole" = all of the image, "crop" = its centre from the file (IMR-HSNet)
     evaluation   keep the masks at file size too, and the keys of what may be kept
     """
 
     def __init__(self, transform: Transform, fold: Fold, *, clip_size: ClipSize | None, patch: int, evaluation: bool) -> None:
         if clip_size is not None and clip_size not in get_args(ClipSize):
-            raise UserError(f"CLIP.clip_size: unknown size {clip_size!r}; choose original or train")
+            raise UserError(f"CLIP.clip_size: unknown size {clip_size!r}; choose original or train, or whole or crop")
+        if clip_size == "crop" and not (isinstance(transform, ValTransform) and transform.squash):
+            raise UserError("CLIP.clip_size=crop cuts a square out of the file and does not follow augmentation or letterboxing: "
+                            "use it with Train.augment=false and Train.resized_val=true, or choose whole")
         self.transform, self.clip_size, self.patch, self.evaluation = transform, clip_size, patch, evaluation
         self._base_table = base_table(fold)
 
     def shot(self, image: np.ndarray, mask: np.ndarray, name: str, rng: np.random.Generator | None = None) -> Shot:
         """image: H W 3 float32 RGB 0..255; mask: H W uint8 {0, 1, 255}."""
-        image, _, (mask,) = self.transform(rng, image, [mask])
-        return Shot(to_tensor(image), to_tensor(mask), name, content_key(image, mask) if self.evaluation else "")
+        file = image
+        image, clean, (mask,) = self.transform(rng, image, [mask])
+        clip = self._square(file, clean) if self.clip_size in ("whole", "crop") else None
+        return Shot(to_tensor(image), to_tensor(mask), name, content_key(image, mask) if self.evaluation else "", clip)
+
+    def _square(self, file: np.ndarray, clean: np.ndarray) -> Tensor:
+        side = self.patch
+        return clip_crop(file, side) if self.clip_size == "crop" else clip_input(clean, (side, side), side)
 
     def episode(
         self, image: np.ndarray, original: np.ndarray, shots: Sequence[Shot], *, cls: int, base_rank: int, present: Tensor,
@@ -266,6 +301,7 @@ class EpisodeMaker:
         """image: H W 3 float32 RGB 0..255 of the query; original: H W uint8, its label; the rest as in `Episode`."""
         to_mask = mask_table(cls)
         query, clean, (label,) = self.transform(rng, image, [original])
+        square = self.clip_size in ("whole", "crop")
         # Undo the squash; a crop or a letterbox kept the shape of things.
         hw = original.shape if self.clip_size == "original" and self.transform.squash else label.shape
         return Episode(
@@ -277,7 +313,8 @@ class EpisodeMaker:
             cls=torch.tensor([cls]),
             base_rank=torch.tensor([base_rank]),
             present=present[None],
-            clip_query=[clip_input(clean, hw, self.patch)] if self.clip_size else [],
+            clip_query=[self._square(image, clean) if square else clip_input(clean, hw, self.patch)] if self.clip_size else [],
+            clip_support=[[shot.clip for shot in shots]] if square else [],
             annotation_hw=torch.tensor([hw]),
             number=torch.tensor([number]),
             original_mask=[to_tensor(to_mask[original])] if self.evaluation else [],

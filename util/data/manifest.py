@@ -66,10 +66,12 @@ def manifest_text(header: Mapping[str, str], lists: Mapping[int, AnyEpisodes], c
     return "".join([*(f"# {key}: {value}\n" for key, value in head.items()), *_lines(lists, count)])
 
 
-def read_manifest(path: str | Path, records: Sequence[Record], classes: Sequence[int], shot: int) -> dict[int, ManifestEpisodes]:
+def read_manifest(path: str | Path, records: Sequence[Record], classes: Sequence[int], shot: int,
+                  repeats: bool = False) -> dict[int, ManifestEpisodes]:  # fmt: skip
     """Seed -> its episodes, seeds in order of appearance.
 
-    records: of Data.val_list (`util.data.index.scan`); classes: the fold's novel ones; shot: Train.shot.
+    records: of Data.val_list (`util.data.index.scan`); classes: the fold's novel ones; shot: Train.shot;
+    repeats: a support may be there twice.
     Raises UserError, naming file and line, for whatever cannot be evaluated or would count as a silent zero.
     """
     path, places = Path(path), {record.image: i for i, record in enumerate(records)}
@@ -80,7 +82,7 @@ def read_manifest(path: str | Path, records: Sequence[Record], classes: Sequence
             if line.startswith("#"):
                 _read_header(line, header, shot, bool(seeds))
             elif line.strip():
-                seed, cls, images = _read_episode(line, records, places, classes, shot)
+                seed, cls, images = _read_episode(line, records, places, classes, shot, repeats)
                 seeds.setdefault(seed, []).append((cls, images))
         except UserError as error:
             raise UserError(f"{path}:{number}: {error}") from error
@@ -136,7 +138,7 @@ def _read_header(line: str, header: dict[str, str], shot: int, late: bool) -> No
 
 
 def _read_episode(
-    line: str, records: Sequence[Record], places: Mapping[str, int], classes: Sequence[int], shot: int
+    line: str, records: Sequence[Record], places: Mapping[str, int], classes: Sequence[int], shot: int, repeats: bool
 ) -> tuple[int, int, list[int]]:
     """Seed, class, and the positions of query and supports in `records`."""
     try:
@@ -151,7 +153,7 @@ def _read_episode(
     for i, image in enumerate(images):
         if image not in places:
             raise UserError(f"the image {image} is not in Data.val_list")
-        if image in images[:i]:
+        if image in images[: min(i, 1) if repeats else i]:
             raise UserError(f"the image {image} is there twice; query and supports must be different images")
         if cls not in records[places[image]].pixels:
             role = "support" if i else "query"

@@ -89,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _episodes(config: Config, source: Source, index: Index) -> Counter[int]:
     """Class -> episodes, of the first seed."""
     test = config.Test_Finetune
-    episodes = EpisodeList(index, config.Train.shot, test.seeds[0])
+    episodes = EpisodeList(index, config.Train.shot, test.seeds[0], start=config.Train.draw)
     check_novel(episodes, source.fold, source.names, test.test_num)
     return episodes_per_class(episodes, test.test_num)
 

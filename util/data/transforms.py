@@ -152,16 +152,19 @@ class TrainTransform:
 
 class ValTransform:
     """Squash to `size` x `size`, or letterbox: long side to `size`, both sides floored to multiples of 8, image padded
-    with 0 and label with 255 at the right and bottom. Same call as TrainTransform; the generator is not used."""
+    with 0 and label with 255 at the right and bottom. Same call as TrainTransform; the generator is not used.
 
-    def __init__(self, size: int, squash: bool) -> None:
-        self.size, self.squash = size, squash
+    antialias: squash with Pillow's antialiased bilinear (HSNet)."""
+
+    def __init__(self, size: int, squash: bool, antialias: bool = False) -> None:
+        self.size, self.squash, self.antialias = size, squash, antialias
 
     def __call__(
         self, rng: np.random.Generator | None, image: np.ndarray, labels: Sequence[np.ndarray]
     ) -> Augmented:
         if self.squash:
-            image, labels = _squash_image(image, self.size), [_squash_label(x, self.size) for x in labels]
+            image = _squash_image(image, self.size, self.antialias)
+            labels = [_squash_label(x, self.size) for x in labels]
         else:
             image = self._letterbox(image, cv2.INTER_LINEAR, 0)
             labels = [self._letterbox(x, cv2.INTER_NEAREST, IGNORE) for x in labels]
@@ -175,7 +178,10 @@ class ValTransform:
         return out
 
 
-def _squash_image(image: np.ndarray, size: int) -> np.ndarray:
+def _squash_image(image: np.ndarray, size: int, antialias: bool = False) -> np.ndarray:
+    if antialias:
+        squashed = Image.fromarray(image.astype(np.uint8)).resize((size, size), Image.Resampling.BILINEAR)
+        return np.array(squashed, np.float32)
     return cv2.resize(image, (size, size), interpolation=cv2.INTER_LINEAR)
 
 
@@ -201,6 +207,17 @@ def clip_input(clean: np.ndarray, hw: Sequence[int], patch: int = 16) -> torch.T
     height, width = (-(-side // patch) * patch for side in hw)
     resized = Image.fromarray(clean.astype(np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
     return to_tensor(np.array(resized))
+
+
+def clip_crop(image: np.ndarray, side: int) -> torch.Tensor:
+    """CLIP's own preprocessing of an H W 3 float32 image: short side to `side`, bicubic, then the centre; uint8 3 side side."""
+    height, width = image.shape[:2]
+    scale = side / min(height, width)
+    long = int(scale * max(height, width))  # rounded down, as torchvision does
+    resized = Image.fromarray(image.astype(np.uint8)).resize((side, long) if height > width else (long, side),
+                                                             Image.Resampling.BICUBIC)  # fmt: skip
+    left, top = (round((x - side) / 2) for x in resized.size)
+    return to_tensor(np.array(resized.crop((left, top, left + side, top + side))))
 
 
 def to_tensor(array: np.ndarray) -> torch.Tensor:

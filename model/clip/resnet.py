@@ -1,0 +1,36 @@
+"""CLIP's ResNet image tower (RN50), for class activation maps: the trunk without its pooling, and the pooling alone."""
+
+import torch
+from torch import Tensor, nn
+
+from model.clip.trunk import STATISTICS
+
+
+class ResNetTower(nn.Module):
+    """The image tower of a CLIP model, `visual` being open_clip's ModifiedResNet."""
+
+    def __init__(self, visual: nn.Module):
+        super().__init__()
+        self.visual = visual
+        mean, std = STATISTICS["clip"]
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1) * 255, persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1) * 255, persistent=False)
+
+    @property
+    def side(self) -> int:
+        """Of its square input, in pixels."""
+        size = self.visual.image_size
+        return size if isinstance(size, int) else size[0]
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """N 3 s s RGB 0..255 -> float."""
+        return (images.to(self.mean.dtype) - self.mean) / self.std
+
+    def activation(self, normalised: Tensor) -> Tensor:
+        """N 3 s s -> N C s/32 s/32, what the last block gives."""
+        v = self.visual
+        return v.layer4(v.layer3(v.layer2(v.layer1(v.stem(normalised)))))
+
+    def pool(self, activation: Tensor) -> Tensor:
+        """N C s/32 s/32 -> N D, not normalised."""
+        return self.visual.attnpool(activation)

@@ -1,0 +1,143 @@
+"""HSNet's parts: features before the ReLU, 4-D convolutions, sizes, the vote, the published checkpoint, its episodes."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from model.backbone import build_encoder
+from model.few_shot import imr_hsnet
+from model.few_shot.hsnet import Encoder4d, Head, HSNet
+from model.system import Frozen
+from tests.golden.check_hsnet import check_units, load
+from tests.test_episodes import abstract_index
+from tests.test_few_shot import random_episode
+from util.config import Method
+from util.data.episodes import EpisodeList
+from util.data.transforms import ValTransform
+from util.errors import UserError
+from util.metrics import decide, vote
+
+GOLDEN = Path(__file__).parent / "golden/hsnet_r50.npz"
+
+
+def hsnet(shot: int = 1, backbone: str = "resnet50", stem: str = "plain") -> HSNet:
+    torch.manual_seed(0)
+    return HSNet(Frozen(build_encoder(backbone, 8, stem, dilated=False)), [], shot, Method(backbone=backbone)).eval()
+
+
+def test_published_unit_cases() -> None:
+    rows = list(check_units(load(GOLDEN)))
+    assert len(rows) == 7 and not [row for row in rows if not row.ok]
+
+
+@pytest.mark.parametrize(("backbone", "stem"), [("resnet50", "plain"), ("resnet50", "deep"), ("vgg16", ""), ("vgg16_bn", "")])
+def test_the_pyramid_is_what_the_stages_make_of_it(backbone: str, stem: str) -> None:
+    encoder = build_encoder(backbone, 8, stem, dilated=False).eval()
+    image = 255 * torch.rand(1, 3, 65, 81)
+    with torch.no_grad():
+        levels, stages = encoder.pyramid(image), encoder(image)
+    assert tuple(level.shape[1] for level in levels) == encoder.blocks and (levels[0] < 0).any()
+    if backbone == "resnet50":
+        assert [tuple(level.shape[3:]) for level in levels] == [(9, 11), (5, 6), (3, 3)]
+        for level, stage in zip(levels, stages[2:], strict=True):
+            assert torch.equal(level[:, -1].relu(), stage)
+    else:
+        assert torch.equal(levels[1][:, -1].relu(), stages[4]) and levels[0].shape[3:] == (8, 10)
+
+
+def test_any_size_one_after_the_other_and_where_levels_do_not_meet() -> None:
+    encoder = Encoder4d((2, 3, 1)).eval()
+    with torch.no_grad():
+        for side in (16, 10, 19):  # no state is left of the size before
+            levels = [torch.rand(1, n, side // d, side // d + 1, side // d, side // d) for n, d in ((2, 1), (3, 2), (1, 4))]
+            assert encoder(levels).shape == (1, 128, side, side + 1)
+    apart = [torch.rand(1, n, 4, 4, side, side) for n, side in ((2, 33), (3, 16), (1, 8))]
+    with pytest.raises(UserError, match="2 x 2 and 1 x 1 and 1 x 1"):
+        encoder(apart)
+
+
+def test_vote_counts_against_the_largest_number_of_votes() -> None:
+    masks = torch.tensor([[[1, 1, 0, 0]], [[1, 0, 0, 0]], [[0, 0, 0, 0]]])
+    assert vote(masks).tolist() == [[1, 1, 0, 0]]  # one of at most two is half
+    assert vote(torch.cat([masks, masks[:1]])).tolist() == [[1, 1, 0, 0]]  # three and two of four
+    assert vote(torch.cat([masks, masks[1:2]])).tolist() == [[1, 0, 0, 0]]  # one of three is not
+    assert not vote(torch.zeros(3, 1, 4)).any()
+
+
+@torch.no_grad()
+def test_shots_vote_at_file_size_and_equal_shots_are_one() -> None:
+    episode = random_episode(batch=2, shot=1, side=65)
+    one = hsnet().predict(episode)
+    assert one.final.shape == (2, 2, 65, 65) and one.votes.shape[:3] == (2, 1, 2)
+    episode.support, episode.support_mask = episode.support.repeat(1, 3, 1, 1, 1), episode.support_mask.repeat(1, 3, 1, 1)
+    three = hsnet(3).predict(episode, baselines=True)
+    assert set(three.baselines) == {"everything foreground", "cosine prior > 0.5"}
+    for i in range(2):
+        wanted = decide(one.final[i], one.votes[i], (70, 50), squash=True)
+        assert torch.equal(decide(three.final[i], three.votes[i], (70, 50), squash=True), wanted)
+        assert torch.equal(three.votes[i].argmax(1)[0], (three.votes[i].argmax(1).sum(0) > 1).long())
+        assert (three.final[i].argmax(0) == one.final[i].argmax(0)).float().mean() > 0.9
+
+
+def test_published_checkpoint_goes_in_whole_or_not_at_all() -> None:
+    system, other = hsnet(), hsnet(backbone="resnet50", stem="plain")
+    state = {f"module.{system.official_name(name)}": value + 1 if value.is_floating_point() else value
+             for name, value in system.state_dict().items() if not name.endswith("num_batches_tracked")}  # fmt: skip
+    state["module.backbone.fc.weight"] = torch.zeros(3, 3)
+    other.import_official(state)
+    assert torch.equal(other.head.decoder.decoder2[2].bias, system.head.decoder.decoder2[2].bias + 1)
+    gone = state.pop("module.hpn_learner.encoder_layer3to2.6.conv2.weight")
+    with pytest.raises(UserError, match="1 missing: hpn_learner.encoder_layer3to2.6.conv2.weight"):
+        other.import_official(state)
+    with pytest.raises(UserError, match="1 not part of this model: state"):
+        other.import_official(state | {"module.hpn_learner.encoder_layer3to2.6.conv2.weight": gone, "state": gone})
+
+
+def test_sizes_and_names_are_the_published_ones() -> None:
+    def count(module: torch.nn.Module) -> int:
+        return sum(p.numel() for p in module.parameters())
+
+    blocks = {"resnet50": (4, 6, 3), "resnet101": (4, 23, 3), "vgg16": (3, 3, 1)}
+    with torch.device("meta"):
+        assert [count(Head(n)) for n in blocks.values()] == [2_573_794, 2_587_394, 2_570_018]
+        assert count(imr_hsnet.Head(blocks["resnet50"], 1024, 2, "official")) == 4_712_352
+        assert count(imr_hsnet.Head(blocks["vgg16"], 512, 2, "official")) == 4_183_776
+    system = hsnet(backbone="vgg16")
+    names = {system.official_name(name) for name in system.state_dict()}
+    layers = [i for stage in ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28)) for i in stage]
+    wanted = {f"backbone.features.{i}.{leaf}" for i in layers for leaf in ("weight", "bias")}
+    assert {name for name in names if name.startswith("backbone")} == wanted
+
+
+def test_what_it_cannot_be_built_on() -> None:
+    with pytest.raises(UserError, match="reads every block"):
+        hsnet(backbone="timm:resnet18")
+
+
+def test_episodes_from_pairs_and_classes() -> None:
+    index = abstract_index(40, (2, 5, 9))
+    pairs = [(q, c) for c, filed in index.by_class.items() for q in filed]
+    episodes = EpisodeList(index, 5, seed=0, shuffle=True, start="pair")
+    specs = [episodes.spec(i) for i in range(len(episodes))]
+    assert sorted((s.query, s.cls) for s in specs) == sorted(pairs)  # each once
+    by_class = [EpisodeList(index, 5, seed=0, start="class").spec(i) for i in range(900)]
+    counts = np.bincount([s.cls for s in by_class])[[2, 5, 9]]
+    assert counts.min() > 240 and len(EpisodeList(index, 5, seed=0, start="class")) == 40
+    for spec in specs + by_class:
+        filed = index.by_class[spec.cls]
+        assert spec.query in filed and set(spec.supports) <= set(filed) - {spec.query} and len(spec.supports) == 5
+    assert any(len(set(s.supports)) < 5 for s in by_class)  # with replacement
+    EpisodeList(index, 1000, seed=0, start="pair")  # so any number of shots
+
+
+def test_antialiased_squash_is_pillow_s() -> None:
+    image = np.random.default_rng(0).integers(0, 256, (90, 70, 3)).astype(np.float32)
+    label = np.zeros((90, 70), np.uint8)
+    ours, _, (mask,) = ValTransform(33, squash=True, antialias=True)(None, image, [label])
+    theirs = np.asarray(Image.fromarray(image.astype(np.uint8)).resize((33, 33), Image.Resampling.BILINEAR))
+    assert np.array_equal(ours, theirs) and ours.dtype == np.float32 and mask.shape == (33, 33)
+    plain, _, _ = ValTransform(33, squash=True)(None, image, [label])
+    assert plain.std() > 1.5 * ours.std()
