@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from model.build import build_system, load_weights, system_class, text_bank
+from model.few_shot.hsnet import HSNet
 from model.few_shot.prior import TextPrior
 from model.few_shot.system import FewShot
 from model.text_predictor import Segmentation, TextPredictor, choose_device, choose_precision, longest_side
@@ -31,8 +32,9 @@ from util.data.folds import ClassNames, Fold, fold_of, read_class_names
 from util.data.photos import Box, Photo, Source, box_mask, doubt, read_mask, read_photo, shrink
 from util.data.transforms import IGNORE, ValTransform
 from util.errors import UserError
+from util.evaluate import votes_of
 from util.experiment import ROOT, Experiment
-from util.metrics import to_original
+from util.metrics import decide, to_original
 
 NAMED = {"photos": "demo/photos/hdmnet_lite0.safetensors", "demo": "exp/demo/PI_CLIP/split0/resnet50/snapshot/best.safetensors"}
 CACHE = 2**30  # bytes for what the supports and the latest queries gave
@@ -119,6 +121,8 @@ class Predictor:
             self._text_alone.set_text(text)
         elif self.takes_text:
             self.text_prior.use(text_bank(self.system.clip, [text]))
+        if isinstance(self.system, HSNet):
+            self.system.shot = max(1, len(shots))  # as many as there are: they vote
         shot, count = self.system.shot, len(shots)
         turns = [shots[i % count] for i in range(-(-count // shot) * shot)]
         self._groups = [turns[i : i + shot] for i in range(0, len(turns), shot)]
@@ -152,8 +156,9 @@ class Predictor:
         found = []
         for i, photo in enumerate(photos):
             whole = to_original(scores[i], photo.hw, self.config.Train.resized_val)
+            mask = decide(scores[i], votes_of(prediction, i), photo.hw, self.config.Train.resized_val) == 1
             shown = {name: prior[i].float().cpu().numpy() for name, prior in maps.items()}
-            found.append(((whole.argmax(0) == 1).cpu().numpy(), whole.softmax(0)[1].cpu().numpy(), shown))
+            found.append((mask.cpu().numpy(), whole.softmax(0)[1].cpu().numpy(), shown))
         seconds = (time.perf_counter() - started) / len(photos)
         return [Segmentation(*parts, seconds) for parts in found]
 

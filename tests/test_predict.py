@@ -29,7 +29,7 @@ from util.errors import UserError
 from util.evaluate import evaluate_episodes
 from util.experiment import Experiment
 from util.log import RunLog
-from util.metrics import FewShotMeter, to_original
+from util.metrics import FewShotMeter, to_original, vote
 
 
 @pytest.fixture(autouse=True)
@@ -82,6 +82,21 @@ def test_bit_for_bit_what_evaluation_gives(arch: str, overrides: list[str], scen
         assert np.array_equal(ours.mask, scores.argmax(0).numpy() == 1)
         assert ours.maps.keys() == theirs.maps.keys()
         assert all(np.array_equal(ours.maps[name], theirs.maps[name][0].numpy()) for name in ours.maps)
+
+
+def test_supports_of_hsnet_vote(scenes: Path, tmp_path: Path) -> None:
+    """As many as there are, whatever the checkpoint's number of shots; the mask is the vote of what each finds alone."""
+    predictor = Predictor.from_checkpoint(make(tmp_path, "HSNet", "Train.val_size=97")[1])
+    images, masks = star(scenes, of=4)
+    masks = [np.roll(mask, 30 * i, 1) for i, mask in enumerate(masks)]
+    alone = []
+    for image, mask in zip(images[:3], masks[:3], strict=True):
+        predictor.set_support(image, mask)
+        alone.append(torch.from_numpy(predictor.predict(images[3]).mask))
+    predictor.set_support(images[:3], masks[:3])
+    assert np.array_equal(predictor.predict(images[3]).mask, vote(torch.stack(alone)) == 1)
+    assert not predictor.notes or "repeated" not in " ".join(predictor.notes)
+    assert any(mask.any() for mask in alone)
 
 
 def counted(module: torch.nn.Module) -> list[int]:
