@@ -78,7 +78,7 @@ class Results:
             save_json(self.out / "scores.json", self.record)
         if self._panels:
             rows = [self._panels[i : i + ROW] for i in range(0, len(self._panels), ROW)]
-            self._save_jpeg("overview.jpg", viz.contact_sheet(rows))
+            self._save_jpeg("overview.jpg", viz.contact_sheet(rows, height=TILE))
 
     def _free(self, stem: str) -> str:
         name, count = stem, 2
