@@ -44,11 +44,8 @@ def main() -> None:
 
     # 2. the model, and what it looks for
     predictor, what = open_predictor(given, weights)
-    if weights is None:
-        predictor.set_text(given.text or "")
-    else:
-        predictor.set_support(photos, masks, given.text, boxes)
-    ious, left_out = ([] if weights is None else predictor.check()), [str(path) for path in others(given.query)]
+    predictor.set_support(photos, masks, given.text, boxes)
+    ious, left_out = predictor.check(), [str(path) for path in others(given.query)]
     notes = [*predictor.notes, *([WEAK] if min(ious, default=1) < POOR else [])]
     record = {
         "weights": weights and str(weights), "clip": given.clip, "text": given.text, "supports": given.support,
@@ -132,7 +129,7 @@ def model_options(parser: argparse.ArgumentParser) -> None:
                         f"file, folder or hub name (default: {CLIP.clip_path} or else {HUB_NAME}, some 600 MB to download)")
     parser.add_argument("--device", help="cpu, cuda, ...; default: the GPU where there is one")
     parser.add_argument("--config", help="of a published .pth: config/DATASET/DATASET_EXP_NET.yaml")
-    parser.add_argument("--arch", help="of a published .pth: PI_CLIP, HDMNet, BAM, PFENet")
+    parser.add_argument("--arch", help="of a published .pth: PI_CLIP, HDMNet, BAM, PFENet, HSNet")
     parser.add_argument("overrides", nargs="*", metavar="Section.key=value", help="where files are now, CLIP.clip_path=...")
 
 
@@ -167,9 +164,9 @@ def parse() -> argparse.Namespace:
     given = parser.parse_intermixed_args()
     if given.every < 1:
         raise UserError(f"--every {given.every}: must be at least 1")
-    if given.clip is not None and given.support:
-        raise UserError("--clip finds what --text names; examples (--support) need a trained system, see --weights")
     check_model(given)
+    if given.clip is not None and (given.support or not given.text):  # told before a CLIP is downloaded
+        raise UserError("--clip finds what --text names: give a text, and no --support; examples need a trained system")
     return given
 
 

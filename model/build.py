@@ -54,7 +54,7 @@ def build_system(arch: str, config: Config, fold: Fold, names: ClassNames, cache
     """
     method, train = config.Method, config.Train
     cls = system_class(arch)
-    encoder = build_encoder(method.backbone, method.width, method.stem, getattr(cls, "dilated", True))
+    encoder = build_encoder(method.backbone, method.width, method.stem, cls.dilated)
     learner = BaseLearner(encoder, len(fold.base) + 1, width=8 * method.width)
     if cls is PSPNet:
         return PSPNet(learner)

@@ -22,7 +22,7 @@ from model.build import build_system, load_weights, system_class, text_bank
 from model.few_shot.hsnet import HSNet
 from model.few_shot.prior import TextPrior
 from model.few_shot.system import FewShot
-from model.text_predictor import Segmentation, TextPredictor, choose_device, choose_precision, longest_side
+from model.text_predictor import Segmentation, TextPredictor, as_list, choose_device, choose_precision, longest_side
 from util import experiment
 from util.cache import TensorCache
 from util.checkpoint import EXPORT, read_meta
@@ -118,7 +118,7 @@ class Predictor:
         shots = [self._shot(*pair) for pair in pairs]
         self._check(shots, text)
         if not shots:
-            self._text_alone.set_text(text)
+            self._text_alone.set_support(text=text)
         elif self.takes_text:
             self.text_prior.use(text_bank(self.system.clip, [text]))
         if isinstance(self.system, HSNet):
@@ -260,11 +260,6 @@ def box_around(mask: np.ndarray) -> np.ndarray:
     if len(y):
         filled[y.min() : y.max() + 1, x.min() : x.max() + 1] = True
     return filled
-
-
-def as_list(value: Source | Sequence | None) -> list:
-    """None, one thing or several -> a list."""
-    return [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]
 
 
 def box_lists(boxes: Box | Sequence | None) -> list[list[Box]]:

@@ -50,8 +50,6 @@ python predict.py --weights {file} --support a.jpg --mask a.png{option} --query 
 ```
 
 ```python
-import torch
-
 from model.predictor import Predictor
 
 predictor = Predictor.from_checkpoint("{file}")

@@ -52,6 +52,7 @@ class System(nn.Module):
     """
 
     task: ClassVar[str] = "episodes"  # what it learns from: "episodes" (few-shot) or "images" (base learner)
+    dilated: ClassVar[bool] = True  # its backbone keeps stride 8 in its last stages
     head: nn.Module
     prior_names: list[str] | None = None
     clip_patch: int | None = None  # where the system reads `Episode.clip_query`: CLIP's patch side (the image's, for a CAM)

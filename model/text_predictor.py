@@ -1,7 +1,7 @@
 """Masks from words alone: CLIP's refined text prior (VTP, PI-CLIP Sec. 3.2), without any trained network.
 
     predictor = TextPredictor.from_clip("ViT-B-16-quickgelu/openai")
-    predictor.set_text("golden retriever")
+    predictor.set_support(text="golden retriever")
     found = predictor.predict("b.jpg")  # found.mask, found.score, found.maps
 
 The score is the prior, rescaled to 0..1 in each image: something is found in every image, and masks are rough.
@@ -36,7 +36,7 @@ class Segmentation:
 
 
 class TextPredictor:
-    """A frozen CLIP that finds what a text names. Use `from_clip`, then `set_text`, then `predict`.
+    """A frozen CLIP that finds what a text names: a `Predictor` without supports. Use `from_clip`, `set_support`, `predict`.
 
     Attributes:
         notes: what the user should know of the results.
@@ -60,13 +60,16 @@ class TextPredictor:
         chosen = choose_device(device)
         return cls(Frozen(load_clip(source)), chosen, choose_precision(precision, chosen))
 
-    def set_text(self, text: str) -> None:
-        """Says what to look for, until the next call.
+    def set_support(self, images: Source | Sequence[Source] | None = None, masks: object = None, text: str | None = None,
+                    boxes: object = None) -> None:  # fmt: skip
+        """Says what to look for, until the next call; as `Predictor.set_support`, which takes supports, too.
 
         Raises:
-            UserError: an empty text, or one that this CLIP does not know.
+            UserError: supports, an empty text, or one that this CLIP does not know.
         """
-        if not (text := text.strip()):
+        if as_list(images):
+            raise UserError("a CLIP without a trained network reads a text and no examples; those need a trained system")
+        if not (text := (text or "").strip()):
             raise UserError("nothing to look for: give a text, for instance 'dog'")
         self._prior = TextPrior(self.clip, text_bank(self.clip, [text]), "target", ())
         clip: Clip = self.clip.module
@@ -87,8 +90,12 @@ class TextPredictor:
     def predict_batch(self, images: Sequence[Source]) -> list[Segmentation]:
         """`predict` for several images of any sizes, one after the other."""
         if self._prior is None:
-            raise UserError("nothing to look for yet: call set_text(text) first")
+            raise UserError("nothing to look for yet: call set_support(text=...) first")
         return [self._predict(read_photo(source, f"query {i}").image) for i, source in enumerate(images, start=1)]
+
+    def check(self) -> list[float]:
+        """See `Predictor.check`: there are no supports."""
+        return []
 
     def _predict(self, photo: np.ndarray) -> Segmentation:
         started = time.perf_counter()
@@ -133,3 +140,8 @@ def choose_precision(name: str | None, device: torch.device) -> str:
     if name not in (None, "fp32", "bf16"):
         raise UserError(f"precision {name!r}: choose fp32 or bf16")
     return name or ("bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32")
+
+
+def as_list(value: Source | Sequence | None) -> list:
+    """None, one thing or several -> a list."""
+    return [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]

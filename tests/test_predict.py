@@ -234,9 +234,9 @@ def test_without_any_training(piclip: Path, scenes: Path) -> None:
     """CLIP and a text alone: what a trained system with the same CLIP says of a text alone, and the published computation."""
     images, masks = star(scenes)
     alone, trained = TextPredictor.from_clip("demo/clip"), Predictor.from_checkpoint(piclip)
-    with pytest.raises(UserError, match="call set_text"):
+    with pytest.raises(UserError, match="call set_support"):
         alone.predict(images[0])
-    alone.set_text(" star ")
+    alone.set_support(text=" star ")
     trained.set_support(text="star")
     found = alone.predict(images[0])
     assert np.array_equal(found.score, trained.predict(images[0]).score) and alone.notes == trained.notes
@@ -249,8 +249,10 @@ def test_without_any_training(piclip: Path, scenes: Path) -> None:
     np.testing.assert_array_equal(alone.predict(image).maps["vtp"], prior[0].numpy())
     for text, message in ((" ", "give a text"), ("golden retriever", "does not know")):
         with pytest.raises(UserError, match=message):
-            alone.set_text(text)
-    assert np.array_equal(alone.predict(images[0]).score, found.score)  # what failed has changed nothing
+            alone.set_support(text=text)
+    with pytest.raises(UserError, match="no examples"):
+        alone.set_support(images[0], masks[0], "star")
+    assert np.array_equal(alone.predict(images[0]).score, found.score) and alone.check() == []  # what failed has changed nothing
     large = cv2.resize(image, None, fx=6, fy=6)
     assert alone.predict(large).mask.shape == large.shape[:2] and max(alone.predict(large).maps["vtp"].shape) == 320 // 8
     for hw in ((1, 1), (3, 200), (2000, 2)):

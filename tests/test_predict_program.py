@@ -131,7 +131,7 @@ def test_wrong_command_lines(piclip: Path, scenes: Path, tmp_path: Path, program
         assert re.search(message, said), (message, said)
     clip = {"--clip": "demo/clip", "--text": "star", "--query": query, "--out": tmp_path / "out"}
     wrong = [({"--weights": piclip}, "no trained network, and so nothing of weights"), ({"--text": None}, "give a text"),
-             ({"--support": image}, "need a trained system"), ({"--clip": "none.pt"}, "no file none.pt"),
+             ({"--support": image}, "examples need a trained system"), ({"--clip": "none.pt"}, "no file none.pt"),
              ({"--clip": "demo"}, "demo has no config.json")]  # fmt: skip
     for change, message in wrong:
         arguments = [str(part) for option, value in (clip | change).items() if value is not None for part in (option, value)]
@@ -166,7 +166,7 @@ def test_checkpoint_tells_its_config(piclip: Path, scenes: Path, tmp_path: Path,
 
 def test_nobody_listens(piclip: Path, scenes: Path, tmp_path: Path) -> None:
     """`predict.py ... | head -1`"""
-    command = f"'{sys.executable}' predict.py --text star --query '{scenes}/JPEGImages/00500*.jpg' --weights '{piclip}'"
+    command = f"'{sys.executable}' -u predict.py --text star --query '{scenes}/JPEGImages/00500*.jpg' --weights '{piclip}'"
     run = subprocess.run(f"{command} --out '{tmp_path}/out' | head -1", shell=True, cwd=ROOT, text=True, capture_output=True,
                          timeout=300)  # fmt: skip
     assert run.stdout.count("\n") == 1 and "Traceback" not in run.stderr and "BrokenPipe" not in run.stderr, run.stderr

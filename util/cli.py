@@ -43,9 +43,13 @@ def run(main: Callable[[], None]) -> None:
         print(f"error: reading the data failed: {reason}\nA worker process was killed (out of memory?)"
               " or hangs (a slow disk?); try Train.workers=0. The last resume point is valid", file=sys.stderr)
         sys.exit(1)
-    except BrokenPipeError:  # `... | head`: nobody listens any more
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+    except BrokenPipeError:
+        try:
+            print(flush=True)
+        except BrokenPipeError:  # `... | head`: nobody listens any more
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(1)
+        raise  # of a worker's pipe, or the like
     except KeyboardInterrupt:
         print("\ninterrupted; training continues at its last resume point when the same command runs again", file=sys.stderr)
         sys.exit(130)

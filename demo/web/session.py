@@ -99,10 +99,7 @@ class Model:
         # a palette image: in an array, 255 would count as the object
         masks = [Image.fromarray(support.mask, "P") for support in supports]
         with self.lock:
-            if self.takes_supports:
-                self.predictor.set_support([support.photo for support in supports], masks, text)
-            else:
-                self.predictor.set_text(text)
+            self.predictor.set_support([support.photo for support in supports], masks, text)
             found, notes = self.predictor.predict(query), self.predictor.notes
         return Found(query.image, found.score, found.maps, notes, found.seconds, not supports)
 

@@ -49,7 +49,6 @@ class FewShot(System):
     default_priors: ClassVar[tuple[str, ...]]
     uses_base_learner: ClassVar[bool] = True
     masks_support: ClassVar[bool] = False  # multiply the support image by its mask before the backbone (HDMNet)
-    dilated: ClassVar[bool] = True  # the backbone keeps stride 8 in its last stages
     official: ClassVar[tuple[tuple[str, str], ...]]  # prefixes: ours -> published, first match wins
 
     def __init__(self, backbone: Frozen, priors: Sequence[Prior], shot: int, method: Method, clip: Frozen | None = None):
