@@ -12,26 +12,24 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
-from model.build import load_weights, open_system
-from model.few_shot.system import FewShot
-from model.ops import resize
-from model.system import content_hash
+from model.build import load_weights, open_system, system_class
+from model.system import System, content_hash
 from util import cli
 from util.cache import TensorCache
 from util.config import Config, config_of
-from util.data.episodes import Episode, content_key
+from util.data.episodes import Batch, content_key
 from util.errors import UserError
 from util.run import distributed
 from util.run.identity import environment, fingerprint
 from util.run.place import Experiment
-from util.score.metrics import FewShotMeter, to_original
+from util.score.metrics import confusion, intersection_union
 
-STAGES = ("data", "features", "prior", "matcher", "metric")  # in the order in which a difference travels
+EXACT = ("data", "metric")  # stages that must be the same to the bit; the others may round otherwise
 TOLERANCE = 1e-3  # relative: other hardware rounds otherwise, and a deep network amplifies that
 
 Trace = dict[str, dict[str, list]]  # stage -> name -> [hash, size of the values], or the pixel counts
-
 
 
 def main() -> None:
@@ -40,7 +38,7 @@ def main() -> None:
     parser.add_argument("--gpus", type=int, default=0, choices=(0, 1))
     given = parser.parse_args()
     result = read(given.result)
-    config = config_of(result["config"], str(given.result))
+    config = config_of(result["config"], str(given.result), options=system_class(result["system"]).Options)
     context = distributed.start(given.gpus, replace(config.Runtime, processes=1))
     wrong = verify(result, config, context)
     if wrong:
@@ -61,41 +59,41 @@ def read(path: Path) -> dict:
 def verify(result: dict, config: Config, context: distributed.Context) -> bool:
     """Prints what differs; whether anything beyond rounding does."""
     place = Experiment(result["system"], result["data_set"], *result["place"], Path(config.Runtime.output))
-    system, source = open_system(place.arch, config)
-    assert isinstance(system, FewShot)
+    system, task = open_system(place.arch, config)
     load_weights(system, config, place, Path(result["checkpoint"]))
     system.to(context.device).eval()
     system.remember(TensorCache(0), fixed_head=True)  # as in testing
 
     stored = result["environment"]
-    now = environment(context.device) | fingerprint(config, source.records("val_list"))
+    now = environment(context.device) | fingerprint(config, task.records("val_list"))
     now |= system.frozen_hashes() | {"weights": content_hash(system.trained)}
     for key in sorted(stored.keys() & now.keys()):
         if stored[key] != now[key]:
             print(f"{key} was {stored[key]}, is {now[key]}")
-    lists, wrong = source.test_episodes(), False
+    tests, wrong = task.tests(), False
     for seed, traces in result["traces"].items():
-        found = trace_all(system, source.episodes(lists[int(seed)]), len(traces), config)
+        found = trace_all(system, tests[int(seed)].data, len(traces), context)
         for number, (a, b) in enumerate(zip(traces, found, strict=True)):
             difference, identical = first_difference(a, b)
             wrong |= difference is not None
             same = "the same, bit for bit" if identical else "the same up to rounding"
-            print(f"seed {seed}, episode {number}: {f'first difference in {difference}' if difference else same}")
+            print(f"seed {seed}, {task.unit[:-1]} {number}: {f'first difference in {difference}' if difference else same}")
     return wrong
 
 
-def trace(system: FewShot, episode: Episode, squash: bool) -> Trace:
-    """Fingerprints of one episode (B = 1) of an evaluation; squash: see `util.score.metrics.to_original`."""
-    features, priors, decoded = system.stages(episode)
-    views = {f"{role} {name}": value for role, view in (("query", features.query), ("support", features.support))
-             for name, value in vars(view).items() if value is not None}  # fmt: skip
-    matcher = {"final": decoded.final} | ({} if decoded.meta is None else {"meta": decoded.meta})
-    stages = {"data": episode.tensors(), "features": views, "prior": priors, "matcher": matcher}
-    found = {stage: {name: stamp(tensor) for name, tensor in tensors.items()} for stage, tensors in stages.items()}
-    truth, cls = episode.original_mask[0], int(episode.cls)
-    scores = resize(decoded.final.float(), episode.query.shape[2:])[0]
-    prediction = to_original(scores, tuple(truth.shape), squash).argmax(0)
-    return found | {"metric": {"pixels": list(FewShotMeter([cls]).update(prediction, truth, cls))}}
+@torch.no_grad()
+def trace_all(system: System, data: Dataset, count: int, context: distributed.Context) -> list[Trace]:
+    """Traces of samples 0..count-1, on the device of the system and in the precision of its evaluation."""
+    with context.autocast():
+        return [trace(system, data[i].to(context.device)) for i in range(count)]
+
+
+def trace(system: System, sample: Batch) -> Trace:
+    """Fingerprints of a batch of one, at every stage of the system and of the labels that are scored."""
+    found = {stage: {name: stamp(tensor) for name, tensor in tensors.items()} for stage, tensors in system.stages(sample).items()}
+    prediction, truth = system.predict(sample), sample.truth(0)
+    counts = intersection_union(confusion(prediction.decide(0, sample.placed[0]), truth, prediction.final.shape[1]))
+    return found | {"metric": {"pixels": counts.flip(0).flatten().tolist()}}  # foreground first
 
 
 def stamp(tensor: Tensor) -> list:
@@ -111,14 +109,15 @@ def first_difference(stored: Trace, now: Trace) -> tuple[str | None, bool]:
     Data and pixel counts must be the same to the bit; a pixel count may differ where the stages before only rounded otherwise.
     """
     identical = True
-    for stage in STAGES:
-        for name in sorted(stored[stage].keys() | now[stage].keys()):
-            a, b = stored[stage].get(name), now[stage].get(name)
+    for stage in now:  # in the order in which a difference travels
+        before = stored.get(stage, {})
+        for name in sorted(before.keys() | now[stage].keys()):
+            a, b = before.get(name), now[stage].get(name)
             if a == b:
                 continue
             if a is None or b is None:
                 return f"{stage}: {name} is {'new' if a is None else 'missing'}", False
-            if stage in ("data", "metric") and (stage == "data" or identical):
+            if stage in EXACT and (stage == "data" or identical or len(a) != len(b)):
                 return f"{stage}: {name} was {a}, is {b}", False
             if stage == "metric":
                 off = max(abs(x - y) for x, y in zip(a, b, strict=True)) / max(*a, 1)
@@ -128,14 +127,6 @@ def first_difference(stored: Trace, now: Trace) -> tuple[str | None, bool]:
                 return f"{stage}: {name} was {a}, is {b}, {off:.1e} apart", False
             identical = False
     return None, identical
-
-
-@torch.no_grad()
-def trace_all(system: FewShot, data: torch.utils.data.Dataset, count: int, config: Config) -> list[Trace]:
-    """Traces of episodes 0..count-1, on the device of the system and in the precision of its evaluation."""
-    device = system.encoder.mean.device
-    with torch.autocast(device.type, torch.bfloat16, enabled=config.Runtime.precision == "bf16"):
-        return [trace(system, data[i].to(device), config.Train.resized_val) for i in range(count)]
 
 
 if __name__ == "__main__":

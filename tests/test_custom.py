@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from model import configure
 from util import protocol
-from util.config import load_config
 from util.data.folds import fold_of, read_class_names, read_folds
 from util.data.index import Record, read_list
-from util.data.source import Source
+from util.data.source import EpisodeSource
 from util.data.transforms import read_label
 from util.errors import UserError
 from util.prepare.custom import check
@@ -68,9 +68,9 @@ def make(root: Path, *more: str) -> None:
     main(["mine", "--from", str(root), "--min-pixels", "200", *more])
 
 
-def source(split: int = 0, name: str = "mine", net: str = "resnet50") -> Source:
-    config = load_config(f"config/{name}/{name}_split{split}_{net}.yaml", "HDMNet")
-    return Source(config, "episodes", Path("cache"))
+def source(split: int = 0, name: str = "mine", net: str = "resnet50") -> EpisodeSource:
+    config = configure(f"config/{name}/{name}_split{split}_{net}.yaml", "HDMNet")
+    return EpisodeSource(config, Path("cache"))
 
 
 def files() -> dict[str, int]:
@@ -100,7 +100,7 @@ def test_a_folder_becomes_a_data_set(own: Path, capsys: pytest.CaptureFixture) -
     train, val = (read_list(f"lists/mine/{part}.txt") for part in ("train", "val"))
     assert len(train) + len(val) == 32 and not set(train) & set(val)
     for arch, name in (("HDMNet", "auto"), ("PI_CLIP", "strict")):
-        config = load_config("config/mine/mine_split0_resnet50.yaml", arch, [f"Test_Finetune.protocol={name}"])
+        config = configure("config/mine/mine_split0_resnet50.yaml", arch, [f"Test_Finetune.protocol={name}"])
         assert protocol.of(config).name == f"{config.Test_Finetune.protocol} but Data.min_pixels=200"
 
 
@@ -395,5 +395,5 @@ def test_folds_of_a_config(own: Path) -> None:
     for override, says in {"Train.split=4": "has split0 to split3", "Data.folds=": "unknown data set 'mine'.*Data.folds",
                            "Train.data_set=pascal": "pascal has its own", "Data.folds=x.yaml": "x.yaml cannot be read"}.items():
         with pytest.raises(UserError, match=says):
-            fold_of(load_config(file, overrides=[override]))
+            fold_of(configure(file, overrides=[override]))
     assert read_folds("lists/mine/folds.yaml", read_class_names("lists/mine/classes.txt")) == [(1,), (2,), (3,), (4,)]

@@ -28,7 +28,8 @@ from util.data.transforms import ValTransform
 from util.errors import UserError
 from util.run.distributed import Context, Termination
 from util.run.log import RunLog
-from util.score.evaluate import evaluate_episodes
+from util.score.episodes import evaluate_episodes
+from util.score.task import How
 
 CPU = torch.device("cpu")
 
@@ -111,10 +112,11 @@ class Evaluate:
 
         def predict(episode: Episode) -> Prediction:
             guess = (episode.query[:, 0] > 128 + 40 * (episode.number % 3)[:, None, None]).float()
-            return Prediction(torch.stack([1 - guess, guess], 1), maps={"vtp": episode.query[:, 0] / 255})
+            return Prediction(torch.stack([1 - guess, guess], 1), maps={"vtp": episode.query[:, 0] / 255}, priors=("vtp",))
 
         with RunLog(self.folder, "log", main=context.main) as log:
-            scores, rows = evaluate_episodes(predict, data, 11, f, context, log, batch=self.batch, workers=0, squash=True)
+            found = evaluate_episodes(predict, data, 11, f, How(context, log, self.batch))
+        scores, rows = found.record, found.rows
         return {"miou": scores["miou"], "fb_iou": scores["fb_iou"], "priors": scores["prior_quality"],
                 "rows": [[r.number, r.cls, *r.counts, *r.spread] for r in rows]}
 

@@ -265,15 +265,15 @@ def test_bbox_annotation(tiny):
 
 def test_semantic_dataset(tiny):
     root, records = tiny
-    f = fold("pascal", 0)
-    val = SemanticDataset(records, f, root, ValTransform(32, True), seed=3, evaluation=True)
+    target = {c: rank for rank, c in enumerate(fold("pascal", 0).base, start=1)}
+    val = SemanticDataset(records, target, 20, root, ValTransform(32, True), seed=3, evaluation=True)
     last = val[11]
     assert last.name == ["JPEGImages/im11.jpg"]
     assert last.image.shape == (1, 3, 32, 32) and last.label.shape == (1, 32, 32)
     label = read_label(root / records[11].label)
     assert (label == 2).any()  # novel: painted background
     np.testing.assert_array_equal(last.original_label[0], np.where(label == 15, 10, np.where(label == 255, 255, 0)))
-    train = SemanticDataset(records, f, root, TrainTransform(24, 0.5, 2, crop=True), seed=3, evaluation=False)
+    train = SemanticDataset(records, target, 20, root, TrainTransform(24, 0.5, 2, crop=True), seed=3, evaluation=False)
     passes = [[train[i].name[0] for i in range(12 * p, 12 * p + 12)] for p in range(2)]
     assert sorted(passes[0]) == sorted(passes[1]) == [r.image for r in records] and passes[0] != passes[1]
     batches = [

@@ -16,7 +16,7 @@ from model.few_shot.prior import CosinePrior, SimilarityPrior, join
 from model.few_shot.system import FewShot
 from model.losses import distillation_loss, segmentation_loss
 from model.system import Frozen
-from util.config import Method, Train
+from util.config import Train
 from util.data.episodes import Episode, collate
 from util.errors import UserError
 
@@ -110,7 +110,7 @@ def small_system(shot: int = 1, backbone: str = "resnet50", width: int = 8, syst
     encoder = build_encoder(backbone, width)
     learner = Frozen(BaseLearner(encoder, 16, 64))
     prior = SimilarityPrior() if system is HDMNet else CosinePrior()
-    return system(learner if system.uses_base_learner else Frozen(encoder), [prior], shot, Method(ppm_scales=[9, 5, 2]))
+    return system(learner if system.facts.before else Frozen(encoder), [prior], shot, system.Options())
 
 
 def random_episode(batch: int = 2, shot: int = 1, side: int = 65) -> Episode:

@@ -19,7 +19,8 @@ from util.run import curves
 from util.run.log import RunLog
 from util.score import statistics as stats
 from util.score.causes import NAMES, tally
-from util.score.statistics import COLUMNS, QUERY, SPREAD, bootstrap, read_episodes
+from util.score.statistics import bootstrap
+from util.score.table import COLUMNS, QUERY, SPREAD, read_episodes
 
 
 def full(hits: int = 40, old: bool = False, **extra) -> dict:

@@ -16,7 +16,8 @@ from util.data.transforms import ValTransform
 from util.errors import UserError
 from util.run.distributed import Context
 from util.run.log import RunLog
-from util.score.evaluate import evaluate_episodes
+from util.score.episodes import evaluate_episodes
+from util.score.task import How
 
 CPU = torch.device("cpu")
 
@@ -75,8 +76,8 @@ def test_skipped_episodes_are_counted(data: EpisodeDataset, tmp_path: Path) -> N
         return Prediction(torch.stack([1 - guess, guess], 1))
 
     with RunLog(tmp_path, "log", quiet=True) as log:
-        scores, rows = evaluate_episodes(predict, data, 12, data.fold, Context(CPU), log, batch=2, workers=0, squash=True,
-                                         on_error="skip")  # fmt: skip
+        found = evaluate_episodes(predict, data, 12, data.fold, How(Context(CPU), log, batch=2, on_error="skip"))
+    scores, rows = found.record, found.rows
     assert scores["episodes"] == len(rows) == 12 - len(lost) and len(scores["skipped"]) == len(lost)
 
 

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from tests.make import restore
 from util.errors import UserError
-from util.score.metrics import FewShotMeter, SemanticMeter, to_original
+from util.score.metrics import FewShotMeter, SemanticMeter
 
 
 def iou_counts(pred: np.ndarray, truth: np.ndarray, value: int) -> list[int]:
@@ -79,7 +80,7 @@ def test_wrong_values_are_not_counted(pred, target):
 
 
 def test_semantic_equals_the_oracle():
-    rng, meter = np.random.default_rng(3), SemanticMeter(5)
+    rng, meter = np.random.default_rng(3), SemanticMeter(range(5))
     pairs = [masks(rng, 4) for _ in range(3)]  # class 4 never appears
     for pred, truth in pairs:
         meter.update(torch.from_numpy(pred), torch.from_numpy(truth))
@@ -87,16 +88,15 @@ def test_semantic_equals_the_oracle():
     ious = [i / u for i, u in (iou_counts(pred, truth, c) for c in range(4))]
     result = meter.result()
     assert result["per_class"] == {**dict(enumerate(ious)), 4: None}
-    assert result["absent"] == [4]
-    assert result["miou_foreground"] == pytest.approx(np.mean(ious[1:]))
-    assert result["miou_with_background"] == pytest.approx(np.mean(ious))
+    assert result["miou"] == pytest.approx(np.mean(ious[1:]))
+    assert result["background_miou"] == pytest.approx(np.mean(ious))
     assert result["pixel_accuracy"] == pytest.approx((pred == truth)[truth != 255].mean())
 
 
 def test_semantic_without_foreground_is_an_error():
-    meter = SemanticMeter(3)
+    meter = SemanticMeter(range(3))
     meter.update(torch.zeros(2, 2), torch.zeros(2, 2))
-    with pytest.raises(UserError, match="no foreground class"):
+    with pytest.raises(UserError, match="no class but background"):
         meter.result()
 
 
@@ -110,15 +110,15 @@ def test_rectangle_returns_to_its_place(hw, squash):
     y, x = torch.arange(side)[:, None] / to_y, torch.arange(side)[None] / to_x
     inside = (y >= top) & (y <= bottom) & (x >= left) & (x <= right)
     logits = torch.stack([torch.zeros_like(inside), inside * 2.0 - 1]).half()
-    got = to_original(logits, hw, squash)
+    got = restore(logits, hw, squash)
     assert got.shape == (2, height, width) and got.dtype == torch.float32
     ys, xs = torch.nonzero(got.argmax(0), as_tuple=True)
     edges = torch.stack([ys.min(), ys.max(), xs.min(), xs.max()])
     assert (edges - torch.tensor([top, bottom, left, right])).abs().max() <= 2.5  # one cell of the square
-    assert torch.equal(to_original(logits[None], hw, squash)[0], got)
+    assert torch.equal(restore(logits[None], hw, squash)[0], got)
 
 
 def test_corners_stay_corners():
     ramp = torch.linspace(0, 1, 7).expand(1, 7, 7)
-    assert torch.allclose(to_original(ramp, (5, 10), squash=True)[0, 2], torch.linspace(0, 1, 10))
-    assert torch.allclose(to_original(ramp, (10, 5), squash=False)[0, 2], torch.linspace(0, 1, 10)[:5])
+    assert torch.allclose(restore(ramp, (5, 10), squash=True)[0, 2], torch.linspace(0, 1, 10))
+    assert torch.allclose(restore(ramp, (10, 5), squash=False)[0, 2], torch.linspace(0, 1, 10)[:5])

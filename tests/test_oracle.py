@@ -3,10 +3,10 @@
 import pytest
 import torch
 
+from bench.oracle import plain_scores
 from model.clip import Clip
 from model.clip.load import clip_from_state
 from model.few_shot.hdmnet import HDMNet
-from tests.oracle import plain_scores
 from tests.test_cache import keyed
 from tests.test_clip import small_clip
 from tests.test_few_shot import small_system

@@ -10,7 +10,6 @@ from model.few_shot.prior import TextPrior, VisualPrior, check_priors
 from model.system import Frozen
 from tests.test_clip import small_clip
 from tests.test_few_shot import random_episode, small_system
-from util.config import Method
 from util.data.episodes import Episode
 from util.errors import UserError
 
@@ -74,7 +73,7 @@ def pi_clip(clip: Clip, shot: int) -> PICLIP:
     prior = text_prior(clip, "present")
     prior.clip = frozen.module
     torch.manual_seed(0)
-    return PICLIP(small_system(shot).base_learner, [prior, VisualPrior(frozen, shot)], shot, Method(), frozen).eval()
+    return PICLIP(small_system(shot).base_learner, [prior, VisualPrior(frozen, shot)], shot, PICLIP.Options(), frozen).eval()
 
 
 @pytest.mark.parametrize("shot", [1, 3])

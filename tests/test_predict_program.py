@@ -15,7 +15,7 @@ from PIL import Image
 
 import predict
 from model.predict.predictor import NAMED, Predictor
-from tests.untrained import ROOT, star
+from tests.make import ROOT, star
 from util import cli
 from util.errors import UserError
 from util.files import load_tensors

@@ -10,8 +10,9 @@ import pytest
 
 from util import cli
 from util.report.__main__ import main
-from util.report.viz import COLOURS, contact_sheet, episode_panels, error_map, heatmap, overlay
-from util.report.write import Card, choose, summarise, text_table, write_report
+from util.report.summary import summarise
+from util.report.viz import COLOURS, Card, contact_sheet, episode_panels, error_map, heatmap, overlay
+from util.report.write import choose, text_table, write_report
 from util.run.log import RunLog
 
 NAMES = {1: "aeroplane", 2: "bicycle <b>", 3: "bird"}

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from model.predict.predictor import NAMED, Predictor
-from tests.untrained import ROOT, palette_mask
+from tests.make import ROOT, palette_mask
 from util.data.index import read_list
 from util.data.transforms import read_label
 from util.run.checkpoint import read_meta

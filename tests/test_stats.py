@@ -9,7 +9,8 @@ import torch
 
 from util.errors import UserError
 from util.score.metrics import FewShotMeter
-from util.score.statistics import COLUMNS, bootstrap, compare, describe, pooled, read_episodes
+from util.score.statistics import bootstrap, compare, describe, pooled
+from util.score.table import COLUMNS, read_episodes
 
 
 def rows(n: int, rng: np.random.Generator, classes: int = 3, gain: float = 0.0) -> np.ndarray:

@@ -142,7 +142,7 @@ train.cli.run(train.main)
 def test_rerun_continues_bit_for_bit(world: list[str], trained: Path, tmp_path: Path) -> None:
     """Two epochs in one go equal a run that is killed while it writes a checkpoint in the middle of an epoch, then terminated,
     then finds its newest checkpoint damaged."""
-    common = [*world[:-1], *SMALL, "Train.epochs=2", "Train.evaluate=false", "Train.save_minutes=0", "Train.print_freq=1",
+    common = [*world[:-1], *SMALL, "Train.epochs=2", "Train.selection=last", "Train.save_minutes=0", "Train.print_freq=1",
               f"Method.pre_weight={trained.parents[2] / 'PSPNet/split0/resnet50/snapshot/best.safetensors'}"]  # fmt: skip
     assert sh("train.sh", *common, f"Runtime.output={tmp_path}/a", "Train.save_minutes=60", arch="HDMNet").returncode == 0
     broken = [*common, f"Runtime.output={tmp_path}/b"]

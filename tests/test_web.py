@@ -21,7 +21,7 @@ from demo.web import show
 from demo.web.session import Model, Session, Support, demo_examples
 from model.predict.predictor import NAMED, Predictor
 from model.predict.text_predictor import TextPredictor
-from tests.untrained import ROOT, make
+from tests.make import ROOT, make
 from util import cli
 from util.data.transforms import IGNORE
 from util.errors import UserError

@@ -1,4 +1,4 @@
-"""Typed configuration: dataclass defaults <- protocol <- YAML (with `extends`) <- the system's recipe <- command line.
+"""Typed configuration: dataclass defaults <- protocol <- the system's file <- YAML (with `extends`) <- recipe <- command line.
 
 Sections and keys carry the names of the PFENet / BAM / HDMNet YAML files. Every field is documented here, where it is
 defined. An unknown key or a wrong type is an error that names the file, the key and the nearest right one.
@@ -11,17 +11,16 @@ import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from reprlib import Repr
 from typing import Any, Literal
 
 import yaml
 
 from util.errors import UserError
+from util.yaml_text import parse_yaml, short
 
-PROTOCOLS = Path(__file__).parents[1] / "config/protocol"
-PAPER = {"PI_CLIP": "piclip-paper", "HDMNet": "hdmnet-paper", "BAM": "bam-paper", "PFENet": "pfenet-paper",
-         "HSNet": "hsnet-paper", "IMR_HSNet": "hsnet-paper"}  # ARCH -> `auto`
-VOTING = ("HSNet", "IMR_HSNet")  # systems whose shots vote: a checkpoint serves any number of them
+CONFIGS = Path(__file__).parents[1] / "config"
+PROTOCOLS, SYSTEMS = CONFIGS / "protocol", CONFIGS / "system"  # one file per protocol; what a system keeps on every data set
+STRICT = "strict"  # the protocol of a system that no paper has one for
 
 
 @dataclass
@@ -31,7 +30,9 @@ class Data:
     val_list: str = ""
     class_names: str = ""  # text file, one `NAME | text for CLIP` per line
     on_error: Literal["stop", "skip"] = "stop"  # a broken image or label: stop, or go on without it and count it in the report
-    folds: str = ""  # your own data set: YAML file, `split0: [class names]` and so on; published ones go by rules
+    folds: str = ""  # YAML file, `split0: [class names]` and so on; without one the data set's published rule holds
+    maker: str = ""  # module that draws the data root where it is missing: `python -m MAKER DATA_ROOT`
+    images: Literal["photographs", "drawings"] = "photographs"  # drawings: predict.py warns on anything else
     min_pixels: int = 2048  # a class counts in an image from this many labelled pixels on (2 * 32 * 32)
 
 
@@ -59,23 +60,27 @@ class Train:
     crop: bool = False  # random crop (BAM, PFENet, base learner) instead of squashing the aspect ratio
     scale_min: float = 0.9
     scale_max: float = 1.1
-    rotate_min: float = -10.0  # degrees
-    rotate_max: float = 10.0
     resized_val: bool = True  # validation squashes to a square; False letterboxes
     # optimisation
     batch_size: int = 8  # global, whatever the number of GPUs
     base_lr: float = 1e-4
     optimizer: Literal["paper", "adamw"] = "paper"  # the system's own, or AdamW for short runs
     epochs: int = 200
-    power: float = 0.9  # poly schedule, per iteration
+    iterations: int = 0  # length of the training in steps; 0: `epochs` says it
+    power: float = 0.9  # poly schedule, per step (util/run/schedule.py)
+    warmup: int = 0  # steps in which the rate grows from `warmup_ratio` of itself
+    warmup_ratio: float = 0.0
+    min_lr: float = 0.0  # floor that the schedule ends at
     momentum: float = 0.9  # SGD only
     weight_decay: float = 0.01
     manual_seed: int = 321
     workers: int = 8
     # validation
-    evaluate: bool = True
     selection: Literal["novel", "base", "last"] = "novel"  # snapshot/best: best on novel (as published) or base classes, or last
-    SubEpoch_val: bool = False  # also in the middle of each epoch
+    # Epochs between validations (0.5: also in the middle of each), or steps where `iterations` counts; 0: the end of each epoch.
+    validate_every: float = 0.0
+    keep: list[int] = field(default_factory=list)  # steps after which the weights are kept as snapshot/STEP.safetensors
+    before: Literal["ask", "run"] = "ask"  # the run that must come first (a base learner): ask for it, or train it on the way
     val_episodes: int = 1000
     batch_size_val: int = 1
     print_freq: int = 10  # iterations between points of the TensorBoard curves
@@ -89,22 +94,15 @@ class Method:
     width: int = 64  # ResNet base width; 64 is the published network
     stem: Literal["deep", "plain"] = "deep"  # ResNet's: semseg's three 3x3, or torchvision's 7x7 (HSNet)
     backbone_weight: str = "hub"  # ImageNet weights the base learner starts from: file | hub | none
-    pre_weight: str = "auto"  # base learner checkpoint; auto: the one trained by ARCH=PSPNet for this fold
+    pre_weight: str = "auto"  # base learner checkpoint; auto: the one trained for this fold
     priors: list[str] | None = None  # cosine | similarity | vtp | vvp; None: the system's own
-    low_fea: Literal["layer1", "layer2", "layer3"] = "layer2"  # stage whose Gram matrices measure scene difference
-    stages: int = 2  # IMR-HSNet: how often the masks are refined; 3 on COCO
-    mask_mode: Literal["official", "paper"] = "official"  # IMR-HSNet: which side of a correlation is masked, see its page
-    kshot_trans_dim: int = 2  # hidden width of the K-shot weighting
-    ppm_scales: list[int] = field(default_factory=lambda: [60, 30, 15, 8])  # PFENet's pyramid: sides of its grids
-    aux_weight1: float = 1.0  # distillation between matcher levels
-    aux_weight2: float = 1.0  # base learner's cross entropy (reported; the base learner is frozen)
 
 
 @dataclass
 class Test_Finetune:
     weight: str = "auto"  # checkpoint; auto: snapshot/best of the experiment; published .pth files are imported
     ann_type: Literal["mask", "bbox"] = "mask"  # support annotation
-    protocol: str = "auto"  # a file of config/protocol; auto: that of the system's paper
+    protocol: str = "auto"  # a file of config/protocol; auto: that of the system's paper (config/system), else `strict`
     leak_free: bool = True  # where the protocol leaks, also test without: another vocabulary, the last epoch's weights
     episodes: str = ""  # run the episodes of this file (`python -m util.data export`) instead of drawing them
     test_num: int = 1000  # episodes per seed
@@ -130,6 +128,7 @@ class Config:
     CLIP: CLIP = field(default_factory=CLIP)
     Train: Train = field(default_factory=Train)
     Method: Method = field(default_factory=Method)
+    System: Any = field(default_factory=dict)  # the system's own options: its `Options`, defined and explained beside it
     Test_Finetune: Test_Finetune = field(default_factory=Test_Finetune)
     Runtime: Runtime = field(default_factory=Runtime)
 
@@ -137,40 +136,64 @@ class Config:
         return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False)
 
 
-def load_config(path: str | Path, arch: str | None = None, overrides: list[str] | None = None) -> Config:
-    """Reads a fold's YAML.
+def load_config(path: str | Path, arch: str | None = None, overrides: list[str] | None = None,
+                options: type | None = None) -> Config:  # fmt: skip
+    """Reads a fold's YAML. (`model.configure` knows a system's options; commands about data do without.)
 
-    Order, later wins: defaults, the protocol, the files it extends, `ARCH.yaml` beside it (a system's own recipe, when
-    there is one), the file itself, `Section.key=value` overrides.
+    Order, later wins: defaults, the protocol, config/system/ARCH.yaml, the files it extends, `ARCH.yaml` beside it (a system's
+    own recipe for the data set, where there is one), the file itself, `Section.key=value` overrides.
 
+    Args:
+        options: dataclass of the system's own options; None: section `System` is kept as it is.
     Raises:
-        UserError: missing file, bad YAML, unknown section or key, wrong type, malformed override.
+        UserError: missing file, bad YAML, unknown section or key, wrong type or value, malformed override.
     """
     path = Path(path)
-    config = Config()
-    layers = _layers(path)
-    recipe = path.parent / f"{arch}.yaml"
-    if arch and recipe.is_file():
-        layers.insert(-1, (recipe, _read(recipe)))
-    layers += [(Path("command line"), _override(text)) for text in overrides or []]
+    config = Config(System={} if options is None else options())
+    *bases, fold = _layers(path)
+    system, recipe = _system_layers(path, arch)
+    layers = [*system, *bases, *recipe, fold, *((Path("command line"), _override(text)) for text in overrides or [])]
+    named = [(content.get("Test_Finetune") or {}).get("protocol") for _, content in [*recipe, *system]]
+    paper = next(filter(None, named), STRICT)
     _apply(config, layers)  # first without the protocol: which one, and of which data set?
-    name = PAPER.get(arch or "", "piclip-paper") if config.Test_Finetune.protocol == "auto" else config.Test_Finetune.protocol
+    name = paper if config.Test_Finetune.protocol == "auto" else config.Test_Finetune.protocol
     _apply(config, [(PROTOCOLS / f"{name}.yaml", protocol_layer(name, config.Train.data_set)), *layers])
     config.Test_Finetune.protocol = name
     _validate(config)
     return config
 
 
-def config_of(content: dict, source: str, overrides: list[str] | None = None) -> Config:
+def config_of(content: dict, source: str, overrides: list[str] | None = None, options: type | None = None) -> Config:
     """A config as a checkpoint or config.yaml of a run keeps it (`dataclasses.asdict`), with `Section.key=value` overrides.
 
     Raises:
         UserError: as `load_config`.
     """
-    config = Config()
-    _apply(config, [(Path(source), content), *((Path("command line"), _override(text)) for text in overrides or [])])
+    config = Config(System={} if options is None else options())
+    known = None if options is None else {f.name for f in dataclasses.fields(options)}
+    _apply(config, [(Path(source), renewed(content, known))])
+    _apply(config, [(Path("command line"), _override(text)) for text in overrides or []])
     _validate(config)
     return config
+
+
+def renewed(content: dict, options: set[str] | None) -> dict:
+    """A recorded config under the names of today. Records of before had the options of all systems in one section.
+
+    Args:
+        options: names of the system's own options; None: keep all.
+    """
+    content = {section: dict(values or {}) for section, values in content.items()}
+    train, method = content.get("Train", {}), content.get("Method", {})
+    for key in ("evaluate", "rotate_min", "rotate_max"):
+        train.pop(key, None)
+    if "SubEpoch_val" in train:
+        train["validate_every"] = 0.5 if train.pop("SubEpoch_val") else 0.0
+    if "System" not in content:
+        shared = {f.name for f in dataclasses.fields(Method)}
+        own = {key: method.pop(key) for key in [*method] if key not in shared}
+        content["System"] = {key: value for key, value in own.items() if options is None or key in options}
+    return content
 
 
 def names_of(path: str | Path) -> tuple[str, str, str]:
@@ -201,7 +224,8 @@ def protocol_layer(name: str, data_set: str) -> dict[str, dict]:
     if name not in protocol_names():
         raise UserError(f"Test_Finetune.protocol = {name!r}: there are {', '.join(protocol_names())} in {PROTOCOLS}")
     content = _read(PROTOCOLS / f"{name}.yaml")
-    special = {name: content.pop(name, {}) for name in ("pascal", "coco", "demo")}.get(data_set, {})
+    sections = {f.name for f in dataclasses.fields(Config)}
+    special = {name: content.pop(name) or {} for name in [*content] if name not in sections}.get(data_set, {})  # by data set
     return {section: content.get(section, {}) | special.get(section, {}) for section in content | special}
 
 
@@ -234,6 +258,12 @@ def _layers(path: Path, seen: tuple[Path, ...] = ()) -> list[tuple[Path, dict]]:
     return [*_layers(path.parent / base, (*seen, path.resolve())), (path, content)]
 
 
+def _system_layers(path: Path, arch: str | None) -> tuple[list[tuple[Path, dict]], list[tuple[Path, dict]]]:
+    """What a system keeps on every data set, and its recipe beside a fold's file; empty lists where there is none."""
+    files = (SYSTEMS / f"{arch}.yaml", path.parent / f"{arch}.yaml")
+    return tuple([(file, _read(file))] if arch and file.is_file() else [] for file in files)
+
+
 def _read(path: Path) -> dict:
     try:
         text = path.read_text(encoding="utf-8")
@@ -244,48 +274,19 @@ def _read(path: Path) -> dict:
     return _mapping(parse_yaml(text, str(path)), str(path))
 
 
-class _Loader(yaml.SafeLoader):
-    """Refuses what YAML lets pass: a key that is there twice (the first would be lost), and values of absurd length."""
-
-    def construct_mapping(self, node: yaml.Node, deep: bool = False) -> dict:
-        names = [key.value for key, _ in node.value] if isinstance(node, yaml.MappingNode) else []
-        for key, _ in node.value if names else []:
-            if names.count(key.value) > 1:
-                raise yaml.constructor.ConstructorError(problem=f"{key.value!r} is there twice", problem_mark=key.start_mark)
-        return super().construct_mapping(node, deep)
-
-    def construct_scalar(self, node: yaml.Node) -> Any:
-        value = super().construct_scalar(node)
-        if len(value) > 2000:
-            raise yaml.constructor.ConstructorError(problem=f"a value of {len(value)} characters", problem_mark=node.start_mark)
-        return value
-
-
-def parse_yaml(text: str, where: str) -> Any:
-    """What a user's YAML holds. Raises UserError, beginning with `where`, for whatever is wrong with it."""
-    try:
-        return yaml.load(text, _Loader)
-    except Exception as error:  # PyYAML raises many kinds: on 2024-13-45, on a thousand brackets
-        raise UserError(f"{where} is no valid YAML: {error}") from error
-
-
-def _short(value: Any) -> str:
-    """repr, cut: YAML's aliases of aliases make it endless."""
-    view = Repr()
-    view.maxlevel, view.maxstring = 2, 100
-    return view.repr(value)
-
-
 def _mapping(value: Any, where: str) -> dict:
     if value is None:
         return {}
     if not isinstance(value, dict):
-        raise UserError(f"{where}: expected `key: value` lines, found {_short(value)}")
+        raise UserError(f"{where}: expected `key: value` lines, found {short(value)}")
     return value
 
 
 def _set(config: Config, section: str, key: str, value: Any, source: str) -> None:
     target = _named(config, section, f"{source}: unknown section {section!r}")
+    if isinstance(target, dict):
+        target[key] = value
+        return
     _named(target, key, f"{source}: unknown key {section}.{key}")
     expected = typing.get_type_hints(type(target))[key]
     setattr(target, key, _convert(value, expected, f"{source}: {section}.{key}"))
@@ -293,6 +294,8 @@ def _set(config: Config, section: str, key: str, value: Any, source: str) -> Non
 
 def _named(owner: Any, name: str, complaint: str) -> Any:
     names = [f.name for f in dataclasses.fields(owner)]
+    if not names:
+        raise UserError(f"{complaint}; this system has no options of its own")
     if name in names:
         return getattr(owner, name)
     lower = {n.lower(): n for n in names}
@@ -306,9 +309,9 @@ def _convert(value: Any, expected: Any, where: str) -> Any:
     if origin is Literal:
         if value in arguments:
             return value
-        near = difflib.get_close_matches(_short(value).strip("'"), arguments, n=1)
+        near = difflib.get_close_matches(short(value).strip("'"), arguments, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
-        raise UserError(f"{where} = {_short(value)}: {hint}choose one of {', '.join(map(str, arguments))}")
+        raise UserError(f"{where} = {short(value)}: {hint}choose one of {', '.join(map(str, arguments))}")
     if origin is types.UnionType:
         if value is None:
             return None
@@ -332,40 +335,48 @@ def _convert(value: Any, expected: Any, where: str) -> Any:
     elif isinstance(value, expected) and (expected is bool or not isinstance(value, bool)):
         return value
     name = "a finite number" if expected is float else str(expected) if origin else expected.__name__
-    raise UserError(f"{where} = {_short(value)}: expected {name}")
+    raise UserError(f"{where} = {short(value)}: expected {name}")
+
+
+def options_of(content: Any, options: type) -> Any:
+    """Section `System` as the options of a system, checked by type and by their own `check`.
+
+    Raises:
+        UserError: unknown key, wrong type or value.
+    """
+    if isinstance(content, options):
+        return content
+    holder = Config(System=options())
+    _apply(holder, [(Path("config"), {"System": content})])
+    return holder.System
 
 
 def _validate(config: Config) -> None:
-    train = config.Train
-    positive = ("shot", "train_h", "val_size", "batch_size", "epochs", "val_episodes", "batch_size_val", "print_freq")
-    for key in positive:
-        if getattr(train, key) < 1:
-            raise UserError(f"Train.{key} = {getattr(train, key)}: must be at least 1")
-    if train.workers < 0:
-        raise UserError(f"Train.workers = {train.workers}: must be 0 or more")
-    for key in ("base_lr", "power", "momentum", "weight_decay", "save_minutes"):
-        if getattr(train, key) < 0:
-            raise UserError(f"Train.{key} = {getattr(train, key)}: must be 0 or more")
+    train, test = config.Train, config.Test_Finetune
+
+    def need(key: str, value: Any, ok: bool, what: str) -> None:
+        if not ok:
+            raise UserError(f"{key} = {value}: must be {what}")
+
+    for section, smallest, keys in (
+        (train, 1, ("shot", "train_h", "val_size", "batch_size", "epochs", "val_episodes", "batch_size_val", "print_freq")),
+        (train, 0, ("workers", "base_lr", "power", "momentum", "weight_decay", "save_minutes", "iterations", "warmup", "min_lr")),
+        (test, 1, ("test_num",)),
+        (config.Runtime, 1, ("processes",)),
+        (config.Runtime, 0, ("threads", "cache_gb")),
+    ):
+        for key in keys:
+            need(f"{type(section).__name__}.{key}", getattr(section, key), getattr(section, key) >= smallest,
+                 "at least 1" if smallest else "0 or more")
     if not 0 < train.scale_min <= train.scale_max:
         raise UserError(f"Train.scale_min = {train.scale_min}, scale_max = {train.scale_max}: need 0 < min <= max")
-    for key, smallest in (("train_h", 33), ("val_size", 33)):
-        if getattr(train, key) < smallest:
-            raise UserError(f"Train.{key} = {getattr(train, key)}: must be at least {smallest}, four cells of the feature grid")
-    if not config.Method.ppm_scales or min(config.Method.ppm_scales) < 1:
-        raise UserError(f"Method.ppm_scales = {config.Method.ppm_scales}: name at least one side, each at least 1")
-    if config.Method.stages < 1:
-        raise UserError(f"Method.stages = {config.Method.stages}: must be at least 1")
-    if config.Method.kshot_trans_dim < 1:
-        raise UserError(f"Method.kshot_trans_dim = {config.Method.kshot_trans_dim}: must be at least 1")
-    if len(set(config.Test_Finetune.seeds)) < len(config.Test_Finetune.seeds):
-        raise UserError(f"Test_Finetune.seeds = {config.Test_Finetune.seeds}: a seed is there twice")
-    if config.Runtime.threads < 0:
-        raise UserError(f"Runtime.threads = {config.Runtime.threads}: must be 0 (all cores) or more")
-    if config.Runtime.processes < 1:
-        raise UserError(f"Runtime.processes = {config.Runtime.processes}: must be at least 1")
-    if config.Runtime.cache_gb < 0:
-        raise UserError(f"Runtime.cache_gb = {config.Runtime.cache_gb}: must be 0 (keep nothing) or more")
-    if not config.Test_Finetune.seeds:
-        raise UserError("Test_Finetune.seeds is empty: name at least one seed")
-    if config.Test_Finetune.test_num < 1:
-        raise UserError(f"Test_Finetune.test_num = {config.Test_Finetune.test_num}: must be at least 1")
+    for key in ("train_h", "val_size"):
+        need(f"Train.{key}", getattr(train, key), getattr(train, key) >= 33, "at least 33, four cells of the feature grid")
+    need("Train.warmup_ratio", train.warmup_ratio, 0 <= train.warmup_ratio <= 1, "in 0..1")
+    need("Train.validate_every", train.validate_every, train.validate_every >= 0, "0 or more")
+    need("Train.keep", train.keep, min(train.keep, default=1) >= 1, "steps, from 1 on")
+    need("Test_Finetune.seeds", test.seeds, len(test.seeds) > 0, "at least one seed")
+    if len(set(test.seeds)) < len(test.seeds):
+        raise UserError(f"Test_Finetune.seeds = {test.seeds}: a seed is there twice")
+    if check := getattr(config.System, "check", None):
+        check()

@@ -28,7 +28,7 @@ case ${1:-} in "" | -h | --help) usage ;; esac
 exp=$1 dataset=$2; shift 2
 config=config/$dataset/${dataset}_${exp}_$net.yaml
 if [ ! -f "$config" ]; then
-    [ -d "config/$dataset" ] || fail "unknown data set '$dataset'; there are:" $(cd config && ls -d -- */)
+    [ -d "config/$dataset" ] || fail "unknown data set '$dataset'; there are:" $(cd config && ls -d -- */ | grep -vx -e protocol/ -e system/ -e template/)
     echo "$stage.sh: no $config (EXP=$exp, NET=$net); for $dataset there are:" >&2
     ls "config/$dataset" >&2
     exit 2

@@ -7,14 +7,15 @@ system's paper did). Results whose hashes are equal can be compared.
 import dataclasses
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-from util.config import Config, protocol_layer
+from util.config import STRICT, Config, protocol_layer
 from util.errors import UserError
 
-STRICT = "strict"
 KEYS = {  # what a protocol fixes, and what it says in a report
     "Train.use_split_coco": ("folds", {True: "interleaved", False: "contiguous"}),
     "Train.filter_novel": ("training images", {True: "without novel objects (BAM)", False: "novel objects are background"}),
@@ -37,7 +38,8 @@ KEYS = {  # what a protocol fixes, and what it says in a report
 }  # fmt: skip
 
 
-LATER = {"Train.draw": "image", "Train.augment": True, "Train.antialias": False}  # told where they differ
+# Keys that came later, with the values that all protocols had before: a hash counts them only where they differ.
+LATER = {"Train.draw": "image", "Train.augment": True, "Train.antialias": False}
 
 
 @dataclass(frozen=True)
@@ -51,20 +53,20 @@ class Protocol:
     def hash(self) -> str:
         return hashlib.sha256(json.dumps(self.values, sort_keys=True).encode()).hexdigest()[:12]
 
-    def describe(self, text_prior: bool = True, base_learner: bool = False) -> dict[str, str]:
+    def describe(self, text_prior: bool = True, says: Mapping[str, str] = MappingProxyType({})) -> dict[str, str]:
         """Lines for people; a leak is called one.
 
         Args:
             text_prior: whether the system reads class texts.
-            base_learner: whether it is the base learner, of which only the resize and the selection mean anything.
+            says: what keys mean for a task where that differs from few-shot episodes.
         """
         lines = {"name": self.name, "hash": self.hash}
         for key, value in self.values.items():
             words, meaning = KEYS[key]
             if key == "CLIP.vocabulary" and not text_prior:
                 value, meaning = "no text is read", {}
-            if base_learner and key == "Train.selection" and value != "last":
-                value, meaning = "best mIoU on base classes in all validation images, novel objects painted background", {}
+            if key in says and value != "last":
+                value, meaning = says[key], {}
             lines[words] = str(value) if isinstance(value, list) else str(meaning.get(value, value))
         return lines
 

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from model.few_shot.prior import Features
-from model.few_shot.system import Decoded, FewShot
+from model.few_shot.system import IDENTITY, Decoded, FewShot
 from model.losses import segmentation_loss
 from model.ops import full, resize
-from util.config import Train
+from model.system import NoOptions
 from util.data.episodes import Episode
 from util.errors import UserError
+from util.run.identity import Facts
 
 WIDTHS, GROUPS = (16, 64, 128), 4
 SQUEEZE = {"4": ((3, 3, 3), (2, 2, 2)), "3": ((5, 3, 3), (4, 2, 2)), "2": ((5, 5, 3), (4, 4, 2))}  # level: kernels, strides
@@ -139,8 +140,10 @@ def vote_scores(votes: Tensor) -> Tensor:
 class HSNet(FewShot):
     """HSNet. It is trained with one shot; several vote. Its backbone keeps the ImageNet weights and its strides."""
 
-    default_priors = ()
-    uses_base_learner, dilated = False, False
+    facts = Facts(identity=IDENTITY)  # without the shots: a checkpoint serves any number of them
+    Options = NoOptions
+    dilated = False
+    optimizer_name = "adam"  # its rate is constant where Train.power is 0, as published
     official = (("head.encoder.", "hpn_learner."), ("head.decoder.", "hpn_learner."))
 
     unused: ClassVar[tuple[str, ...]] = ("backbone.fc.", "backbone.classifier.")  # parts of published checkpoints
@@ -153,7 +156,7 @@ class HSNet(FewShot):
 
     def check_backbone(self) -> None:
         if self.encoder.blocks is None:
-            raise UserError(f"Method.backbone = {self.method.backbone!r}: HSNet reads every block of a resnet50, "
+            raise UserError(f"Method.backbone: HSNet cannot use {self.encoder.hub!r}, it reads every block of a resnet50, "
                             "resnet101, vgg16 or vgg16_bn")
 
     def view(self, images: Tensor, mask: Tensor | None, needs: frozenset[str]) -> dict[str, Tensor]:
@@ -173,12 +176,6 @@ class HSNet(FewShot):
     def terms(self, decoded: Decoded, features: Features, episode: Episode) -> dict[str, Tensor]:
         target = (episode.query_mask == 1).long()  # unlabelled pixels are background, as published
         return {"main": segmentation_loss(decoded.votes.flatten(0, 1), target.repeat_interleave(features.shot, 0))}
-
-    def optimizer(self, train: Train) -> torch.optim.Optimizer:
-        """Adam; its rate is constant where Train.power is 0, as published."""
-        if train.optimizer == "paper":
-            return torch.optim.Adam(self.trained.parameters(), train.base_lr, weight_decay=train.weight_decay)
-        return super().optimizer(train)
 
     def official_name(self, name: str) -> str | None:
         if name.startswith("backbone."):

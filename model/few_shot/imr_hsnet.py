@@ -5,6 +5,8 @@ Shapes as in hsnet.py. Query and support go through the network as one batch of 
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +15,12 @@ from model.few_shot.cam import CamPrior
 from model.few_shot.hsnet import WIDTHS, Decoder, Encoder4d, HSNet, correlation, masked, vote_scores
 from model.few_shot.parts import binary_mask
 from model.few_shot.prior import Features
-from model.few_shot.system import Decoded
+from model.few_shot.system import IDENTITY, Decoded
 from model.losses import segmentation_loss
 from model.ops import resize
 from util.data.episodes import Episode
 from util.errors import UserError
+from util.run.identity import Facts
 
 WIDTH, MIDDLE, SIDE = WIDTHS[-1], 512, 50  # channels of state and of the mid feature; grid of the learned first state
 Levels = Sequence[Tensor]
@@ -100,10 +103,23 @@ class Head(nn.Module):
         return (1 - z) * state + z * self.h(*seen, r * state).tanh()
 
 
+@dataclass
+class Options:
+    """IMR-HSNet's own options."""
+
+    stages: int = 2  # how often the masks are refined; 3 on COCO
+    mask_mode: Literal["official", "paper"] = "official"  # which side of a correlation is masked, see docs/systems/imr-hsnet.md
+
+    def check(self) -> None:
+        if self.stages < 1:
+            raise UserError(f"System.stages = {self.stages}: must be at least 1")
+
+
 class IMRHSNet(HSNet):
     """IMR-HSNet: reads the supports' class, not their masks; those only teach it. It needs CLIP for the activation maps."""
 
-    default_priors = ("cam",)
+    facts = Facts(identity=(*IDENTITY, "System.stages", "System.mask_mode", "CLIP.clip_size"), priors=("cam",))
+    Options = Options
     official = (
         ("head.encoder.", "hpn_learner."), ("head.decoder.", ""), ("head.state", "state"), ("head.adapter.", "conv1024_512."),
         ("head.residual.", "res."),
@@ -115,7 +131,7 @@ class IMRHSNet(HSNet):
         if self.prior_names != ["cam"]:
             raise UserError(f"Method.priors = {self.prior_names}: IMR-HSNet reads its CAM and no other prior, leave it out")
         self.check_backbone()
-        return Head(self.encoder.blocks, self.encoder.channels[3], self.method.stages, self.method.mask_mode)
+        return Head(self.encoder.blocks, self.encoder.channels[3], self.options.stages, self.options.mask_mode)
 
     def prior_maps(self, episode: Episode, features: Features) -> dict[str, Tensor]:
         cam: CamPrior = self.priors[0]

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.build import build_system, load_weights, system_class, text_bank
+from model.build import build_system, load_weights, recorded, system_class, text_bank
 from model.few_shot.hsnet import HSNet
 from model.few_shot.prior import TextPrior
 from model.few_shot.system import FewShot
@@ -32,9 +32,8 @@ from util.errors import UserError
 from util.files import ROOT
 from util.photos.reading import Box, Photo, Source, box_mask, doubt, read_mask, read_photo, shrink
 from util.run.checkpoint import EXPORT, read_meta
-from util.run.place import Experiment, recorded_config
-from util.score.evaluate import votes_of
-from util.score.metrics import decide, to_original
+from util.run.distributed import Context
+from util.run.place import Experiment
 
 NAMED = {"photos": "demo/photos/hdmnet_lite0.safetensors", "demo": "exp/demo/PI_CLIP/split0/resnet50/snapshot/best.safetensors"}
 CACHE = 2**30  # bytes for what the supports and the latest queries gave
@@ -91,7 +90,7 @@ class Predictor:
                             "of (--config config/pascal/pascal_split0_resnet50.yaml --arch PI_CLIP)")
         if not issubclass(system_class(arch), FewShot):
             raise UserError(f"{path} is a base learner (ARCH={arch}); give the checkpoint of a few-shot system")
-        config = config or recorded_config(path)
+        config = config or recorded(path)
         config = replace(config, CLIP=replace(config.CLIP, vocabulary="target"))  # nothing is known of what else is there
         fold, names = trained_on(config, meta)
         system = build_system(arch, config, fold, NO_NAMES)
@@ -150,13 +149,14 @@ class Predictor:
         if not photos:
             return []
         batch = collate([self.episode(photo, shots) for photo in photos for shots in self._groups]).to(self.device)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+        with Context(self.device, precision=self.precision).autocast():
             prediction = self.system.predict(batch)
-        scores, maps = self._mean(prediction.final), {name: self._mean(prior) for name, prior in prediction.maps.items()}
+        maps = {name: self._mean(prior) for name, prior in prediction.maps.items()}
+        mean = replace(prediction, final=self._mean(prediction.final))  # where shots vote there is one group
         found = []
         for i, photo in enumerate(photos):
-            whole = to_original(scores[i], photo.hw, self.config.Train.resized_val)
-            mask = decide(scores[i], votes_of(prediction, i), photo.hw, self.config.Train.resized_val) == 1
+            placed = self.maker.transform.placed(photo.hw)
+            whole, mask = placed.restore(mean.final[i]), mean.decide(i, placed) == 1
             shown = {name: prior[i].float().cpu().numpy() for name, prior in maps.items()}
             found.append((mask.cpu().numpy(), whole.softmax(0)[1].cpu().numpy(), shown))
         seconds = (time.perf_counter() - started) / len(photos)
@@ -220,7 +220,7 @@ class Predictor:
         elif text and not self.takes_text:
             found.append("this system has no text prior: the text changes nothing")
         found += [f"{photo.name}: {why}" for photo, mask, _ in self._examples if (why := doubt(mask))]
-        if self.config.Train.data_set == "demo":
+        if self.config.Data.images == "drawings":
             found.append("trained on the drawn demo world: on photographs its masks mean nothing")
         return found
 

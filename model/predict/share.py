@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from model.build import recorded
 from model.predict.predictor import Predictor
 from util import cli
 from util.config import Config
@@ -24,7 +25,6 @@ from util.errors import UserError
 from util.files import ROOT, atomic, load_tensors
 from util.report.write import check_keys, text_table
 from util.run.checkpoint import EXPORT, read_meta, save_weights
-from util.run.place import recorded_config
 from util.score.statistics import read_result
 
 RESULT = ("date", "protocol", "protocol_hash", "mean", "sd", "interval", "leak_free", "baselines", "warnings", "environment")
@@ -50,6 +50,7 @@ python predict.py --weights {file} --support a.jpg --mask a.png{option} --query 
 ```
 
 ```python
+from model.build import recorded
 from model.predict.predictor import Predictor
 
 predictor = Predictor.from_checkpoint("{file}")
@@ -106,7 +107,7 @@ def export(snapshot: Path, out: Path, half: bool = False, note: str = "") -> lis
         raise UserError(f"{snapshot} is an exported file already")
     report, told = result_of(snapshot)
     meta |= {
-        EXPORT: 1, "config": portable(recorded_config(snapshot)), "classes": [names.names, names.texts, fold.novel, fold.base],
+        EXPORT: 1, "config": portable(recorded(snapshot)), "classes": [names.names, names.texts, fold.novel, fold.base],
         "result": {key: report[key] for key in RESULT if key in report},
         "notes": [*system.warnings, *([note] if note else [])], "note": note,
     }  # fmt: skip
@@ -125,7 +126,7 @@ def export(snapshot: Path, out: Path, half: bool = False, note: str = "") -> lis
 def portable(config: Config) -> dict[str, Any]:
     """A config without the places of one machine: data and frozen weights of the training are not asked for again."""
     content = dataclasses.asdict(config)
-    content["Data"] = {"min_pixels": config.Data.min_pixels}
+    content["Data"] = {"min_pixels": config.Data.min_pixels, "images": config.Data.images}
     content["Method"] |= {"pre_weight": "auto", "backbone_weight": "none"}
     clip = Path(config.CLIP.clip_path)
     if clip.is_absolute() and clip.is_relative_to(ROOT):

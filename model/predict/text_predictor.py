@@ -23,6 +23,7 @@ from model.system import Frozen
 from util.data.transforms import clip_input
 from util.errors import UserError
 from util.photos.reading import MAX_SIDE, Source, read_photo, shrink
+from util.run.distributed import Context
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ class TextPredictor:
         image = clip_input(small, small.shape[:2], patch)[None].to(self.device)
         target = torch.zeros(1, dtype=torch.int64, device=self.device)
         competing = torch.ones(1, 2, dtype=torch.bool, device=self.device)  # a photo of it, a photo without it
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+        with Context(self.device, precision=self.precision).autocast():
             prior = self._prior.refined(image, competing, target).float()
         score = resize(prior[None], photo.shape[:2], corners=False)[0, 0].cpu().numpy()
         return Segmentation(score > 0.5, score, {"vtp": prior[0].cpu().numpy()}, time.perf_counter() - started)

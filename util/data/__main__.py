@@ -16,7 +16,7 @@ from util.data.episodes import EpisodeList, check_novel, episodes_per_class
 from util.data.index import Index, table
 from util.data.manifest import episode_hash, manifest_text, write_manifest
 from util.data.published import store, verdict
-from util.data.source import Source
+from util.data.source import EpisodeSource
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name, what in (("index", "count and store the images of a fold"), ("export", "write the episodes as a text file")):
         command = commands.add_parser(name, help=what)
         command.add_argument("--config", required=True, help="config/DATASET/DATASET_EXP_NET.yaml")
-        command.add_argument("--arch", default="PI_CLIP", help="system whose recipe counts (default PI_CLIP)")
+        command.add_argument("--arch", help="system whose recipe and protocol count (default: none, the protocol strict)")
         command.add_argument("overrides", nargs="*", metavar="Section.key=value")
     command.add_argument("--out", help="file, or - for the console (default OUTPUT/episodes/DATASET_EXP_SHOTshot.txt)")
     given = parser.parse_args(arguments)
@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def index(config: Config) -> None:
     """Prints both parts of a fold. Raises UserError when a novel class has no episode."""
-    source = Source(config, "episodes", CACHE)
+    source = EpisodeSource(config)
     for part in ("train", "val"):
         records, index = source.records(f"{part}_list"), source.index(training=part == "train")
         print(f"\n{config.Train.data_set}, fold {config.Train.split}, {part}: {getattr(config.Data, f'{part}_list')}")
@@ -53,7 +53,7 @@ def index(config: Config) -> None:
         print(f"stored in {store(CACHE, config, part, records, index, source.names.names)}")
 
 
-def _episodes(config: Config, source: Source, index: Index) -> Counter[int]:
+def _episodes(config: Config, source: EpisodeSource, index: Index) -> Counter[int]:
     """Class -> episodes, of the first seed."""
     test = config.Test_Finetune
     episodes = EpisodeList(index, config.Train.shot, test.seeds[0], start=config.Train.draw)
@@ -64,7 +64,7 @@ def _episodes(config: Config, source: Source, index: Index) -> Counter[int]:
 def export(config: Config, file: str, out: str | None) -> None:
     """Writes the episodes of a config's protocol. Raises UserError when a novel class has no episode."""
     train, test, used = config.Train, config.Test_Finetune, protocol.of(config)
-    lists = Source(config, "episodes", CACHE).test_episodes()
+    lists = EpisodeSource(config).test_episodes()
     count = None if test.episodes else test.test_num
     header = {"data set": train.data_set, "split": train.split, "shot": train.shot, "protocol": used.name,
               "protocol hash": used.hash, "list": config.Data.val_list}

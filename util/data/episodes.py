@@ -6,7 +6,7 @@ batch size, today or next year.
 
 from bisect import bisect_left, insort
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import lru_cache
 from hashlib import blake2b
@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 
 from util.data.folds import ClassNames, Fold
 from util.data.index import Index, Record
-from util.data.transforms import IGNORE, Augmented, ValTransform, bbox_mask, clip_crop, clip_input, read_pair, to_tensor
+from util.data.transforms import IGNORE, Augmented, Placed, ValTransform, bbox_mask, clip_crop, clip_input, read_pair, to_tensor
 from util.errors import UserError
 
 
@@ -30,6 +30,8 @@ class Transform(Protocol):
     squash: bool
 
     def __call__(self, rng: np.random.Generator | None, image: np.ndarray, labels: Sequence[np.ndarray]) -> Augmented: ...
+
+    def placed(self, hw: tuple[int, int]) -> Placed: ...
 
 
 ClipSize = Literal["original", "train", "whole", "crop"]
@@ -225,6 +227,11 @@ class Episode(Batch):
     query_key: list[str] = field(default_factory=list)  # hash of each query's pixels; evaluation only, else []
     support_key: list[list[str]] = field(default_factory=list)  # B lists of K: hash of pixels and mask; evaluation only
     original_label: list[Tensor] = field(default_factory=list)  # B of H W uint8: the query's label file; evaluation only
+    placed: list[Placed] = field(default_factory=list)  # B: the way back to file size; evaluation only
+
+    def truth(self, i: int) -> Tensor:
+        """What a prediction of episode i is compared with: H W uint8 at file size."""
+        return self.original_mask[i]
     clip_support: list[list[Tensor]] = field(default_factory=list)  # B of K of 3 s s uint8, for CLIP; [] unless asked for
 
 
@@ -239,15 +246,16 @@ def content_key(*arrays: np.ndarray) -> str:
 
 def mask_table(cls: int) -> np.ndarray:
     """Look-up table, 256 uint8: class id -> 1, ignore -> ignore, the rest 0."""
-    return _table({cls: 1})
+    return look_up({cls: 1})
 
 
 def base_table(fold: Fold) -> np.ndarray:
     """Look-up table, 256 uint8: base class -> its rank 1..N, ignore -> ignore, the rest 0."""
-    return _table({c: rank for rank, c in enumerate(fold.base, start=1)})
+    return look_up({c: rank for rank, c in enumerate(fold.base, start=1)})
 
 
-def _table(values: dict[int, int]) -> np.ndarray:
+def look_up(values: Mapping[int, int]) -> np.ndarray:
+    """Look-up table, 256 uint8: value -> what it becomes, ignore -> ignore, the rest 0."""
     table = np.zeros(256, np.uint8)
     table[list(values)] = list(values.values())
     table[IGNORE] = IGNORE
@@ -324,6 +332,7 @@ class EpisodeMaker:
             query_key=[content_key(query)] if self.evaluation else [],
             support_key=[[shot.key for shot in shots]] if self.evaluation else [],
             original_label=[to_tensor(original)] if self.evaluation else [],
+            placed=[self.transform.placed(original.shape)] if self.evaluation else [],
         )
 
 

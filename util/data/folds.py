@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 
-from util.config import Config, parse_yaml
+from util.config import Config
 from util.errors import UserError
+from util.yaml_text import parse_yaml
 
-NUM_CLASSES = {"pascal": 20, "coco": 80, "demo": 20}
+NUM_CLASSES = {"pascal": 20, "coco": 80}  # data sets whose folds follow from a rule
 NUM_FOLDS = 4
 
 
@@ -42,16 +43,20 @@ class ClassNames:
 
 
 def fold_of(config: Config) -> Fold:
-    """The fold that a config names: by its data set's rule, or from the file Data.folds."""
+    """The fold that a config names: by its data set's rule, or from a file: Data.folds, else folds.yaml beside the class names.
+
+    A split without novel classes has them all as base (seen) classes: full supervision.
+    """
     train, data = config.Train, config.Data
-    if not data.folds:
-        return fold(train.data_set, train.split, train.use_split_coco)
-    if train.data_set in NUM_CLASSES:
+    if data.folds and train.data_set in NUM_CLASSES:
         raise UserError(f"Data.folds = {data.folds}: {train.data_set} has its own folds; give yours another Train.data_set")
+    file = Path(data.folds or Path(data.class_names).with_name("folds.yaml"))
+    if train.data_set in NUM_CLASSES or not (data.folds or file.is_file()):
+        return fold(train.data_set, train.split, train.use_split_coco)
     names = read_class_names(data.class_names)
-    folds = read_folds(data.folds, names)
+    folds = read_folds(file, names)
     if train.split not in range(len(folds)):
-        raise UserError(f"Train.split: unknown fold {train.split!r}; {data.folds} has split0 to split{len(folds) - 1}")
+        raise UserError(f"Train.split: unknown fold {train.split!r}; {file} has split0 to split{len(folds) - 1}")
     novel = folds[train.split]
     base = tuple(c for c in range(1, len(names.names) + 1) if c not in novel)
     return Fold(train.data_set, train.split, novel, base)
@@ -60,7 +65,7 @@ def fold_of(config: Config) -> Fold:
 def fold(data_set: str, split: int, use_split_coco: bool = True) -> Fold:
     """The classes of fold `split` (0..3).
 
-    PASCAL and the demo hold out contiguous fives. COCO holds out every fourth class (`use_split_coco`, what nearly all
+    PASCAL holds out contiguous fives. COCO holds out every fourth class (`use_split_coco`, what nearly all
     papers report) or a contiguous twenty (PANet); numbers of the two are not comparable.
     """
     if data_set not in NUM_CLASSES:

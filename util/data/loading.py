@@ -88,6 +88,9 @@ class Loader:
             generator=torch.Generator(),  # its own: drawing from the global one would shift dropout after a resume
         )  # fmt: skip
 
+    def __len__(self) -> int:
+        return len(self.batches)
+
     def __iter__(self) -> Iterator[Any]:
         for batch, failures, missing in self.batches:
             for failure in failures:

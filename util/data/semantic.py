@@ -1,39 +1,52 @@
-"""Plain semantic segmentation over a fold's base classes: what the base learner is trained on ("PI-CLIP Sec. 2").
+"""Single images with labels: what the base learner and the dense systems learn from and are tested on.
 
-Every image of the list is used, not the filtered index: novel objects are painted background.
+Every image of the list is used, not the filtered index of a fold.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from util.data.episodes import Batch, Transform, base_table, generator, shuffled
-from util.data.folds import Fold
+from util.data.episodes import Batch, Transform, content_key, generator, look_up, shuffled
 from util.data.index import Record
-from util.data.transforms import read_pair, to_tensor
+from util.data.transforms import Placed, read_pair, to_tensor
 from util.errors import UserError
 
 
 @dataclass
-class SemanticBatch(Batch):
-    """B images of side S; labels hold 0 background, 1..N base classes, 255 ignore. Joined by `episodes.collate`."""
+class Images(Batch):
+    """B images of one size. Images are RGB 0..255: every encoder normalises itself. Joined by `episodes.collate`."""
 
-    image: Tensor  # B 3 S S float32 RGB 0..255
-    label: Tensor  # B S S uint8
-    original_label: list[Tensor]  # B of H W uint8: the label at file size; evaluation only, else []
+    image: Tensor  # B 3 h w float32
+    label: Tensor  # B h w uint8: channel that each pixel belongs to, 255 ignore
+    present: Tensor  # B C bool, image-level labels; column c-1: class c is annotated in the image
+    number: Tensor  # B int64, which image it is
+    original_label: list[Tensor]  # B of H W uint8: `label` at file size; evaluation only, else []
+    placed: list[Placed]  # B: the way back to file size; evaluation only, else []
     name: list[str]  # B image paths relative to the data root
+    key: list[str]  # hash of each image's pixels; evaluation only, else []
+
+    def truth(self, i: int) -> Tensor:
+        """What a prediction of image i is compared with: H W uint8 at file size."""
+        return self.original_label[i]
 
 
 class SemanticDataset(Dataset):
-    """Item i, for any i >= 0, as a `SemanticBatch` of B = 1; in training every pass has its own order."""
+    """Item i, for any i >= 0, as `Images` of B = 1; in training every pass has its own order.
+
+    target        label value -> channel, or 255; values that it does not name are background, 0
+    num_classes   C, the width of `Images.present`
+    """
 
     def __init__(
         self,
         records: Sequence[Record],
-        fold: Fold,
+        target: Mapping[int, int],
+        num_classes: int,
         data_root: str | Path,
         transform: Transform,
         seed: int,
@@ -42,21 +55,28 @@ class SemanticDataset(Dataset):
         if not records:
             raise UserError("no images to read: the list is empty")
         self.records, self.root, self.transform = records, Path(data_root), transform
-        self.seed, self.evaluation = seed, evaluation
-        self._table = base_table(fold)
+        self.num_classes, self.seed, self.evaluation = num_classes, seed, evaluation
+        self._table = look_up(target)
 
     def __len__(self) -> int:
         return len(self.records)
 
-    def __getitem__(self, i: int) -> SemanticBatch:
+    def __getitem__(self, i: int) -> Images:
         n = len(self)
-        record = self.records[i % n if self.evaluation else shuffled(n, self.seed, i)]
+        number = i % n if self.evaluation else shuffled(n, self.seed, i)
+        record = self.records[number]
         image, label = read_pair(self.root / record.image, self.root / record.label)
         original = self._table[label]
         image, _, (label,) = self.transform(generator(self.seed, i, "semantic"), image, [original])
-        return SemanticBatch(
+        present = torch.zeros(self.num_classes, dtype=torch.bool)
+        present[[c - 1 for c in record.annotated]] = True
+        return Images(
             image=to_tensor(image)[None],
             label=to_tensor(label)[None],
+            present=present[None],
+            number=torch.tensor([number]),
             original_label=[to_tensor(original)] if self.evaluation else [],
+            placed=[self.transform.placed(original.shape)] if self.evaluation else [],
             name=[record.image],
+            key=[content_key(image)] if self.evaluation else [],
         )

@@ -1,10 +1,11 @@
 """From a config to data sets: the one place that knows which keys make which data."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
 from torch.utils.data import Dataset
 
+from util.cache import CACHE
 from util.config import Config
 from util.data.episodes import EpisodeDataset, EpisodeList, Transform, check_novel
 from util.data.folds import ClassNames, Fold, fold_of, read_class_names
@@ -15,28 +16,25 @@ from util.data.transforms import TrainTransform, ValTransform
 from util.errors import UserError
 
 
-@dataclass
 class Source:
-    """A data set of one fold, ready to give training and validation data.
+    """The data of one fold: its lists, read once, and how its images are resized. Each task makes its samples of them.
 
     Attributes:
-        task: "episodes" or "images" (the base learner's).
-        clip_patch: patch side of CLIP when the system wants the query for its text prior, else None.
+        unit: what a sample is called, "episodes" or "images".
+        clip_patch: patch side of CLIP where the system wants images for it, else None.
     """
 
-    config: Config
-    task: str
-    cache: Path
+    unit: str
     clip_patch: int | None = None
 
-    def __post_init__(self) -> None:
-        train, data = self.config.Train, self.config.Data
+    def __init__(self, config: Config, cache: Path | None = None) -> None:
+        self.config, self.cache = config, cache or CACHE
         self._records: dict[str, list[Record]] = {}
-        self.fold: Fold = fold_of(self.config)
-        self.names: ClassNames = read_class_names(data.class_names)
+        self.fold: Fold = fold_of(config)
+        self.names: ClassNames = read_class_names(config.Data.class_names)
         if len(self.names.names) != self.fold.num_classes:
-            raise UserError(f"Data.class_names: {data.class_names} names {len(self.names.names)} classes, "
-                            f"{train.data_set} has {self.fold.num_classes}")
+            raise UserError(f"Data.class_names: {config.Data.class_names} names {len(self.names.names)} classes, "
+                            f"{config.Train.data_set} has {self.fold.num_classes}")
 
     def records(self, key: str) -> list[Record]:
         """Scanned lines of Data.train_list or Data.val_list; read once."""
@@ -44,6 +42,25 @@ class Source:
             data = self.config.Data
             self._records[key] = scan(data.data_root, getattr(data, key), self.names, self.cache, skip=data.on_error == "skip")
         return self._records[key]
+
+    def training(self) -> Dataset:
+        """What it is trained on, endless: sample i is a pure function of i."""
+        raise NotImplementedError
+
+    def transform(self, training: bool) -> Transform:
+        """How images are resized and augmented."""
+        train = self.config.Train
+        if training and train.augment:
+            return TrainTransform(train.train_h, train.scale_min, train.scale_max, train.crop)
+        if training:
+            return ValTransform(train.train_h, squash=True, antialias=train.antialias)
+        return ValTransform(train.val_size, squash=train.resized_val, antialias=train.antialias)
+
+
+class EpisodeSource(Source):
+    """Few-shot episodes of a fold."""
+
+    unit = "episodes"
 
     def index(self, training: bool, base: bool = False) -> Index:
         """Images of the fold: base classes (BAM's filter if asked for) in training, novel classes in validation.
@@ -56,27 +73,30 @@ class Source:
         classes = self.fold.base if base else self.fold.novel
         return build_index(self.records("val_list"), classes, only=base, min_pixels=minimum)
 
-    def training(self) -> Dataset:
-        train, seed = self.config.Train, self.config.Train.manual_seed
-        transform: Transform = TrainTransform(
-            train.train_h, train.scale_min, train.scale_max, train.rotate_min, train.rotate_max, train.crop
-        ) if train.augment else ValTransform(train.train_h, squash=True, antialias=train.antialias)  # fmt: skip
-        if self.task == "images":
-            return SemanticDataset(self.records("train_list"), self.fold, self.config.Data.data_root, transform, seed, False)
-        episodes = EpisodeList(self.index(training=True), train.shot, seed, shuffle=True, start=train.draw)
-        return self._episodes(episodes, transform, "mask", False)
+    def listed(self, index: Index, seed: int, shuffle: bool = False) -> EpisodeList:
+        """The endless list of episodes over an index that the protocol draws."""
+        return EpisodeList(index, self.config.Train.shot, seed, shuffle, start=self.config.Train.draw)
 
-    def validation(self) -> Dataset:
-        """What chooses the checkpoint: all images for the base learner, else episodes of the classes that
-        Train.selection names."""
+    def drawn(self, seed: int, count: int) -> EpisodeList:
+        """Episodes over the novel classes, of which the first `count` are to be evaluated.
+
+        Raises:
+            UserError: a novel class has no image or no episode among them.
+        """
+        episodes = self.listed(self.index(training=False), seed)
+        check_novel(episodes, self.fold, self.names, count)
+        return episodes
+
+    def training(self) -> EpisodeDataset:
+        episodes = self.listed(self.index(training=True), self.config.Train.manual_seed, shuffle=True)
+        return self._dataset(episodes, self.transform(training=True), "mask", evaluation=False)
+
+    def validation_episodes(self) -> EpisodeList:
+        """What chooses the checkpoint: episodes of the classes that Train.selection names."""
         train = self.config.Train
-        if self.task == "images":
-            records = self.records("val_list")
-            return SemanticDataset(records, self.fold, self.config.Data.data_root, self._plain(), train.manual_seed, True)
         if train.selection == "base":
-            index = self.index(training=False, base=True)
-            return self.episodes(EpisodeList(index, train.shot, train.manual_seed, start=train.draw))
-        return self.episodes(self.drawn(train.manual_seed, train.val_episodes))
+            return self.listed(self.index(training=False, base=True), train.manual_seed)
+        return self.drawn(train.manual_seed, train.val_episodes)
 
     def test_episodes(self) -> dict[int, AnyEpisodes]:
         """Seed -> its episodes: drawn, or those of the file Test_Finetune.episodes."""
@@ -89,27 +109,42 @@ class Source:
             check_novel(episodes, self.fold, self.names, len(episodes))
         return found
 
-    def drawn(self, seed: int, count: int) -> EpisodeList:
-        """Episodes over the novel classes, of which the first `count` are to be evaluated.
-
-        Raises:
-            UserError: a novel class has no image or no episode among them.
-        """
-        episodes = EpisodeList(self.index(training=False), self.config.Train.shot, seed, start=self.config.Train.draw)
-        check_novel(episodes, self.fold, self.names, count)
-        return episodes
-
     def episodes(self, episodes: AnyEpisodes) -> EpisodeDataset:
         """Episodes as evaluation reads them."""
-        return self._episodes(episodes, self._plain(), self.config.Test_Finetune.ann_type, True)
+        return self._dataset(episodes, self.transform(training=False), self.config.Test_Finetune.ann_type, evaluation=True)
 
-    def _plain(self) -> ValTransform:
-        train = self.config.Train
-        return ValTransform(train.val_size, squash=train.resized_val, antialias=train.antialias)
-
-    def _episodes(self, episodes: AnyEpisodes, transform: Transform, ann_type: str, evaluation: bool) -> EpisodeDataset:
+    def _dataset(self, episodes: AnyEpisodes, transform: Transform, ann_type: str, evaluation: bool) -> EpisodeDataset:
         return EpisodeDataset(
             episodes, self.fold, self.config.Data.data_root, transform, num_classes=self.fold.num_classes,
             clip_size=self.config.CLIP.clip_size if self.clip_patch else None, patch=self.clip_patch or 1,
             ann_type=ann_type, evaluation=evaluation,
         )  # fmt: skip
+
+
+class ImageSource(Source):
+    """Single images with their labels: the base classes of a fold, all else background.
+
+    Attributes:
+        channels: class of each channel that a system predicts; 0 is the background.
+    """
+
+    unit = "images"
+
+    @property
+    def channels(self) -> tuple[int, ...]:
+        return (0, *self.fold.base)
+
+    def target(self, training: bool) -> dict[int, int]:
+        """Label value -> channel that it teaches or counts for, or 255: does not count. Other values are background."""
+        return {cls: channel for channel, cls in enumerate(self.channels)}
+
+    def training(self) -> SemanticDataset:
+        return self.images("train_list", training=True)
+
+    def images(self, key: str, training: bool) -> SemanticDataset:
+        """Every image of Data.train_list or Data.val_list."""
+        return self._dataset(self.records(key), training)
+
+    def _dataset(self, records: Sequence[Record], training: bool) -> SemanticDataset:
+        return SemanticDataset(records, self.target(training), self.fold.num_classes, self.config.Data.data_root,
+                               self.transform(training), self.config.Train.manual_seed, evaluation=not training)  # fmt: skip

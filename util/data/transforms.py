@@ -7,17 +7,20 @@ ignore and are only ever moved with nearest neighbour, so recolouring a label co
 import os
 import signal
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 from util.errors import BrokenFile, UserError
 
 IMAGENET_MEAN = (123.675, 116.28, 103.53)
 IGNORE = 255
+ROTATE = (-10.0, 10.0)  # degrees; every published recipe has them
 
 Augmented = tuple[np.ndarray, np.ndarray, list[np.ndarray]]
 
@@ -90,6 +93,35 @@ def _require(path: str | Path, what: str) -> None:
         raise BrokenFile(f"{what} not found: {path} (Data.data_root and the path in the list file are joined)")
 
 
+@dataclass(frozen=True)
+class Placed:
+    """What a resize did to an image, and the way back. The network's grid shows `canvas`, whose top left corner is the image.
+
+    hw       height and width of the file
+    canvas   height and width in file pixels of what the network saw: `hw` where the aspect ratio was ignored (squash) or kept
+             without padding; the square on the longer side where the image was letterboxed
+    corners  align_corners of the bilinear way back; the few-shot systems say True, mmsegmentation's False
+    """
+
+    hw: tuple[int, int]
+    canvas: tuple[int, int]
+    corners: bool = True
+
+    def restore(self, scores: torch.Tensor) -> torch.Tensor:
+        """C h w or B C h w scores of any float type -> float32 C H W or B C H W at file size, (H, W) = hw.
+
+        PFENet pads the truth of a letterboxed image to the square with 255 instead of cutting: the same counts.
+        Raises UserError for NaN or infinite scores: their argmax is background, so they would pass for a poor result.
+        """
+        if not torch.isfinite(scores).all():
+            raise UserError("the prediction is not finite: are the weights those of a training that diverged, or damaged? "
+                            "Use another checkpoint (Test_Finetune.weight), or Runtime.precision=fp32")
+        batch = scores.float() if scores.dim() == 4 else scores.float()[None]
+        full = F.interpolate(batch, size=self.canvas, mode="bilinear", align_corners=self.corners)
+        full = full[..., : self.hw[0], : self.hw[1]]
+        return full if scores.dim() == 4 else full[0]
+
+
 class TrainTransform:
     """Scale, rotate, blur, flip, then squash to `size` x `size` (PI-CLIP, HDMNet) or crop it at random (BAM, PFENet).
 
@@ -102,17 +134,13 @@ class TrainTransform:
         size: int,
         scale_min: float,
         scale_max: float,
-        rotate_min: float = -10,
-        rotate_max: float = 10,
         crop: bool = False,
+        rotate: tuple[float, float] = ROTATE,
     ) -> None:
-        if not 0 < scale_min <= scale_max or not rotate_min <= rotate_max:
-            raise UserError(
-                "Train.scale_*, Train.rotate_*: need 0 < scale_min <= scale_max and rotate_min <= rotate_max, "
-                f"got scale {scale_min}..{scale_max}, rotate {rotate_min}..{rotate_max}"
-            )
+        if not 0 < scale_min <= scale_max:
+            raise UserError(f"Train.scale_*: need 0 < scale_min <= scale_max, got {scale_min}..{scale_max}")
         self.size, self.crop, self.squash = size, crop, not crop
-        self.scale, self.rotate = (scale_min, scale_max), (rotate_min, rotate_max)
+        self.scale, self.rotate = (scale_min, scale_max), rotate
 
     def __call__(self, rng: np.random.Generator, image: np.ndarray, labels: Sequence[np.ndarray]) -> Augmented:
         scale, angle = rng.uniform(*self.scale), rng.uniform(*self.rotate)
@@ -139,6 +167,10 @@ class TrainTransform:
             images = [_squash_image(x, self.size) for x in images]
             labels = [_squash_label(x, self.size) for x in labels]
         return images[0], images[-1], labels
+
+    def placed(self, hw: tuple[int, int]) -> Placed:
+        """As if the image were only resized: augmentation is not undone."""
+        return Placed(tuple(hw), tuple(hw))
 
     def _crop(self, x: np.ndarray, offset: np.ndarray, fill: float | Sequence[float]) -> np.ndarray:
         """Pad to at least `size` (evenly on both sides), then cut the window at `offset` (0..1 down, 0..1 right)."""
@@ -169,6 +201,10 @@ class ValTransform:
             image = self._letterbox(image, cv2.INTER_LINEAR, 0)
             labels = [self._letterbox(x, cv2.INTER_NEAREST, IGNORE) for x in labels]
         return image, image, labels
+
+    def placed(self, hw: tuple[int, int]) -> Placed:
+        """Where an image of that size lies in the network's square."""
+        return Placed(tuple(hw), tuple(hw) if self.squash else (max(hw), max(hw)))
 
     def _letterbox(self, x: np.ndarray, interpolation: int, fill: int) -> np.ndarray:
         long = max(x.shape[:2])

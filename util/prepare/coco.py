@@ -24,7 +24,7 @@ from util.errors import UserError
 from util.prepare.common import absent, check_name, each, is_done, link, settle, write_label, write_list
 
 CLASSES = NUM_CLASSES["coco"]
-CLASS_FILE = Path(__file__).resolve().parents[3] / "lists/coco/classes.txt"
+CLASS_FILE = Path(__file__).resolve().parents[2] / "lists/coco/classes.txt"
 HIGHEST_ID = 90
 KNOWN = {"train2014": 82081, "val2014": 40137}
 Classes = Callable[[Path, Sequence[dict]], dict[int, int]]  # file, its categories -> category id -> class

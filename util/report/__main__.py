@@ -14,7 +14,8 @@ from util import cli
 from util.errors import UserError
 from util.report import figures, side_by_side
 from util.report.write import check_keys, fingerprint
-from util.score.statistics import bootstrap, compare, describe, load_result, read_episodes, read_result
+from util.score.statistics import bootstrap, compare, describe, load_result, read_result
+from util.score.table import read_episodes
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ from matplotlib.ticker import MaxNLocator
 from util.files import atomic
 from util.report import summary
 from util.score.causes import NAMES
-from util.score.priors import MAP_NAMES, THRESHOLDS
+from util.score.priors import THRESHOLDS, title
 
 WIDTH = 8.5 / 2.54  # inches
 DPI = 400  # of the PNG: 1,339 pixels wide
@@ -131,7 +131,7 @@ def prior_curves(quality: Mapping[str, Sequence[float]], final: float, mark: str
     axes.text(0.9, 100 * final, f"final mask {100 * final:.1f}", ha="right", va="bottom")
     for (name, values), colour, dashes, marker in zip(quality.items(), SERIES, DASHES, "osD^v<", strict=False):
         best = int(np.argmax(values))
-        text = f"{MAP_NAMES.get(name, name)}, best {100 * values[best]:.1f} at {THRESHOLDS[best]:.1f}"
+        text = f"{title(name)}, best {100 * values[best]:.1f} at {THRESHOLDS[best]:.1f}"
         axes.plot(THRESHOLDS, 100 * np.array(values), color=colour, linestyle=dashes, marker=marker, markersize=3, label=text)
     axes.set(xlabel="threshold of the prior", ylabel="mIoU (%)", xticks=THRESHOLDS, ylim=(0, None))
     axes.margins(y=0.14)

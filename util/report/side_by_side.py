@@ -11,7 +11,8 @@ import numpy as np
 from util.files import atomic
 from util.report import figures, page, summary
 from util.score.causes import CAUSES, NAMES, causes
-from util.score.statistics import Comparison, Episodes, bootstrap, read_episodes
+from util.score.statistics import Comparison, bootstrap
+from util.score.table import EpisodeTable, read_episodes
 
 LARGEST = 10  # episodes of the table, in each direction
 PICTURES = 8
@@ -73,7 +74,7 @@ def render(a: Mapping, b: Mapping, comparison: Comparison, galleries: Sequence[M
     return page.render("compare.html.j2", view, lambda side: cards)
 
 
-def _causes(episodes: Episodes) -> np.ndarray:
+def _causes(episodes: EpisodeTable) -> np.ndarray:
     """The name of the cause of every episode; "" where an older report does not tell."""
     if episodes.spread is None:
         return np.full(len(episodes), "", object)

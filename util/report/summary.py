@@ -13,6 +13,10 @@ SCORES = {
     "fg_iou": ("Foreground IoU", "all episodes pooled"),
     "meta_miou": ("Meta branch mIoU", "before the ensemble"),
     "base_miou": ("Base-class mIoU", "of the base learner, base classes"),
+    "background_miou": ("mIoU with background", "the background counts as a class"),
+    "seen_miou": ("seen mIoU", "mean over the seen classes"),
+    "unseen_miou": ("unseen mIoU", "mean over the unseen classes"),
+    "hiou": ("hIoU", "harmonic mean of seen and unseen mIoU"),
 }
 REQUIRED = ("system", "data_set", "split", "shot", "backbone", "checkpoint", "protocol", "environment", "classes",
             "seeds", "mean", "sd")  # fmt: skip
@@ -34,6 +38,16 @@ def plain(value: object) -> object:
 def mean_sd(values: Sequence[float]) -> tuple[float, float]:
     """Mean and sample standard deviation (ddof 1; 0 for one value)."""
     return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+
+
+def summarise(seeds: Sequence[Mapping]) -> tuple[dict[str, float], dict[str, float]]:
+    """Mean and sample standard deviation (ddof 1; 0 for one seed) of every score that each of the seeds has."""
+    if not seeds:
+        raise ValueError("no seed was evaluated: there is nothing to summarise")
+    seeds = plain(seeds)
+    keys = [k for k in seeds[0] if k.endswith("iou") and all(isinstance(s.get(k), int | float) for s in seeds)]
+    pairs = {k: mean_sd([s[k] for s in seeds]) for k in keys}
+    return {k: mean for k, (mean, _) in pairs.items()}, {k: sd for k, (_, sd) in pairs.items()}
 
 
 def label(key: str) -> str:

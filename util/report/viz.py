@@ -93,6 +93,13 @@ def error_map(pred: np.ndarray, truth: np.ndarray, image: np.ndarray | None = No
     return out
 
 
+def colours(label: np.ndarray) -> np.ndarray:
+    """H W channel numbers, 255 = does not count -> H W 3 uint8, VOC's colours: bit j of channel k is bit 3j + k of the number."""
+    table = np.array([[sum((i >> (3 * j + k) & 1) << (7 - j) for j in range(3)) for k in range(3)] for i in range(256)], np.uint8)
+    table[255] = COLOURS["not counted"]
+    return table[label.astype(np.uint8)]
+
+
 def episode_panels(supports: Sequence[tuple[np.ndarray, np.ndarray]], query: np.ndarray, maps: Mapping[str, np.ndarray],
                    pred: np.ndarray, truth: np.ndarray) -> list[Panel]:
     """The panels of one episode: support(s) with mask, query, its maps (any size and range), prediction, truth, errors.

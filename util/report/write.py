@@ -13,7 +13,7 @@ The result, scores being fractions 0..1 (key: content; * = may be missing):
     seeds               list of {seed, episodes, miou, fb_iou, fg_iou, per_class: {id: IoU}, episodes_per_class*:
                         {id: n}, prior_quality*: see util/score/priors.py, and other scores named ...iou, as meta_miou,
                         base_miou}: seed and a meter's result()
-    mean, sd            of the scores over the seeds: `summarise(seeds)`
+    mean, sd            of the scores over the seeds: `util.report.summary.summarise(seeds)`
     baselines*          {name: {miou, fb_iou*}}
     protocol_hash*      text; protocol["name"] is the protocol's name
     episodes*           {hash, columns, rows}: whole pixel counts of every episode, a text each, see util/score/statistics.py
@@ -50,16 +50,6 @@ def choose(ious: Sequence[float], count: int = 3) -> dict[str, list[int]]:
     count = min(count, len(order) // 3)
     middle = (len(order) - count) // 2
     return {"best": order[:count], "median": order[middle : middle + count], "worst": order[len(order) - count :][::-1]}
-
-
-def summarise(seeds: Sequence[Mapping]) -> tuple[dict[str, float], dict[str, float]]:
-    """Mean and sample standard deviation (ddof 1; 0 for one seed) of every score that each of the seeds has."""
-    if not seeds:
-        raise ValueError("no seed was evaluated: there is nothing to summarise")
-    seeds = plain(seeds)
-    keys = [k for k in seeds[0] if k.endswith("iou") and all(isinstance(s.get(k), int | float) for s in seeds)]
-    pairs = {k: summary.mean_sd([s[k] for s in seeds]) for k in keys}
-    return {k: mean for k, (mean, _) in pairs.items()}, {k: sd for k, (_, sd) in pairs.items()}
 
 
 def text_table(result: Mapping) -> str:

@@ -25,12 +25,10 @@ from torch import Tensor
 from util.errors import UserError
 from util.files import atomic, load_tensors, save_json, save_tensors, written
 
-# What must agree between a checkpoint and the config it is used with, and the key that sets it.
-IDENTITY = {
+KEYS = {  # what a checkpoint is for -> the key that sets it, for messages
     "system": "ARCH", "data_set": "Train.data_set", "split": "Train.split", "shot": "Train.shot",
     "use_split_coco": "Train.use_split_coco", "backbone": "Method.backbone", "width": "Method.width", "priors": "Method.priors",
-    "low_fea": "Method.low_fea", "filter_novel": "Train.filter_novel", "crop": "Train.crop", "selection": "Train.selection",
-    "stages": "Method.stages", "mask_mode": "Method.mask_mode", "clip_size": "CLIP.clip_size",
+    "filter_novel": "Train.filter_novel", "crop": "Train.crop", "selection": "Train.selection", "clip_size": "CLIP.clip_size",
     "novel": "Data.folds, novel classes", "base": "Data.folds, base classes",
 }  # fmt: skip
 
@@ -79,8 +77,8 @@ def read_meta(path: Path) -> dict[str, Any]:
 
 def check_identity(path: Path, meta: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
     """Raises UserError listing everything in which a checkpoint differs from what the config asks for."""
-    wrong = [f"{IDENTITY[key]}: the checkpoint has {meta.get(key)!r}, the config {expected[key]!r}"
-             for key in IDENTITY if key in expected and meta.get(key) != expected[key]]
+    wrong = [f"{KEYS.get(key, f'System.{key}')}: the checkpoint has {meta.get(key)!r}, the config {value!r}"
+             for key, value in expected.items() if meta.get(key) != value]
     if wrong:
         raise UserError(f"{path} was trained for something else, nothing was loaded.\n  " + "\n  ".join(wrong))
 

@@ -22,10 +22,15 @@ class Context:
     device: torch.device
     rank: int = 0
     world: int = 1
+    precision: str = "fp32"  # fp32 | bf16
 
     @property
     def main(self) -> bool:
         return self.rank == 0
+
+    def autocast(self) -> torch.autocast:
+        """The precision of this process, the same in training, evaluation and pictures."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """Sums a tensor over all ranks in place (through this rank's device)."""
@@ -107,7 +112,7 @@ def start(gpus: int, runtime: Runtime) -> Context:
         torch.set_num_threads(runtime.threads or max(1, len(os.sched_getaffinity(0)) // local_world))
     if world > 1:
         dist.init_process_group("nccl" if gpus else "gloo", timeout=timedelta(minutes=30))
-    return Context(device, rank, world)
+    return Context(device, rank, world, runtime.precision)
 
 
 def stop() -> None:

@@ -5,32 +5,54 @@ import hashlib
 import json
 import platform
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
+from typing import Any
 
 import torch
 
-from util.config import VOTING, Config
+from util.config import Config
 from util.data.folds import fold_of, read_class_names
 from util.data.index import Record
 from util.files import ROOT
 
 
-def identity(arch: str, config: Config, priors: list[str] | None = None) -> dict:
-    """What a checkpoint is for; see util.run.checkpoint.IDENTITY."""
-    train, method = config.Train, config.Method
-    coco = train.use_split_coco if train.data_set == "coco" else None
-    shared = {"system": arch, "data_set": train.data_set, "split": train.split, "use_split_coco": coco,
-              "backbone": method.backbone, "width": method.width}
+@dataclass(frozen=True)
+class Facts:
+    """What the programs must know of a system; it says so itself (`System.facts`).
+
+    Attributes:
+        identity: config keys that tell its checkpoints apart, beyond data set, fold and network; "Method.priors" stands for the
+            priors in effect.
+        before: ARCH of the run that must come first; its checkpoint is frozen inside this system. "": it starts from ImageNet
+            weights.
+        priors: those it has unless Method.priors names others.
+        frozen: whether it has frozen parts besides CLIP, which its checkpoints leave to their own files.
+    """
+
+    identity: tuple[str, ...] = ()
+    before: str = ""
+    priors: tuple[str, ...] = ()
+    frozen: bool = True
+
+
+def identity(arch: str, facts: Facts, config: Config) -> dict[str, Any]:
+    """What a checkpoint is for; see util.run.checkpoint.check_identity."""
+    train = config.Train
+    found = {
+        "system": arch, "data_set": train.data_set, "split": train.split,
+        "use_split_coco": train.use_split_coco if train.data_set == "coco" else None,
+        "backbone": config.Method.backbone, "width": config.Method.width,
+    }  # fmt: skip
     if config.Data.folds:  # your own data set: the files may have changed since
         names, fold = read_class_names(config.Data.class_names).names, fold_of(config)
-        shared |= {"novel": [names[c - 1] for c in fold.novel], "base": [names[c - 1] for c in fold.base]}
-    if arch == "PSPNet":
-        return shared
-    shot = None if arch in VOTING else train.shot
-    if arch == "IMR_HSNet":
-        shared |= {"stages": method.stages, "mask_mode": method.mask_mode, "clip_size": config.CLIP.clip_size}
-    return shared | {"shot": shot, "priors": priors, "filter_novel": train.filter_novel, "crop": train.crop,
-                     "selection": train.selection, "low_fea": method.low_fea}
+        found |= {"novel": [names[c - 1] for c in fold.novel], "base": [names[c - 1] for c in fold.base]}
+    for key in facts.identity:
+        section, name = key.split(".")
+        found[name] = getattr(getattr(config, section), name)
+    if "priors" in found and found["priors"] is None:
+        found["priors"] = list(facts.priors)
+    return found
 
 
 def fingerprint(config: Config, records: Sequence[Record]) -> dict[str, str]:

@@ -3,10 +3,11 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from util.config import Config, config_of, names_of, parse_yaml
+from util.config import Config, config_of, names_of
 from util.errors import UserError
 from util.files import ROOT
 from util.run.checkpoint import read_meta
+from util.yaml_text import parse_yaml
 
 
 @dataclass(frozen=True)
@@ -63,11 +64,13 @@ class Experiment:
         return f"{self.exp} {self.data_set}"
 
 
-def recorded_config(path: Path, overrides: list[str] | None = None) -> Config:
+def recorded_config(path: Path, overrides: list[str] | None = None, options: type | None = None) -> Config:
     """The config that a checkpoint of ours was trained with: from its metadata, or of the run that it lies in.
 
     Relative paths in it that lead nowhere from here are taken from the repository.
 
+    Args:
+        options: dataclass of the system's own options.
     Raises:
         UserError: there is none, or an override is wrong.
     """
@@ -79,7 +82,7 @@ def recorded_config(path: Path, overrides: list[str] | None = None) -> Config:
             raise UserError(f"{path} does not tell its config, and there is no {source}. Keep a checkpoint of before this was "
                             "recorded in the folder of its run, or export it there: `python -m model.predict.share export`")
         content = parse_yaml(source.read_text(encoding="utf-8"), str(source))
-    config = config_of(content, str(source), overrides)
+    config = config_of(content, str(source), overrides, options)
     config.Train.selection = meta.get("selection", config.Train.selection)  # best or last, of one run
     for section, key in ((config.CLIP, "clip_path"), (config.Method, "backbone_weight"), (config.Method, "pre_weight"),
                          (config.Data, "class_names"), (config.Data, "folds")):  # fmt: skip
@@ -89,13 +92,13 @@ def recorded_config(path: Path, overrides: list[str] | None = None) -> Config:
     return config
 
 
-def base_learner_file(config: Config, place: Experiment) -> Path:
-    """Where the frozen base learner of a few-shot system comes from (`Method.pre_weight`)."""
-    return place.of("PSPNet").best if config.Method.pre_weight == "auto" else Path(config.Method.pre_weight)
+def before_file(config: Config, place: Experiment, before: str) -> Path:
+    """The checkpoint of the run that must come first (`Method.pre_weight`; auto: that run of this fold and network)."""
+    return place.of(before).best if config.Method.pre_weight == "auto" else Path(config.Method.pre_weight)
 
 
-def missing_base_learner(config: Config, place: Experiment) -> str:
+def missing_before(config: Config, place: Experiment, before: str) -> str:
     """What to do when that file is not there."""
-    return (f"Method.pre_weight = {config.Method.pre_weight}: no base learner at {base_learner_file(config, place)}. "
-            f"Train it with `ARCH=PSPNet NET={place.net} sh train.sh {place.command} GPUS`, or point Method.pre_weight to "
+    return (f"Method.pre_weight = {config.Method.pre_weight}: no base learner at {before_file(config, place, before)}. "
+            f"Train it with `ARCH={before} NET={place.net} sh train.sh {place.command} GPUS`, or point Method.pre_weight to "
             "a published one")

@@ -5,13 +5,18 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from torch.utils.data import Dataset
 
+from util.config import Config
 from util.data.episodes import collate
 from util.run import checkpoint
+from util.run.distributed import Context
 from util.run.log import duration
+from util.run.place import Experiment
+from util.run.schedule import Schedule, Stop
 
 STEPS = 3  # measured, after one to warm up
 
@@ -44,15 +49,30 @@ def checkpoints(parameters: int) -> int:
     return 44 * parameters
 
 
-def measure(run: Any) -> Plan:
-    """Takes a few steps of a run (train.py's `Run`) that is built and not started."""
+class Planned(Protocol):
+    """What train.py knows of a run that is built and not started."""
+
+    system: Any  # model.System, which nothing in util/ may import
+    optimizer: torch.optim.Optimizer
+    data: Dataset
+    schedule: Schedule
+    stops: list[Stop]
+    config: Config
+    place: Experiment
+    context: Context
+    validation: Any  # util.score.task.Test, one floor up; None: nothing is validated
+    per_epoch: int
+
+
+def measure(run: Planned) -> Plan:
+    """Takes a few steps of a run."""
     train, context, place = run.config.Train, run.context, run.place
     system, device = run.system, context.device
     batch = collate([run.data[i] for i in range(train.batch_size // context.world)]).to(device)
 
     def step() -> None:
-        with torch.autocast(device.type, torch.bfloat16, enabled=run.config.Runtime.precision == "bf16"):
-            loss = sum(system.losses(batch).values())
+        with context.autocast():
+            loss = sum(system.losses(batch, 0).values())
         run.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         run.optimizer.step()
@@ -61,18 +81,19 @@ def measure(run: Any) -> Plan:
     taken, validated, validation = seconds(step, device), 0, 0.0
     found = checkpoint.load_resume(place.snapshot) if train.resume == "auto" else None
     done = found[2]["progress"]["step"] if found else 0
-    left = run.progress.total - done
+    left = run.schedule.total - done
     if run.validation is not None:
-        sample = run.validation[0].to(device)
+        sample = run.validation.data[0].to(device)
         system.eval()
         validation = seconds(lambda: system.predict(sample), device)
-        each = len(run.validation) if run.source.task == "images" else train.val_episodes
-        validated = -(-left // run.per_epoch) * (1 + train.SubEpoch_val) * -(-each // context.world)
+        times = sum(stop.validate and stop.step > done for stop in run.stops)
+        validated = times * -(-run.validation.count // context.world)
     parameters = sum(p.numel() for p in system.trained.parameters())
     frozen = sum(p.numel() for p in system.parameters()) - parameters
     facts = {
         "data": f"{len(run.data):,} samples from {run.config.Data.train_list}",
-        "steps": f"{run.per_epoch:,} an epoch, {train.epochs} epochs; {train.batch_size} samples in {context.world} process(es)",
+        "steps": f"{run.per_epoch:,} an epoch, {-(-run.schedule.total // run.per_epoch)} epochs; "
+                 f"{train.batch_size} samples in {context.world} process(es)",
         "starts": f"at step {done:,}, where an earlier run stopped" if found else "at step 0",
         "parameters": f"{parameters / 1e6:.2f} M trained, {frozen / 1e6:.2f} M frozen",
         "disk": f"{checkpoints(parameters) / 2**20:,.0f} MB of checkpoints in {place.folder}",

@@ -5,20 +5,23 @@
 
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from util.cache import CACHE
-from util.config import Config, load_config
-from util.data.episodes import EpisodeList, check_novel, draw
+from util.config import Config
+from util.data.episodes import check_novel, draw
 from util.data.index import read_list
-from util.data.source import Source
+from util.data.source import EpisodeSource, Source
 from util.data.transforms import read_pair
 from util.errors import BrokenFile, UserError
+from util.files import ROOT
 from util.run.checkpoint import check_identity, read_meta
-from util.run.identity import identity
-from util.run.place import Experiment, base_learner_file, missing_base_learner
+from util.run.distributed import Context
+from util.run.identity import Facts, identity
+from util.run.place import Experiment, before_file, missing_before
 
 SAMPLE = 16  # image and label pairs that are opened
 SPARE = 2**28  # bytes that should be free where runs are written
@@ -35,58 +38,70 @@ class Finding:
     remedy: str = ""
 
 
-def check(config_path: str, arch: str, overrides: Sequence[str], full: bool = False, quick: bool = False) -> list[Finding]:
-    """Everything that train.py and test.py would open.
+@dataclass(frozen=True)
+class Start:
+    """What is about to start.
 
-    Args:
-        full: open every image and label, not a sample.
-        quick: leave out what reads the data: counts and samples.
-    Raises:
-        UserError: the config itself is wrong.
+    Attributes:
+        facts: of its system; source: makes its data (a class), as its system says; clip: whether it needs a CLIP.
+        lists: those that are used, train_list or val_list.
+        weights: whether it starts from a run before or ImageNet weights (a published checkpoint has them inside).
     """
-    config = load_config(config_path, arch, list(overrides))
-    place = Experiment.from_config_path(arch, config_path, config.Runtime.output)
-    drawn = config.Train.data_set != "demo" or Path(config.Data.data_root).is_dir()  # the demo is drawn on first use
-    return inspect(config, place, ("train_list", "val_list"), read=drawn and not quick, full=full)
+
+    config: Config
+    place: Experiment
+    facts: Facts
+    source: type[Source]
+    clip: bool
+    lists: Sequence[str] = ("train_list", "val_list")
+    weights: bool = True
 
 
-def require(config: Config, place: Experiment, lists: Sequence[str], start: bool = True, extra: Sequence[Finding] = ()) -> None:
+def require(start: Start, extra: Sequence[Finding] = ()) -> None:
     """Raises one UserError with everything that is wrong.
 
-    Args:
-        lists: those that are used, train_list or val_list.
-        start: whether it starts from a base learner or ImageNet weights (a published checkpoint has them inside).
-        extra: what the caller found.
+    extra: what the caller found.
     """
-    wrong = [finding for finding in [*extra, *inspect(config, place, lists, read=True, start=start)] if not finding.ok]
+    wrong = [finding for finding in [*extra, *inspect(start, read=True)] if not finding.ok]
     if wrong:
         lines = [f"{f.what}: {f.detail}" + (f"\n    -> {f.remedy}" if f.remedy else "") for f in wrong]
-        raise UserError("\n  ".join([f"{place.arch} on {place.command} cannot start:", *lines]))
+        raise UserError("\n  ".join([f"{start.place.arch} on {start.place.command} cannot start:", *lines]))
 
 
-def inspect(
-    config: Config, place: Experiment, lists: Sequence[str], read: bool, start: bool = True, full: bool = False
-) -> list[Finding]:
-    """All findings about a config."""
-    findings = [attempt("classes", lambda: _class_names(source(config, place))), data_root(config)]
+def inspect(start: Start, read: bool, full: bool = False) -> list[Finding]:
+    """All findings about a start.
+
+    Args:
+        read: open a sample of the data, and count it.
+        full: open every image and label.
+    """
+    config, place = start.config, start.place
+    findings = [attempt("classes", lambda: _class_names(start.source(config))), data_root(config)]
     sound = all(finding.ok for finding in findings)
-    for key in lists:
+    for key in start.lists:
         findings.append(attempt(key, lambda key=key: _list(config, key)))
         if findings[-1].ok and read and sound:
             findings.append(attempt(f"{key}: images and labels", lambda key=key: _pairs(config, key, full)))
             if findings[-1].ok:
-                findings.append(attempt(f"{key}: classes", lambda key=key: _classes(config, source(config, place), key)))
-    if start:  # ARCH without a base learner start from ImageNet weights
-        alone = place.arch in ("PSPNet", "PFENet", "HSNet", "IMR_HSNet")
-        findings.append(backbone(config) if alone else base_learner(config, place))
-    priors = config.Method.priors or (["vtp", "vvp"] if place.arch == "PI_CLIP" else [])
-    if {"vtp", "vvp"} & set(priors) or place.arch == "IMR_HSNet":
+                findings.append(attempt(f"{key}: classes", lambda key=key: _classes(start.source(config), key)))
+    if start.weights:
+        findings.append(before(config, place, start.facts.before) if start.facts.before else backbone(config))
+    if start.clip:
         findings.append(clip(config))
     if config.Test_Finetune.episodes:
         file = Path(config.Test_Finetune.episodes)
         remedy = "`python -m util.data export` writes one"
         findings.append(Finding("episodes", file.is_file(), f"Test_Finetune.episodes = {file}", remedy))
     return [*findings, disk(config), *shared_memory(config)]
+
+
+def make_data(config: Config, context: Context) -> None:
+    """Draws the data where the config names a maker for it: the main process does, the others wait."""
+    if config.Data.maker and context.main:
+        command = [sys.executable, "-m", config.Data.maker, config.Data.data_root]
+        if subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL).returncode:
+            raise UserError(f"Data.maker: `{' '.join(command[1:])}` failed; its message is above")
+    context.barrier()
 
 
 def attempt(what: str, look: Callable[[], str]) -> Finding:
@@ -99,19 +114,20 @@ def attempt(what: str, look: Callable[[], str]) -> Finding:
 
 def data_root(config: Config) -> Finding:
     root = Path(config.Data.data_root)
-    if config.Train.data_set == "demo":
+    if config.Data.maker:
         return Finding("data", True, f"{root} (drawn on first use)")
     return Finding("data", root.is_dir(), f"Data.data_root = {root}", "docs/getting-started.md tells where it comes from")
 
 
-def base_learner(config: Config, place: Experiment) -> Finding:
-    """The file is there, and of this fold and network."""
-    file = base_learner_file(config, place)
+def before(config: Config, place: Experiment, arch: str) -> Finding:
+    """The checkpoint of the run before is there. (Whether it is of this fold and network is checked when it is loaded.)"""
+    file = before_file(config, place, arch)
     if file.is_file() and file.suffix == ".safetensors":
-        return attempt("base learner", lambda: check_identity(file, read_meta(file), identity("PSPNet", config)) or str(file))
-    if file.is_file() or (config.Train.data_set == "demo" and config.Method.pre_weight == "auto"):
-        return Finding("base learner", True, str(file) if file.is_file() else "trained first (demo)")
-    return Finding("base learner", False, missing_base_learner(config, place))
+        wanted = identity(arch, Facts(), config)
+        return attempt("base learner", lambda: check_identity(file, read_meta(file), wanted) or str(file))
+    if file.is_file() or (config.Train.before == "run" and config.Method.pre_weight == "auto"):
+        return Finding("base learner", True, str(file) if file.is_file() else "trained first, on the way")
+    return Finding("base learner", False, missing_before(config, place, arch))
 
 
 def clip(config: Config) -> Finding:
@@ -156,10 +172,6 @@ def shared_memory(config: Config) -> list[Finding]:
     return [Finding("shared memory", free >= needed, detail, remedy)]
 
 
-def source(config: Config, place: Experiment) -> Source:
-    return Source(config, "images" if place.arch == "PSPNet" else "episodes", CACHE)
-
-
 def _class_names(source: Source) -> str:
     fold = source.fold
     return f"{fold.data_set} fold {fold.split}: {len(fold.base)} base, {len(fold.novel)} novel classes"
@@ -186,13 +198,12 @@ def _pairs(config: Config, key: str, full: bool) -> str:
     return f"{len(chosen)} opened" + (f", {len(wrong)} broken (Data.on_error=skip)" if wrong else "")
 
 
-def _classes(config: Config, source: Source, key: str) -> str:
+def _classes(source: Source, key: str) -> str:
     """Images of every class of the fold; each that can be drawn has enough for its shots."""
-    train = config.Train
-    if source.task == "images":
+    if not isinstance(source, EpisodeSource):
         return f"{len(source.records(key))} labels"
     index = source.index(training=key == "train_list")
-    episodes = EpisodeList(index, train.shot, train.manual_seed, start=train.draw)
+    episodes = source.listed(index, source.config.Train.manual_seed)
     if key == "val_list":
         check_novel(episodes, source.fold, source.names)
     filed = {source.names.names[c - 1]: len(images) for c, images in index.by_class.items()}

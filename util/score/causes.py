@@ -63,7 +63,7 @@ def causes(counts: np.ndarray, spreads: np.ndarray) -> np.ndarray:
 
 
 def tally(cls: np.ndarray, counts: np.ndarray, spreads: np.ndarray) -> dict[str, Any]:
-    """How many episodes have which cause, all columns being those of `util.score.statistics.Episodes`.
+    """How many episodes have which cause, all columns being those of `util.score.table.EpisodeTable`.
 
     Returns:
         counts {cause: n}, per_class {class: {cause: n}}, confused {other class: n, most frequent first}.

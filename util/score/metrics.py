@@ -6,35 +6,14 @@ Definitions: spec "PI-CLIP" section 1, Evaluation.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from util.data.transforms import IGNORE
 from util.errors import UserError
-
-IGNORE = 255
-
-
-def to_original(logits: Tensor, hw: tuple[int, int], squash: bool) -> Tensor:
-    """Brings the network-size logits of one image (or of several of one size) to the size of its file.
-
-    logits: C S S or B C S S, any float type; returns float32 C H W or B C H W, (H, W) = hw.
-    squash=True: the image was resized to S x S ignoring its aspect ratio, and so is the way back.
-    squash=False: it was letterboxed, so the square goes back to the longer side and the padding, right or below, is cut
-    (PFENet pads the truth to that square with 255 instead: the same counts). Bilinear, align_corners=True.
-    Raises UserError for NaN or infinite logits: their argmax is background, so they would pass for a poor result.
-    """
-    if not torch.isfinite(logits).all():
-        raise UserError("the prediction is not finite: are the weights those of a training that diverged, or damaged? "
-                        "Use another checkpoint (Test_Finetune.weight), or Runtime.precision=fp32")
-    height, width = hw
-    size = (height, width) if squash else (max(hw), max(hw))
-    batch = logits.float() if logits.dim() == 4 else logits.float()[None]
-    full = F.interpolate(batch, size=size, mode="bilinear", align_corners=True)[..., :height, :width]
-    return full if logits.dim() == 4 else full[0]
 
 
 def vote(masks: Tensor) -> Tensor:
@@ -44,13 +23,6 @@ def vote(masks: Tensor) -> Tensor:
     """
     votes = masks.long().sum(0)
     return (2 * votes >= votes.max().clamp(min=1)).long()
-
-
-def decide(final: Tensor, votes: Tensor | None, hw: tuple[int, int], squash: bool) -> Tensor:
-    """H W int64 at file size: the class of the best score (C S S), or where shots vote (K 2 h w) their vote."""
-    if votes is None:
-        return to_original(final, hw, squash).argmax(0)
-    return vote(to_original(votes, hw, squash).argmax(1))
 
 
 def confusion(pred: Tensor, target: Tensor, num_classes: int) -> Tensor:
@@ -70,7 +42,7 @@ def confusion(pred: Tensor, target: Tensor, num_classes: int) -> Tensor:
     return torch.bincount(target * num_classes + pred, minlength=num_classes**2).view(num_classes, num_classes)
 
 
-def _intersection_union(confusion: Tensor) -> Tensor:
+def intersection_union(confusion: Tensor) -> Tensor:
     """C x C counts -> C x 2 (intersection, union)."""
     hit = confusion.diagonal()
     return torch.stack([hit, confusion.sum(0) + confusion.sum(1) - hit], dim=1)
@@ -113,7 +85,7 @@ class FewShotMeter:
         if cls not in self.classes:
             raise ValueError(f"class {cls} is not one of the counted classes {list(self.classes)}")
         row = self.classes.index(cls)
-        counts = _intersection_union(confusion(pred, target, 2))
+        counts = intersection_union(confusion(pred, target, 2))
         self.counts[row] += counts.to(self.counts.device)
         self.episodes[row] += 1
         background, foreground = counts.tolist()
@@ -151,40 +123,54 @@ class FewShotMeter:
 
 
 class SemanticMeter:
-    """Counts of ordinary segmentation (base learner, zero-shot). `state`: C C int64, (truth, prediction)."""
+    """Counts of ordinary segmentation. `state`: C C int64, (truth, prediction); it does not grow with the data.
 
-    def __init__(self, num_classes: int, device: torch.device | str = "cpu"):
-        self.num_classes = num_classes
-        self.state = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
+    classes: what the channels mean, class ids; 0 is the background.
+    """
 
-    def update(self, pred: Tensor, target: Tensor) -> None:
-        """pred: integers 0..num_classes-1, any shape; target: same shape, 255 does not count. 0 is background."""
-        self.state += confusion(pred, target, self.num_classes).to(self.state.device)
+    def __init__(self, classes: Sequence[int], device: torch.device | str = "cpu"):
+        self.classes = tuple(classes)
+        self.state = torch.zeros(len(self.classes), len(self.classes), dtype=torch.int64, device=device)
+
+    def update(self, pred: Tensor, target: Tensor) -> Tensor:
+        """Adds one image and returns its counts, C C int64 on the device of `pred`.
+
+        pred: channel numbers 0..C-1, any shape; target: same shape, 255 does not count.
+        """
+        found = confusion(pred, target, len(self.classes))
+        self.state += found.to(self.state.device)
+        return found
 
     def merge(self, other: SemanticMeter) -> None:
         """Adds what another meter has seen."""
         self.state += other.state.to(self.state.device)
 
-    def result(self) -> dict:
+    def result(self, seen: Sequence[int] = (), unseen: Sequence[int] = ()) -> dict:
         """Scores as fractions 0..1.
 
-        miou_foreground, miou_with_background   mean IoU over classes 1.. / over classes 0..
-        pixel_accuracy                          right pixels / counted pixels
-        per_class                               {class, background 0 too: IoU, or None if neither truth nor prediction
-                                                has it}; such classes are in `absent` and in no mean
-        Raises UserError when no foreground class was seen at all.
+        miou, background_miou   mean IoU over the classes but background / with it
+        seen_miou, unseen_miou, hiou   means over these classes and their harmonic mean, where both are given and found
+        pixel_accuracy          right pixels / counted pixels
+        per_class               {class, background 0 too: IoU, or None if neither truth nor prediction has it}; such classes
+                                are in no mean
+        Raises UserError when no class but background was seen at all.
         """
-        counts = _intersection_union(self.state).tolist()
-        per_class = {c: i / u if u else None for c, (i, u) in enumerate(counts)}
-        seen = {c: iou for c, iou in per_class.items() if iou is not None}
-        foreground = [iou for c, iou in seen.items() if c > 0]
-        if not foreground:
-            raise UserError("no foreground class was seen in the evaluated images, so there is no mIoU. "
+        counts = intersection_union(self.state).tolist()
+        per_class = {c: i / u if u else None for c, (i, u) in zip(self.classes, counts, strict=True)}
+
+        def mean(classes: Iterable[int]) -> float | None:
+            found = [per_class[c] for c in classes if per_class.get(c) is not None]
+            return sum(found) / len(found) if found else None
+
+        scores = {"miou": mean(c for c in self.classes if c)}
+        if scores["miou"] is None:
+            raise UserError("no class but background was seen in the evaluated images, so there is no mIoU. "
                             "Check the list and the labels.")
-        return {
-            "miou_foreground": sum(foreground) / len(foreground),
-            "miou_with_background": sum(seen.values()) / len(seen),
-            "pixel_accuracy": int(self.state.diagonal().sum()) / int(self.state.sum()),
-            "per_class": per_class,
-            "absent": [c for c in per_class if c not in seen],
-        }
+        if 0 in self.classes:
+            scores["background_miou"] = mean(self.classes)
+        groups = mean(seen), mean(unseen)
+        if None not in groups:
+            scores |= {"seen_miou": groups[0], "unseen_miou": groups[1],
+                       "hiou": 2 * groups[0] * groups[1] / max(sum(groups), 1e-12)}  # fmt: skip
+        accuracy = int(self.state.diagonal().sum()) / int(self.state.sum())
+        return scores | {"pixel_accuracy": accuracy, "per_class": per_class}

@@ -11,13 +11,17 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from util.data.transforms import Placed
 from util.run.distributed import Context
-from util.score.metrics import to_original
 
-MAP_NAMES = {"vtp": "VTP", "vvp": "VVP", "cosine": "cosine prior", "similarity": "similarity prior",
-             "cam": "CAM"}  # fmt: skip
+SHORT = {"vtp": "VTP", "vvp": "VVP", "cam": "CAM", "cosine": "cosine prior", "similarity": "similarity prior"}
 THRESHOLDS = tuple(k / 10 for k in range(1, 10))
 LEVELS = len(THRESHOLDS) + 1
+
+
+def title(name: str) -> str:
+    """What people call a prior or another map."""
+    return SHORT.get(name, name)
 
 
 class PriorMeter:
@@ -27,15 +31,14 @@ class PriorMeter:
         self.classes, self.device = tuple(classes), device
         self.states: dict[str, Tensor] = {}
 
-    def update(self, maps: Mapping[str, Tensor], truth: Tensor, cls: int, squash: bool) -> None:
-        """maps: of one episode, h w, those that are priors count; truth: H W uint8 {0, 1, 255}; squash: see `to_original`."""
-        for name in MAP_NAMES:
-            if name in maps:
-                prior = to_original(maps[name][None], tuple(truth.shape), squash)[0]
-                above = (LEVELS * prior).ceil().clamp(1, LEVELS).byte() - 1  # how many thresholds
-                cell = 16 * truth.to(above.device) + above  # in bytes, so that 255 becomes row 15: does not count
-                pixels = torch.bincount(cell.flatten(), minlength=256).view(16, 16)[:2, :LEVELS]
-                self._state(name)[self.classes.index(cls)] += pixels.T.to(self.device)
+    def update(self, maps: Mapping[str, Tensor], truth: Tensor, cls: int, placed: Placed) -> None:
+        """maps: priors of one episode, h w; truth: H W uint8 {0, 1, 255}."""
+        for name, values in maps.items():
+            prior = placed.restore(values[None])[0]
+            above = (LEVELS * prior).ceil().clamp(1, LEVELS).byte() - 1  # how many thresholds
+            cell = 16 * truth.to(above.device) + above  # in bytes, so that 255 becomes row 15: does not count
+            pixels = torch.bincount(cell.flatten(), minlength=256).view(16, 16)[:2, :LEVELS]
+            self._state(name)[self.classes.index(cls)] += pixels.T.to(self.device)
 
     def result(self, context: Context) -> dict[str, list[float]]:
         """Prior -> mIoU, a fraction, at each of THRESHOLDS; over the episodes of all ranks."""

@@ -23,7 +23,7 @@ from util.data.index import MIN_PIXELS
 from util.errors import UserError
 from util.prepare.custom import check, sources, write
 
-RESERVED = {*NUM_CLASSES, "pascal_mini", "protocol", "episodes", "sweep"}  # folders of config/ and exp/
+RESERVED = {*NUM_CLASSES, "protocol", "system", "template", "episodes", "sweep"}  # folders of config/ and exp/
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -86,7 +86,8 @@ def check_name(name: str) -> None:
     if not re.fullmatch(r"[A-Za-z0-9][\w-]*", name, re.ASCII):
         raise UserError(f"{name!r} is no name for a data set: letters, digits, '_' and '-' only; it names folders")
     places = write.Places(name)
-    foreign = places.base.is_file() and load_config(places.base).Train.data_set != name
+    found = load_config(places.base) if places.base.is_file() else None
+    foreign = found is not None and (found.Train.data_set != name or not found.Data.folds)
     if name.lower() in RESERVED or foreign or (places.base.parent.exists() and not places.folds.is_file()):
         raise UserError(f"the name {name!r} is taken (config/{name} is not this command's); choose another")
 
@@ -118,10 +119,7 @@ def choose_folds(given: argparse.Namespace, found: sources.Found, places: write.
 
 def following(name: str, gpu: bool) -> str:
     """The commands that train on it and test, on this machine: without a GPU with a small network."""
-    arch, net, gpus = ("PI_CLIP", "resnet50", "") if gpu else ("HDMNet", "efficientnet_lite0", " 0")
-    runs = [f"ARCH={a} NET={net} sh {stage}.sh split0 {name}{gpus}" for a, stage in
-            (("PSPNet", "train"), (arch, "train"), (arch, "test"))]  # fmt: skip
-    return "\n  ".join(["next:", *([] if gpu else ["python -m model.backbone.lite0"]), *runs])
+    return write.template(f"next_{'gpu' if gpu else 'cpu'}.txt").format(name=name).rstrip()
 
 
 if __name__ == "__main__":

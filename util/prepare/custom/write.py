@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 
+from util.config import CONFIGS
 from util.data.folds import NUM_FOLDS, ClassNames
 from util.data.index import MIN_PIXELS, read_list
 from util.errors import UserError
@@ -14,73 +15,7 @@ from util.files import atomic
 from util.prepare.custom.check import PARTS, Seen
 from util.prepare.custom.sources import Found
 
-BASE = """\
-# {name}: made by `python -m util.prepare.custom`, now yours to change. Every key is explained in util/config.py.
-Data:
-  data_root: data/{name}
-  train_list: lists/{name}/train.txt
-  val_list: lists/{name}/val.txt
-  class_names: lists/{name}/classes.txt
-  folds: lists/{name}/folds.yaml
-{min_pixels}Train:
-  data_set: {name}
-  train_h: 473                # side of the network's input; smaller is faster
-  val_size: 473
-  batch_size: 4
-  base_lr: 0.0001
-  epochs: 20
-  workers: 4
-  val_episodes: 200
-  batch_size_val: 4
-Method:
-  backbone: resnet50
-  backbone_weight: hub        # ImageNet weights, downloaded by timm; or a file
-Test_Finetune:
-  baselines: true
-"""
-RECIPES = {
-    "PSPNet": """\
-# The base learner: ImageNet weights adapt quickly to few images, so a short run at a higher rate.
-Train:
-  crop: true
-  scale_min: 0.5
-  scale_max: 2.0
-  batch_size: 8
-  base_lr: 0.01
-  weight_decay: 0.0001
-""",
-    "BAM": """\
-# BAM's recipe: SGD.
-Train:
-  base_lr: 0.005
-  weight_decay: 0.0001
-""",
-    "PFENet": """\
-# PFENet's recipe: SGD.
-Train:
-  base_lr: 0.0025
-  weight_decay: 0.0001
-""",
-}
-FOLDS = {
-    "resnet50": """\
-extends: base.yaml
-Train:
-  split: {split}
-""",
-    "efficientnet_lite0": """\
-# A small network at a small side, for a CPU; its weights come from `python -m model.backbone.lite0`.
-extends: base.yaml
-Train:
-  split: {split}
-  train_h: 225
-  val_size: 225
-Method:
-  backbone: timm:tf_efficientnet_lite0
-  backbone_weight: initmodel/tf_efficientnet_lite0.safetensors
-  ppm_scales: [29, 15, 8, 4]
-""",
-}
+TEMPLATE = CONFIGS / "template"  # base.yaml, recipes/ARCH.yaml, folds/NET.yaml, next_{gpu,cpu}.txt; {name}, {split} are filled in
 
 
 @dataclass(frozen=True)
@@ -115,6 +50,11 @@ class Places:
         return {image: part for part, file in files.items() if file.is_file() for image, _ in read_list(file)}
 
 
+def template(name: str | Path) -> str:
+    """Text of a file of config/template."""
+    return (TEMPLATE / name).read_text(encoding="utf-8")
+
+
 def make_folds(names: ClassNames, count: int | None) -> tuple[str, list[tuple[int, ...]]]:
     """Contiguous groups of classes, the first ones one larger where it does not come out even: the text and the classes."""
     classes = len(names.names)
@@ -137,10 +77,10 @@ def write(
     lists[places.folds] = folds_text
     pixels = "" if min_pixels == MIN_PIXELS else f"  min_pixels: {min_pixels}\n"
     folder, name = places.base.parent, places.name
-    configs = {places.base: BASE.format(name=name, min_pixels=pixels)}
-    configs |= {folder / f"{arch}.yaml": text for arch, text in RECIPES.items()}
-    configs |= {folder / f"{name}_split{split}_{net}.yaml": text.format(split=split)
-                for net, text in FOLDS.items() for split in range(folds)}
+    configs = {places.base: template("base.yaml").format(name=name, min_pixels=pixels)}
+    configs |= {folder / file.name: template(file) for file in sorted(TEMPLATE.glob("recipes/*.yaml"))}
+    configs |= {folder / f"{name}_split{split}_{file.stem}.yaml": template(file).format(split=split)
+                for file in sorted(TEMPLATE.glob("folds/*.yaml")) for split in range(folds)}
     changed = [path for path, text in (lists | configs).items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
     kept = [path for path in changed if path in configs and path.is_file()]
     written = [path for path in changed if path not in kept]

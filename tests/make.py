@@ -1,18 +1,20 @@
-"""Untrained checkpoints and a few scenes of the demo world, for the tests of what works on them."""
+"""What tests make: untrained checkpoints, a few scenes of the demo world, predictions at file size."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from demo import world
-from model import build_system, load_backbone
-from util.config import Config, load_config
+from model import build_system, configure, load_frozen
+from util.config import Config
 from util.data.episodes import mask_table
 from util.data.folds import fold_of, read_class_names
-from util.data.transforms import read_label
+from util.data.transforms import Placed, read_label
 from util.run.checkpoint import save_weights
 from util.run.identity import identity
 from util.run.place import Experiment
@@ -35,21 +37,31 @@ def draw(root: Path) -> Path:
 
 def make(root: Path, arch: str, *overrides: str) -> tuple[Config, Path]:
     """An untrained system's checkpoint as train.py writes it, with its base learner; its config and file."""
-    few = ["Train.val_size=65", f"Runtime.output={root}/exp", "Method.ppm_scales=[9,5,2]", *overrides]
+    few = ["Train.val_size=65", f"Runtime.output={root}/exp", *overrides]
     for name in ("PSPNet", arch):
-        config = load_config(CONFIG, name, few)
+        config = configure(CONFIG, name, few)
         place = Experiment.from_config_path(name, CONFIG, config.Runtime.output)
         torch.manual_seed(5)
         system = build_system(name, config, fold_of(config), read_class_names(config.Data.class_names))
-        load_backbone(system, config, place)
+        load_frozen(system, config, place, training=True)
         with torch.no_grad():
             for parameter in system.trained.parameters() if name == arch else ():
                 parameter.mul_(1.5)  # scores that differ, and masks that are neither empty nor full
             if hasattr(system.trained, "ensemble"):
                 system.trained.ensemble.cls_merge.weight.fill_(1)  # so far the base learner has no say
-        meta = identity(name, config, system.prior_names) | {"frozen": system.frozen_hashes()}
+        meta = identity(name, system.facts, config) | {"frozen": system.frozen_hashes()}
         save_weights(place.best, system.trained_state(), meta | {"config": asdict(config)})
     return config, place.best
+
+
+def placed(hw: Sequence[int], squash: bool) -> Placed:
+    """Where a squashed or letterboxed image lies."""
+    return Placed(tuple(hw), tuple(hw) if squash else (max(hw), max(hw)))
+
+
+def restore(scores: Tensor, hw: Sequence[int], squash: bool) -> Tensor:
+    """Scores of a squashed or letterboxed image at file size."""
+    return placed(hw, squash).restore(scores)
 
 
 def photo(scenes: Path, number: int) -> Path:
