@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from util.data.transforms import IGNORE
+from util.data.transforms import IGNORE, open_image
 from util.errors import UserError
 
 Box = Sequence[float]  # x0, y0, x1, y1 in pixels of the upright photo; x1 and y1 are the first that are outside
@@ -222,7 +222,7 @@ def _load(path: Path) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # we have a limit of our own
-            with Image.open(path) as image:
+            with open_image(path) as image:
                 if image.width * image.height > MAX_PIXELS:
                     raise UserError(too_large)
                 image.load()

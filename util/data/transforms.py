@@ -8,6 +8,7 @@ import os
 import signal
 from collections.abc import Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import cv2
 import numpy as np
@@ -18,6 +19,7 @@ from util.errors import BrokenFile, UserError
 
 IMAGENET_MEAN = (123.675, 116.28, 103.53)
 IGNORE = 255
+FORMATS = "JPEG", "MPO", "PNG", "WEBP", "BMP", "DIB", "TIFF", "GIF", "PPM", "AVIF", "JPEG2000"  # pictures; no programs
 
 Augmented = tuple[np.ndarray, np.ndarray, list[np.ndarray]]
 
@@ -27,6 +29,16 @@ def worker_init(worker_id: int) -> None:
     parent does at SIGTERM is not theirs to do."""
     cv2.setNumThreads(0)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def open_image(source: str | Path | BinaryIO) -> Image.Image:
+    """Open a picture with Pillow, whose pixels are read later. The one way in this house.
+
+    Only `FORMATS`: Pillow goes by content, not by name, and for an EPS it starts Ghostscript, which runs what the file says.
+    Raises what Pillow raises; UnidentifiedImageError for every other kind of file.
+    """
+    Image.init()
+    return Image.open(source, formats=[name for name in FORMATS if name in Image.OPEN])  # an older Pillow has no AVIF
 
 
 def read_image(path: str | Path) -> np.ndarray:
@@ -48,7 +60,7 @@ def image_hw(path: str | Path) -> tuple[int, int]:
     """Height and width of an image, from its header alone."""
     _require(path, "image")
     try:
-        with Image.open(path) as image:
+        with open_image(path) as image:
             return image.height, image.width
     except Exception as error:  # PIL raises many kinds on damaged files, and its own on absurd sizes
         raise BrokenFile(f"{path}: not a readable image ({error}); fetch it again") from error
@@ -58,7 +70,7 @@ def read_label(path: str | Path) -> np.ndarray:
     """Read a label as H W uint8 class indices. Palette PNGs (VOC's own) give their index, never their colour."""
     _require(path, "label")
     try:
-        with Image.open(path) as label:
+        with open_image(path) as label:
             mode, array = label.mode, np.array(label) if label.mode in ("P", "L") else None
     except Exception as error:  # as in image_hw
         raise BrokenFile(f"{path}: not a readable label ({error}); fetch it again") from error

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ImageOps
 
 from util.data.custom.sources import Pair
 from util.data.episodes import EpisodeList, draw
 from util.data.folds import ClassNames
 from util.data.index import Record, build_index
 from util.data.prepare.common import check_classes, each
-from util.data.transforms import IGNORE, check_sizes, read_label
+from util.data.transforms import IGNORE, check_sizes, open_image, read_label
 from util.errors import UserError
 
 PARTS = "train", "val"
@@ -60,7 +60,7 @@ def look(pairs: Sequence[Pair], classes: int) -> list[Seen]:
 def _look(classes: int, pair: Pair) -> Seen | str:
     """The pair, or what is wrong with it."""
     try:
-        with Image.open(pair.image) as image:
+        with open_image(pair.image) as image:
             hw, turned = (image.height, image.width), image.getexif().get(ORIENTATION, 1) != 1
             upright = ImageOps.exif_transpose(image).size[::-1]  # decodes it: a file that is cut off shows
         label = read_label(pair.label)

@@ -7,12 +7,11 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from util.data.folds import ClassNames, read_class_names
 from util.data.prepare import common
 from util.data.prepare.common import absent, check_name, each, read_ids, write_label
-from util.data.transforms import IGNORE, read_label
+from util.data.transforms import IGNORE, open_image, read_label
 from util.errors import UserError
 
 IMAGES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
@@ -155,7 +154,7 @@ def convert(jobs: Sequence[tuple[Path, Path]], colours: dict[tuple[int, int, int
 def _recolour(values: dict[int, int], job: tuple[Path, Path]) -> None:
     source, target = job
     try:
-        with Image.open(source) as mask:
+        with open_image(source) as mask:
             red, green, blue = np.moveaxis(np.array(mask.convert("RGB")).astype(np.int32), 2, 0)
     except Exception as error:  # Pillow raises many kinds on damaged files
         raise UserError(f"{source}: not a readable mask ({error})") from error
