@@ -45,15 +45,35 @@ def read_image(path: str | Path) -> np.ndarray:
     """Read an image as H W 3 float32 RGB 0..255, as stored: EXIF rotation is not applied, labels do not know of it.
 
     Grey becomes three equal channels, transparency is dropped, 16 bits are cut to 8, of an animation the first frame counts.
+    Raises BrokenFile: missing, damaged, or a kind that OpenCV does not know. UserError: other values than 8 or whole 16 bits.
     """
     image_hw(path)  # the header first: a bomb is refused before it takes memory
+    kinds = cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH | cv2.IMREAD_IGNORE_ORIENTATION
     try:  # from memory, for cv2.imread paints the missing rows of a truncated JPEG grey, without a word
-        image = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
+        image = cv2.imdecode(np.fromfile(path, np.uint8), kinds)
     except cv2.error:
         image = None
     if image is None:
-        raise BrokenFile(f"{path}: not a readable image; fetch it again")
+        raise BrokenFile(f"{path}: not a readable image (truncated, or of a kind that OpenCV does not know); fetch it again, or "
+                         "save it as JPEG or as PNG with 8 bits")
+    if image.dtype == np.uint16:
+        image = upper_byte(image, path)
+    if image.dtype != np.uint8:
+        raise UserError(f"{path}: values are {image.dtype}, which have no fixed white; save it with 8 bits")
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB).astype(np.float32)
+
+
+def upper_byte(values: np.ndarray, name: str | Path) -> np.ndarray:
+    """The upper 8 of 16 bits, uint8. Raises UserError: see `check_depth`."""
+    check_depth(int(values.max()), name)
+    return (values >> 8).astype(np.uint8)
+
+
+def check_depth(peak: int, name: str | Path) -> None:
+    """Raise UserError where the largest of 16-bit values has 14 bits or fewer, as a camera's do: cut to 8 bits it is dark."""
+    if 0 < peak < 2**14:
+        raise UserError(f"{name}: a file of 16 bits whose values have {peak.bit_length()}: it would be nearly black. Spread them "
+                        "over 0..65,535, or save it with 8 bits")
 
 
 def image_hw(path: str | Path) -> tuple[int, int]:
