@@ -141,7 +141,8 @@ def write(
     configs |= {folder / f"{arch}.yaml": text for arch, text in RECIPES.items()}
     configs |= {folder / f"{name}_split{split}_{net}.yaml": text.format(split=split)
                 for net, text in FOLDS.items() for split in range(folds)}
-    changed = [path for path, text in (lists | configs).items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
+    changed = [path for path, text in (lists | configs).items()
+               if not path.is_file() or path.read_text(encoding="utf-8", errors="replace") != text]  # fmt: skip
     kept = [path for path in changed if path in configs and path.is_file()]
     written = [path for path in changed if path not in kept]
     for path in written:
