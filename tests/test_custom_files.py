@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.test_custom import COLOURS, add, label_of, make, own  # noqa: F401
-from util.data.transforms import read_image
+from tests.test_custom import COLOURS, label_of, make, own  # noqa: F401
+from util.data.index import read_list
+from util.data.transforms import SUFFIXES, read_image
 from util.errors import UserError
+from util.photos.reading import find, others
 from util.prepare.custom import sources
 
 
@@ -95,7 +97,14 @@ def test_hidden_and_strange_entries(own: Path, capsys: pytest.CaptureFixture) ->
     """What a Mac leaves on a stick is passed over; what would block whoever reads it is not opened."""
     for folder, ending in (("images", "jpg"), ("masks", "png")):
         (own / f"{folder}/._im05.{ending}").write_bytes(b"\0\5\x16\7\0\2\0\0Mac OS X")
+    (own / "images/.DS_Store").touch()
     os.mkfifo(own / "images/pipe.jpg")
-    add(own, "more", label_of(3))
+    for ending in SUFFIXES:
+        picture = Image.fromarray(np.random.default_rng(1).integers(0, 255, (64, 64, 3), np.uint8))
+        picture.save(own / f"images/x{ending[1:]}{ending}")
+        Image.fromarray(label_of(3)).save(own / f"masks/x{ending[1:]}.png")
     make(own)
     assert "no PNGs: pipe.jpg\n" in capsys.readouterr().out
+    listed = {Path(image).name for part in ("train", "val") for image, _ in read_list(f"lists/mine/{part}.txt")}
+    assert len(listed) == 32 + len(SUFFIXES) and {path.name for path in find([str(own / "images")])} == listed
+    assert others([str(own / "images")]) == [] and len(find([str(own / "images/._im05.jpg")])) == 1  # asked for by its name

@@ -21,6 +21,11 @@ NUMBERS = {torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.bo
            torch.int32, torch.int64}  # fmt: skip
 
 
+def entries(folder: Path) -> list[Path]:
+    """What lies in a folder, sorted, without hidden files: those that a Mac leaves beside `a.jpg` are called `._a.jpg`."""
+    return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+
+
 @contextlib.contextmanager
 def atomic(path: Path) -> Iterator[Path]:
     """Gives a temporary path in the same folder; it replaces `path` when the block ends well, and vanishes when not."""
@@ -93,8 +98,8 @@ def load_state(path: Path) -> dict[str, Tensor]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged and foreign files raise many kinds
         kind = type(error).__name__  # not its text, in which torch advises to open the file all the same
-        damaged = (f"{path} is damaged, or holds more than tensors ({kind}); it is not opened otherwise, since unpickling could run "
-                   "code. Download it again, or convert it to safetensors")
+        damaged = (f"{path} is damaged, or holds more than tensors ({kind}); it is not opened otherwise, since unpickling could "
+                   "run code. Download it again, or convert it to safetensors")
         raise UserError(_other_kind(path) or damaged) from error
     for key in ("state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):

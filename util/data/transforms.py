@@ -21,6 +21,8 @@ IMAGENET_MEAN = (123.675, 116.28, 103.53)
 IGNORE = 255
 FORMATS = "JPEG", "MPO", "PNG", "WEBP", "BMP", "DIB", "TIFF", "GIF", "PPM", "AVIF", "JPEG2000"  # pictures; no programs
 
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".avif")  # of pictures in a folder
+
 Augmented = tuple[np.ndarray, np.ndarray, list[np.ndarray]]
 
 

@@ -20,14 +20,14 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from util.data.transforms import IGNORE, check_depth, open_image, upper_byte
+from util.data.transforms import IGNORE, SUFFIXES, check_depth, open_image, upper_byte
 from util.errors import UserError
+from util.files import entries
 
 Box = Sequence[float]  # x0, y0, x1, y1 in pixels of the upright photo; x1 and y1 are the first that are outside
 
 MAX_PIXELS = 128_000_000  # of a file: more is a decompression bomb
 MAX_SIDE = 640  # pixels: the longest side of PASCAL's and COCO's images; larger photos are reduced to it on their way in
-PHOTOS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".avif")
 DARK = 16  # a colour below it counts as black
 MANY = 16  # levels of grey, from which on they are not numbers of classes
 VIDEOS = (".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg")
@@ -195,16 +195,16 @@ def shrink(image: np.ndarray, side: int, interpolation: int = cv2.INTER_AREA) ->
 
 
 def find(patterns: Sequence[str]) -> list[Path]:
-    """Photos and videos that files, folders (without those inside) and globs name, each once, in order.
+    """Photos and videos that files, folders (without hidden files and folders inside) and globs name, each once, in order.
 
     Raises UserError: one of them leads to nothing.
     """
     found: dict[Path, None] = {}
     for pattern in patterns:
         if Path(pattern).is_dir():
-            files = sorted(f for f in Path(pattern).iterdir() if f.suffix.lower() in PHOTOS + VIDEOS and f.is_file())
+            files = [f for f in entries(Path(pattern)) if f.suffix.lower() in SUFFIXES + VIDEOS and f.is_file()]
             if not files:
-                raise UserError(f"no photo and no video in the folder {pattern}; it reads {', '.join(PHOTOS + VIDEOS)}")
+                raise UserError(f"no photo and no video in the folder {pattern}; it reads {', '.join(SUFFIXES + VIDEOS)}")
         else:
             files = [Path(pattern)] if Path(pattern).is_file() else [Path(f) for f in sorted(glob(pattern)) if Path(f).is_file()]
             if not files:
@@ -215,8 +215,8 @@ def find(patterns: Sequence[str]) -> list[Path]:
 
 def others(patterns: Sequence[str]) -> list[Path]:
     """Files in the folders among the patterns that `find` does not look at."""
-    files = (f for pattern in patterns if Path(pattern).is_dir() for f in sorted(Path(pattern).iterdir()) if f.is_file())
-    return [f for f in files if f.suffix.lower() not in PHOTOS + VIDEOS]
+    files = (f for pattern in patterns if Path(pattern).is_dir() for f in entries(Path(pattern)) if f.is_file())
+    return [f for f in files if f.suffix.lower() not in SUFFIXES + VIDEOS]
 
 
 def frames(path: Path, every: int) -> Iterator[tuple[str, Photo]]:

@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 
 from util.data.folds import ClassNames, clean_name, read_class_names
-from util.data.transforms import IGNORE, check_sizes, image_hw, open_image, read_label
+from util.data.transforms import IGNORE, SUFFIXES, check_sizes, image_hw, open_image, read_label
 from util.errors import UserError
+from util.files import entries
 from util.prepare import common
 from util.prepare.common import absent, check_name, each, read_ids, write_label
 
-IMAGES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 CONVERTED = "converted"  # folder of data/NAME
 VOC_BORDER = (224, 224, 192)
 SHOWN = 10  # messages about single files
@@ -60,8 +60,8 @@ def _pngs(root: Path, images: Path, masks: Path, sets: Path, classes: Path | Non
             raise UserError(f"{place}: no such folder; {root} must hold {images.name}/ and {masks.name}/ (docs/custom-data.md)")
     colours = read_labelmap(root / "labelmap.txt") if (root / "labelmap.txt").is_file() else None
     names = _names(classes or root / "classes.txt", colours)
-    pictures, others = stems(images, IMAGES)
-    labels, strange = stems(masks, {".png"})
+    pictures, others = stems(images, SUFFIXES)
+    labels, strange = stems(masks, (".png",))
     if strange and not labels:
         raise UserError(f"{masks}: masks are PNGs (JPEG changes the values), found {', '.join(strange[:5])}")
     parts, unlisted = split(sets, pictures)
@@ -86,11 +86,11 @@ def _pngs(root: Path, images: Path, masks: Path, sets: Path, classes: Path | Non
     return Found(names, pairs, links, root / "folds.yaml", notes)
 
 
-def stems(place: Path, suffixes: set[str]) -> tuple[dict[str, Path], list[str]]:
+def stems(place: Path, suffixes: Sequence[str]) -> tuple[dict[str, Path], list[str]]:
     """Stem -> file, sorted, and the names of everything else but hidden files."""
     files: dict[str, Path] = {}
     others = []
-    for path in sorted(p for p in place.iterdir() if not p.name.startswith(".")):
+    for path in entries(place):
         if not path.is_file() or path.suffix.lower() not in suffixes:
             others.append(path.name)
             continue
