@@ -258,3 +258,11 @@ def test_official_checkpoint_is_loaded_whole_or_not_at_all(cls: type[FewShot]) -
         with pytest.raises(UserError, match="nothing was loaded"):
             system.import_official({k: torch.zeros_like(v) for k, v in bad.items()})
         assert all(torch.equal(v, before[k]) for k, v in system.state_dict().items())
+
+
+@pytest.mark.parametrize(("name", "says"), [
+    ("xception41", "cannot run"), ("botnet26t_256", "cannot run"), ("sedarknet21", "levels 2 to 4 must be of one size"),
+])  # fmt: skip
+def test_networks_of_timm_that_cannot_run_are_not_built(name: str, says: str) -> None:
+    with pytest.raises(UserError, match=f"'timm:{name}'.*{says}.*choose another"):
+        build_encoder(f"timm:{name}")

@@ -21,6 +21,11 @@ NUMBERS = {torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.bo
            torch.int32, torch.int64}  # fmt: skip
 
 
+def entries(folder: Path) -> list[Path]:
+    """What lies in a folder, sorted, without hidden files: those that a Mac leaves beside `a.jpg` are called `._a.jpg`."""
+    return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+
+
 @contextlib.contextmanager
 def atomic(path: Path) -> Iterator[Path]:
     """Gives a temporary path in the same folder; it replaces `path` when the block ends well, and vanishes when not."""
@@ -71,7 +76,8 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     except FileNotFoundError as error:
         raise UserError(f"no file {path}") from error
     except Exception as error:  # lying headers raise many kinds
-        raise UserError(f"{path} is damaged or no safetensors file ({error}); delete it and make or download it again") from error
+        damaged = f"{path} is damaged or no safetensors file ({error}); delete it and make or download it again"
+        raise UserError(_other_kind(path) or damaged) from error
     return _checked(path, tensors)
 
 
@@ -91,12 +97,29 @@ def load_state(path: Path) -> dict[str, Tensor]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged and foreign files raise many kinds
-        raise UserError(f"{path} is damaged, or holds more than tensors; it is not opened otherwise, since unpickling could run "
-                        f"code ({type(error).__name__}: {error})") from error
+        kind = type(error).__name__  # not its text, in which torch advises to open the file all the same
+        damaged = (f"{path} is damaged, or holds more than tensors ({kind}); it is not opened otherwise, since unpickling could "
+                   "run code. Download it again, or convert it to safetensors")
+        raise UserError(_other_kind(path) or damaged) from error
     for key in ("state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
     return {key.removeprefix("module."): value for key, value in _checked(path, content).items()}
+
+
+def _other_kind(path: Path) -> str:
+    """What a file is that was saved in the place of weights, and what to do; "" where its beginning does not show it."""
+    with open(path, "rb") as file:
+        start = file.read(1024).lstrip(b"\xef\xbb\xbf \t\r\n")
+    lower = start.lower()
+    if start.startswith(b"version https://git-lfs"):
+        return f"{path} is a Git LFS pointer and not weights: fetch them with `git lfs pull`, or download the file from its page"
+    if lower.startswith((b"<!doctype", b"<html", b"<head", b"<?xml", b"<!--", b"<script")):
+        return f"{path} is a web page (HTML) and not weights: the link needs a click or a login; download it with a browser"
+    text = start.decode(errors="replace")
+    if len(text) > 8 and all(character.isprintable() or character in "\r\n\t" for character in text):
+        return f"{path} is a text and not weights, it begins with {text[:60]!r}: what a server answers instead? Download it again"
+    return ""
 
 
 def zip_members(path: Path) -> list[zipfile.ZipInfo]:

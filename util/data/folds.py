@@ -136,3 +136,14 @@ def read_class_names(path: str | Path) -> ClassNames:
         names.append(name)
         texts.append(spoken or name)
     return ClassNames(tuple(names), tuple(texts))
+
+
+def clean_name(where: str, name: object) -> str:
+    """A class name as the lists can hold it: line breaks and runs of blanks become one blank, those around it vanish.
+
+    Raises UserError, beginning with `where`: no text, none left, or with '|', which parts a name from its text for CLIP.
+    """
+    clean = " ".join(name.replace("\ufeff", "").split()) if isinstance(name, str) else ""
+    if not clean or "|" in clean or clean.encode(errors="replace").decode() != clean:
+        raise UserError(f"{where}: {name!r} is no name of a class: needed is a text of one line, without '|'")
+    return clean

@@ -9,6 +9,7 @@ import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import cv2
 import numpy as np
@@ -21,6 +22,8 @@ from util.errors import BrokenFile, UserError
 IMAGENET_MEAN = (123.675, 116.28, 103.53)
 IGNORE = 255
 ROTATE = (-10.0, 10.0)  # degrees; every published recipe has them
+FORMATS = "JPEG", "MPO", "PNG", "WEBP", "BMP", "DIB", "TIFF", "GIF", "PPM", "AVIF", "JPEG2000"  # pictures; no programs
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".avif")  # of pictures in a folder
 
 Augmented = tuple[np.ndarray, np.ndarray, list[np.ndarray]]
 
@@ -32,26 +35,56 @@ def worker_init(worker_id: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
+def open_image(source: str | Path | BinaryIO) -> Image.Image:
+    """Open a picture with Pillow, whose pixels are read later. The one way in this house.
+
+    Only `FORMATS`: Pillow goes by content, not by name, and for an EPS it starts Ghostscript, which runs what the file says.
+    Raises what Pillow raises; UnidentifiedImageError for every other kind of file.
+    """
+    Image.init()
+    return Image.open(source, formats=[name for name in FORMATS if name in Image.OPEN])  # an older Pillow has no AVIF
+
+
 def read_image(path: str | Path) -> np.ndarray:
     """Read an image as H W 3 float32 RGB 0..255, as stored: EXIF rotation is not applied, labels do not know of it.
 
     Grey becomes three equal channels, transparency is dropped, 16 bits are cut to 8, of an animation the first frame counts.
+    Raises BrokenFile: missing, damaged, or a kind that OpenCV does not know. UserError: other values than 8 or whole 16 bits.
     """
     image_hw(path)  # the header first: a bomb is refused before it takes memory
+    kinds = cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH | cv2.IMREAD_IGNORE_ORIENTATION
     try:  # from memory, for cv2.imread paints the missing rows of a truncated JPEG grey, without a word
-        image = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
+        image = cv2.imdecode(np.fromfile(path, np.uint8), kinds)
     except cv2.error:
         image = None
     if image is None:
-        raise BrokenFile(f"{path}: not a readable image; fetch it again")
+        raise BrokenFile(f"{path}: not a readable image (truncated, or of a kind that OpenCV does not know); fetch it again, or "
+                         "save it as JPEG or as PNG with 8 bits")
+    if image.dtype == np.uint16:
+        image = upper_byte(image, path)
+    if image.dtype != np.uint8:
+        raise UserError(f"{path}: values are {image.dtype}, which have no fixed white; save it with 8 bits")
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB).astype(np.float32)
+
+
+def upper_byte(values: np.ndarray, name: str | Path) -> np.ndarray:
+    """The upper 8 of 16 bits, uint8. Raises UserError: see `check_depth`."""
+    check_depth(int(values.max()), name)
+    return (values >> 8).astype(np.uint8)
+
+
+def check_depth(peak: int, name: str | Path) -> None:
+    """Raise UserError where the largest of 16-bit values has 14 bits or fewer, as a camera's do: cut to 8 bits it is dark."""
+    if 0 < peak < 2**14:
+        raise UserError(f"{name}: a file of 16 bits whose values have {peak.bit_length()}: it would be nearly black. Spread them "
+                        "over 0..65,535, or save it with 8 bits")
 
 
 def image_hw(path: str | Path) -> tuple[int, int]:
     """Height and width of an image, from its header alone."""
     _require(path, "image")
     try:
-        with Image.open(path) as image:
+        with open_image(path) as image:
             return image.height, image.width
     except Exception as error:  # PIL raises many kinds on damaged files, and its own on absurd sizes
         raise BrokenFile(f"{path}: not a readable image ({error}); fetch it again") from error
@@ -61,7 +94,7 @@ def read_label(path: str | Path) -> np.ndarray:
     """Read a label as H W uint8 class indices. Palette PNGs (VOC's own) give their index, never their colour."""
     _require(path, "label")
     try:
-        with Image.open(path) as label:
+        with open_image(path) as label:
             mode, array = label.mode, np.array(label) if label.mode in ("P", "L") else None
     except Exception as error:  # as in image_hw
         raise BrokenFile(f"{path}: not a readable label ({error}); fetch it again") from error

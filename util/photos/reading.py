@@ -1,10 +1,12 @@
 """Anybody's photos and masks: every kind of file by one rule, upright, or refused with the reason.
 
 Photos become H W 3 uint8 RGB. The first frame of an animation counts; transparency lies over white; 16-bit grey keeps its
-upper 8 bits; CMYK and the like are converted by Pillow, colour profiles are ignored. An EXIF orientation is carried out.
+upper 8 bits, and is refused where these are nearly empty; CMYK and the like are converted by Pillow, colour profiles are
+ignored. An EXIF orientation is carried out.
 
-Masks: 0 is background, every other value the object. In a palette PNG, as VOC's labels are, 255 does not count; where there is
-transparency, what is opaque is the object; of colours, what is not black. JPEG masks are refused, since JPEG blurs values.
+Masks: 0 is background, every other value the object. In a palette PNG, as VOC's labels are, 255 does not count, and entry 0 must
+be black; where there is transparency, what is opaque is the object; of colours, what is not black. With soft edges (a blur, an
+antialiased brush) the object begins at half of white. JPEG masks are refused, since JPEG blurs values.
 """
 
 import warnings
@@ -18,14 +20,16 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from util.data.transforms import IGNORE
+from util.data.transforms import IGNORE, SUFFIXES, check_depth, open_image, upper_byte
 from util.errors import UserError
+from util.files import entries
 
 Box = Sequence[float]  # x0, y0, x1, y1 in pixels of the upright photo; x1 and y1 are the first that are outside
 
 MAX_PIXELS = 128_000_000  # of a file: more is a decompression bomb
 MAX_SIDE = 640  # pixels: the longest side of PASCAL's and COCO's images; larger photos are reduced to it on their way in
-PHOTOS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".avif")
+DARK = 16  # a colour below it counts as black
+MANY = 16  # levels of grey, from which on they are not numbers of classes
 VIDEOS = (".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg")
 ORIENTATION = 0x0112  # EXIF tag
 TURNS = {5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
@@ -65,7 +69,7 @@ def read_photo(source: Source, name: str = "image") -> Photo:
         values = np.asarray(image)
         if values.min() < 0 or values.max() > 65535:
             raise UserError(f"{name}: values from {values.min()} to {values.max()}; save it with 8 or 16 bits")
-        image = Image.fromarray((values.astype(np.uint16) >> 8).astype(np.uint8))
+        image = Image.fromarray(upper_byte(values.astype(np.uint16), name))
     if image.has_transparency_data:
         sheet = Image.new("RGBA", image.size, "white")
         sheet.alpha_composite(image.convert("RGBA"))
@@ -81,8 +85,8 @@ def read_mask(source: Source, photo: Photo) -> np.ndarray:
     """
     if isinstance(source, Tensor):
         source = source.detach().cpu().numpy()
-    if isinstance(source, np.ndarray) and source.ndim == 2 and source.dtype.kind in "biu":
-        source = source != 0
+    if isinstance(source, np.ndarray) and source.ndim == 2 and source.size and source.dtype.kind in "biu":
+        source = _object(source, f"mask of {photo.name}")
     image, name = _open(source, f"mask of {photo.name}")
     if image.format in ("JPEG", "MPO"):
         raise UserError(f"{name}: a mask must be lossless, JPEG blurs its values; export it as PNG from where "
@@ -94,18 +98,60 @@ def read_mask(source: Source, photo: Photo) -> np.ndarray:
     elif hw != photo.hw:
         raise UserError(f"{name} is {hw[1]} x {hw[0]} pixels, its photo {photo.name} {photo.hw[1]} x {photo.hw[0]}: "
                         "a mask needs the size of its photo")
-    if image.mode == "P":
-        values = np.asarray(image)
-        mask = np.where(values == IGNORE, IGNORE, values != 0).astype(np.uint8)
-    elif image.has_transparency_data and (alpha := np.asarray(image.convert("RGBA"))[..., 3]).min() < 255:
+    if image.has_transparency_data and (alpha := np.asarray(image.convert("RGBA"))[..., 3]).min() < 255:
         mask = (alpha >= 128).astype(np.uint8)
+    elif image.mode == "P":
+        values = _entries(image, name)
+        mask = np.where(values == IGNORE, IGNORE, values != 0).astype(np.uint8)
+    elif image.mode == "F":
+        raise UserError(f"{name}: values are floating point, which have no fixed white; save it with 8 or 16 bits")
     else:
-        values = np.asarray(image.convert("RGB") if image.mode in ("CMYK", "YCbCr", "LAB", "HSV") else image)
-        mask = (values != 0).any(-1).astype(np.uint8) if values.ndim == 3 else (values != 0).astype(np.uint8)
+        several = len(image.getbands()) > 1
+        values = np.asarray(image.convert("RGB")).max(-1) if several else np.asarray(image)
+        mask = _object(values, name).astype(np.uint8)
     if not (mask == 1).any():
         only = "; in a palette PNG 255 means: does not count, so save it in greyscale" if (mask == IGNORE).any() else ""
         raise UserError(f"{name} is empty: every pixel is background (0){only}")
     return mask
+
+
+def _entries(image: Image.Image, name: str) -> np.ndarray:
+    """The palette entries of a mask, H W uint8. Refused where what the file shows is not that entry 0 is the background."""
+    values = np.asarray(image)
+    used = np.unique(values)
+    colours = np.zeros((256, 3), int)
+    colours[:, :] = np.arange(256)[:, None]  # a palette that was never set
+    given = np.reshape(image.getpalette() or [], (-1, 3))
+    colours[: len(given)] = given
+    dark = colours.max(1) < DARK
+    if not dark[0] or (0 not in used and dark[used].any()):
+        shown = ",".join(map(str, colours[0])) + " and in no pixel" * (0 not in used)
+        raise UserError(f"{name}: entry 0 of its palette is the background and must be black, here it is {shown}; save the mask "
+                        "in greyscale, with a black background and a white object")
+    if len(used) >= MANY and (np.ptp(colours[used], 1) == 0).all() and (colours[used, 0] != used).any():
+        return _object(colours[values, 0], name).astype(np.uint8)  # a grey picture in the form of a palette
+    return values
+
+
+def _object(values: np.ndarray, name: str) -> np.ndarray:
+    """Where a mask of H W integers shows its object, H W bool: what is not 0; with soft edges what is at least half of white.
+
+    Edges are soft where most of the grey pixels lie between a darker and a brighter one. Class and instance numbers do not: they
+    fill regions of one value.
+    """
+    peak = int(values.max())
+    white = next((2**bits - 1 for bits in (8, 10, 12, 14, 16) if peak < 2**bits), peak)
+    grey = (values > white // 16) & (values < peak)
+    levels = len(np.unique(values[grey]))
+    if levels > 1:
+        window, around = np.ones((5, 5), np.uint8), values.astype(np.float32)
+        between = (cv2.erode(around, window) < around) & (around < cv2.dilate(around, window))
+        if between[grey].mean() > 0.5 and (levels >= MANY or 2 * peak > white):
+            if 2 * peak <= white:
+                raise UserError(f"{name} has soft edges, and is nowhere brighter than {peak} of {white}; its object begins at "
+                                "half of white, so save it with more contrast")
+            return 2 * values.astype(np.int64) > white
+    return values != 0
 
 
 def doubt(mask: np.ndarray) -> str:
@@ -149,16 +195,16 @@ def shrink(image: np.ndarray, side: int, interpolation: int = cv2.INTER_AREA) ->
 
 
 def find(patterns: Sequence[str]) -> list[Path]:
-    """Photos and videos that files, folders (without those inside) and globs name, each once, in order.
+    """Photos and videos that files, folders (without hidden files and folders inside) and globs name, each once, in order.
 
     Raises UserError: one of them leads to nothing.
     """
     found: dict[Path, None] = {}
     for pattern in patterns:
         if Path(pattern).is_dir():
-            files = sorted(f for f in Path(pattern).iterdir() if f.suffix.lower() in PHOTOS + VIDEOS and f.is_file())
+            files = [f for f in entries(Path(pattern)) if f.suffix.lower() in SUFFIXES + VIDEOS and f.is_file()]
             if not files:
-                raise UserError(f"no photo and no video in the folder {pattern}; it reads {', '.join(PHOTOS + VIDEOS)}")
+                raise UserError(f"no photo and no video in the folder {pattern}; it reads {', '.join(SUFFIXES + VIDEOS)}")
         else:
             files = [Path(pattern)] if Path(pattern).is_file() else [Path(f) for f in sorted(glob(pattern)) if Path(f).is_file()]
             if not files:
@@ -169,8 +215,8 @@ def find(patterns: Sequence[str]) -> list[Path]:
 
 def others(patterns: Sequence[str]) -> list[Path]:
     """Files in the folders among the patterns that `find` does not look at."""
-    files = (f for pattern in patterns if Path(pattern).is_dir() for f in sorted(Path(pattern).iterdir()) if f.is_file())
-    return [f for f in files if f.suffix.lower() not in PHOTOS + VIDEOS]
+    files = (f for pattern in patterns if Path(pattern).is_dir() for f in entries(Path(pattern)) if f.is_file())
+    return [f for f in files if f.suffix.lower() not in SUFFIXES + VIDEOS]
 
 
 def frames(path: Path, every: int) -> Iterator[tuple[str, Photo]]:
@@ -222,10 +268,13 @@ def _load(path: Path) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # we have a limit of our own
-            with Image.open(path) as image:
+            with open_image(path) as image:
                 if image.width * image.height > MAX_PIXELS:
                     raise UserError(too_large)
+                deep = any("16" in str(tile[3]) for tile in image.tile)
                 image.load()
+        if deep and len(image.getbands()) > 2:  # of colours Pillow has kept the upper 8 bits
+            check_depth(max(high for _, high in image.getextrema()[:3]) << 8 | 255, path)
         return image
     except UserError:
         raise

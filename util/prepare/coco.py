@@ -14,19 +14,27 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial as bind
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from pycocotools import mask as rle
 
 from util.data.folds import NUM_CLASSES, read_class_names
+from util.data.transforms import check_sizes, image_hw
 from util.errors import UserError
 from util.prepare.common import absent, check_name, each, is_done, link, settle, write_label, write_list
 
 CLASSES = NUM_CLASSES["coco"]
 CLASS_FILE = Path(__file__).resolve().parents[2] / "lists/coco/classes.txt"
 HIGHEST_ID = 90
+SLACK = 1 / 20  # of a side; an outline that reaches further out is of another image, or another size of it
 KNOWN = {"train2014": 82081, "val2014": 40137}
+LAST_SHIFT = 30  # bits; a run of COCO's text has at most seven groups of five
+NO_OUTLINE = "with a box but no outline (segmentation); it becomes background"
+FEW_POINTS = "with a part of fewer than three points, which encloses nothing"
+OUTSIDE = "outside their image"
+NO_PIXEL = "too small for a pixel"
+COVERED = "without a pixel left, covered by later ones"
 Classes = Callable[[Path, Sequence[dict]], dict[int, int]]  # file, its categories -> category id -> class
 
 
@@ -48,6 +56,15 @@ class Labelled:
     annotations: list[Annotation]  # in file order
 
 
+class Painted(NamedTuple):
+    """The label of an image, and what did not come into it whole."""
+
+    label: np.ndarray  # H W uint8
+    contested: int  # pixels whose class the rule decided
+    crowd: int  # pixels labelled by a crowd region
+    lost: list[tuple[str, str]]  # why (NO_OUTLINE, ...), which annotation
+
+
 def prepare(images: Path, annotations: Sequence[Path], out: Path, lists: Path, partial: bool) -> None:
     """Make `out` a data root (SPLIT linked to the images, annotations/SPLIT/*.png) and write `lists`/{train,val}.txt.
 
@@ -65,8 +82,9 @@ def prepare(images: Path, annotations: Sequence[Path], out: Path, lists: Path, p
 
 
 def split_of(path: Path) -> str:
-    """`train2014` of instances_train2014.json."""
-    if not (match := re.search(r"(?:train|val)(?:\d{4})?", path.stem)):
+    """`train2014` of instances_train2014.json; of Roboflow's train/_annotations.coco.json its folder."""
+    kind = r"(?:train|val)(?:\d{4})?"
+    if not (match := re.search(kind, path.stem) or re.match(kind, path.parent.name)):
         raise UserError(f"{path}: the name of an annotation file says its split, e.g. instances_train2014.json; rename it")
     return match[0]
 
@@ -85,13 +103,16 @@ def _prepare_split(images: Path, path: Path, split: str, out: Path, lists: Path,
         raise UserError(f"{path}: none of its images with an object is in {images} or {images / split}")
     link(folder, out / split)
 
-    make = bind(make_label, path, out / "annotations" / split)
-    counts = [c for c in each(make, labelled, f"labels of {split}") if c is not None]
+    make = bind(make_label, path, folder, out / "annotations" / split)
+    made = [c for c in each(make, labelled, f"labels of {split}") if c is not None]
+    counts = [numbers for numbers, _ in made]
     contested, crowd, empty, pixels = (sum(column) for column in zip(*counts, strict=True)) if counts else (0, 0, 0, 1)
     print(f"{out / 'annotations' / split}: {len(counts):,} labels written, {len(labelled) - len(counts):,} were there")
     if counts:
         print(f"  the rule decided {contested:,} pixels claimed by several classes ({contested / pixels:.2%}); {crowd:,} pixels "
               f"({crowd / pixels:.2%}) are labelled by a crowd region; {empty} labels have no pixel of any class")
+    for line in lost_lines(path, [loss for _, lost in made for loss in lost]):
+        print(f"  {line}")
     kind = "train" if split.startswith("train") else "val"
     write_list(lists / f"{kind}.txt", [(f"{split}/{i.name}", f"annotations/{split}/{Path(i.name).stem}.png") for i in labelled])
     print(f"{lists / kind}.txt: {len(labelled):,} images" + (f" of {KNOWN[split]:,}" if split in KNOWN else ""))
@@ -136,49 +157,89 @@ def classes_of(path: Path, categories: Sequence[dict]) -> dict[int, int]:
     return {i: rank for rank, i in enumerate(ids, start=1)}
 
 
-def paint(path: Path, image: Labelled) -> tuple[np.ndarray, int, int]:
-    """The label of an image, H W uint8, pixels whose class the rule decided, and pixels labelled by a crowd region."""
-    label = np.zeros((image.height, image.width), np.uint8)
-    contested, crowd = np.zeros_like(label, bool), np.zeros_like(label, bool)
-    for annotation in sorted(image.annotations, key=lambda a: not a.crowd):  # stable: file order within each
-        mask = rasterise(path, annotation, image.height, image.width)
+def paint(path: Path, image: Labelled) -> Painted:
+    """Draw the annotations of an image. Raises UserError, naming the annotation: it cannot be one of this image."""
+    shape = image.height, image.width
+    label, owner = np.zeros(shape, np.uint8), np.full(shape, -1, np.int32)
+    contested, crowd = np.zeros(shape, bool), np.zeros(shape, bool)
+    drawn, lost = {}, []
+    for number, annotation in enumerate(sorted(image.annotations, key=lambda a: not a.crowd)):  # stable: file order within each
+        mask, reason = rasterise(path, annotation, *shape)
         contested |= mask & (label != 0) & (label != annotation.cls)
         crowd[mask] = annotation.crowd
-        label[mask] = annotation.cls
-    return label, int(contested.sum()), int(crowd.sum())
+        label[mask], owner[mask] = annotation.cls, number
+        if reason:
+            lost.append((reason, annotation))
+        if mask.any():
+            drawn[number] = annotation
+    for number in sorted(drawn.keys() - set(np.unique(owner).tolist())):  # later ones of its own class do it no harm
+        if not (label[rasterise(path, drawn[number], *shape)[0]] == drawn[number].cls).any():
+            lost.append((COVERED, drawn[number]))
+    return Painted(label, int(contested.sum()), int(crowd.sum()), [(why, f"{a.id} ({image.name})") for why, a in lost])
 
 
-def rasterise(path: Path, annotation: Annotation, height: int, width: int) -> np.ndarray:
-    """The pixels of an annotation as COCO's own tools draw them, H W bool. Polygons of one annotation are united."""
+def lost_lines(path: Path, lost: Sequence[tuple[str, str]]) -> list[str]:
+    """How many annotations of a file did not come into a label whole, and which, a line for each reason."""
+    return [line for reason in dict.fromkeys(why for why, _ in lost)
+            for line in absent(f"annotations of {path.name} {reason}", [name for why, name in lost if why == reason])]
+
+
+def rasterise(path: Path, annotation: Annotation, height: int, width: int) -> tuple[np.ndarray, str]:
+    """The pixels of an annotation as COCO's own tools draw them, H W bool, and why some or all are missing, or "".
+
+    Polygons of one annotation are united.
+    """
     where, shape = f"{path}: annotation {annotation.id}", annotation.segmentation
-    if isinstance(shape, dict):
-        counts = shape.get("counts")
-        if isinstance(counts, str):  # as COCO's tools write them
-            counts = _runs(counts)
-        runs = isinstance(counts, list) and all(isinstance(run, int) and run >= 0 for run in counts)
-        if not runs or sum(counts) != height * width or shape.get("size") != [height, width]:
+    if isinstance(shape, dict) and shape:
+        counts, size = shape.get("counts"), shape.get("size")
+        sized = size == [height, width] and bool not in map(type, size)  # True equals 1
+        if sized and isinstance(counts, str):  # as COCO's tools write them
+            counts = _runs(counts, height * width + 2)
+        runs = sized and isinstance(counts, list) and all(type(run) is int and run >= 0 for run in counts)
+        if not runs or sum(counts) != height * width:
             raise UserError(f"{where}: run lengths that do not fill its image, {height} x {width}; fetch the file again")
-        return rle.decode(rle.frPyObjects({"size": [height, width], "counts": counts}, height, width)).astype(bool)
+        mask = rle.decode(rle.frPyObjects({"size": [height, width], "counts": counts}, height, width)).astype(bool)
+        return mask, "" if mask.any() else NO_PIXEL
+    nothing = np.zeros((height, width), bool)
+    if not shape or (isinstance(shape, list) and not any(map(_length, shape))):
+        return nothing, NO_OUTLINE
     if not isinstance(shape, list) or not all(isinstance(p, array) and _drawable(p) for p in shape):
         raise UserError(f"{where}: its segmentation is neither polygons x0, y0, x1, y1, ... nor runs; fetch the file again")
-    drawn = [p for p in shape if len(p) >= 6]  # two points enclose nothing
-    if not drawn:
-        return np.zeros((height, width), bool)
-    return rle.decode(rle.merge(rle.frPyObjects(drawn, height, width))).astype(bool)
+    points = np.concatenate([np.reshape(p, (-1, 2)) for p in shape])
+    low, high, sides = points.min(0), points.max(0), np.array([width, height])
+    if ((low < -sides * SLACK - 1) | (high > sides * (1 + SLACK) + 1)).any():
+        raise UserError(f"{where}: its outline, from x, y = {low[0]:g}, {low[1]:g} to {high[0]:g}, {high[1]:g}, reaches beyond "
+                        f"the {width} x {height} pixels of its image. Was it drawn on another size, or on the photo as its EXIF "
+                        "note turns it, the size taken as stored? Export it again from upright images without the note")
+    whole = [p for p in shape if len(p) >= 6]  # two points enclose nothing
+    mask = rle.decode(rle.merge(rle.frPyObjects(whole, height, width))).astype(bool) if whole else nothing
+    if len(whole) < len(shape):
+        return mask, FEW_POINTS
+    beside = (low >= sides).any() or (high <= 0).any()
+    return mask, "" if mask.any() else OUTSIDE if beside else NO_PIXEL
 
 
-def _runs(text: str) -> list[int]:
-    """Run lengths from COCO's text: groups of 5 bits, low first; from the fourth run on, what the run two before it lacks."""
+def _length(polygon: Any) -> int:
+    return len(polygon) if isinstance(polygon, array) else 1
+
+
+def _runs(text: str, most: int) -> list[int] | None:
+    """Run lengths from COCO's text: groups of 5 bits, low first; from the fourth run on, what the run two before it lacks.
+
+    None: other characters, a run of more bits than COCO's tools have, or more runs than `most`.
+    """
     runs: list[int] = []
     value = shift = 0
     for code in (ord(character) - 48 for character in text):
+        if not 0 <= code < 64 or shift > LAST_SHIFT or len(runs) > most:
+            return None
         value |= (code & 31) << shift
         shift += 5
         if not code & 32:
             value -= (code & 16 and 1) << shift  # the sign
             runs.append(value + (runs[-2] if len(runs) > 2 else 0))
             value = shift = 0
-    return runs
+    return None if shift else runs
 
 
 def _drawable(polygon: array) -> bool:
@@ -188,17 +249,25 @@ def _drawable(polygon: array) -> bool:
     return np.abs(np.diff(np.reshape(polygon, (-1, 2)), axis=0)).sum() < 2**22
 
 
-def make_label(path: Path, folder: Path, image: Labelled) -> tuple[int, int, int, int] | None:
-    """Write a label; contested, crowd, empty (0 or 1) and all pixels of it, None where it already is."""
-    target = folder / f"{Path(image.name).stem}.png"
-    if is_done(target, (image.height, image.width), CLASSES):
+def make_label(path: Path, images: Path, folder: Path, image: Labelled) -> tuple[tuple[int, int, int, int], list] | None:
+    """Write a label; contested, crowd, empty (0 or 1) and all pixels of it, and what it lost, None where it already is.
+
+    images: the folder of the image, whose size is looked at before the file's numbers take memory.
+    """
+    target, hw = folder / f"{Path(image.name).stem}.png", (image.height, image.width)
+    check_sizes(images / image.name, image_hw(images / image.name), path, hw)
+    if is_done(target, hw, CLASSES):
         return None
-    label, contested, crowd = paint(path, image)
-    write_label(target, label)
-    return contested, crowd, int(not label.any()), label.size
+    painted = paint(path, image)
+    write_label(target, painted.label)
+    return (painted.contested, painted.crowd, int(not painted.label.any()), painted.label.size), painted.lost
 
 
 def _checked(path: Path, split: str, content: dict, classes_of: Classes) -> tuple[list[Labelled], int]:
+    for kind, keys in (("images", ("id",)), ("annotations", ("id", "image_id", "category_id")), ("categories", ("id",))):
+        for key in keys:
+            if wrong := [entry for entry in content[kind] if isinstance(entry.get(key), bool)]:  # true equals 1
+                raise UserError(f"{path}: {len(wrong)} {kind} whose {key} is {str(wrong[0][key]).lower()}, which is no number")
     classes = classes_of(path, content["categories"])
     images: dict[int, Labelled] = {}
     stems: dict[str, int] = {}
@@ -209,7 +278,7 @@ def _checked(path: Path, split: str, content: dict, classes_of: Classes) -> tupl
             raise UserError(f"{where}: {name} is a {other[1]} image, but the file name says {split}; rename the JSON")
         if (first := stems.setdefault(Path(name).stem, number)) != number or number in images:
             raise UserError(f"{where}: {name} is there twice (image {first}); remove one")
-        if not all(isinstance(side, int) and 0 < side < 2**15 for side in (entry["height"], entry["width"])):
+        if not all(type(side) is int and 0 < side < 2**15 for side in (entry["height"], entry["width"])):
             raise UserError(f"{where}: height {entry['height']!r}, width {entry['width']!r}; fetch the file again")
         images[number] = Labelled(name, entry["height"], entry["width"], [])
     for entry in content["annotations"]:
@@ -217,7 +286,7 @@ def _checked(path: Path, split: str, content: dict, classes_of: Classes) -> tupl
             raise UserError(f"{path}: annotation {entry['id']}: no image {entry['image_id']} in the file")
         if entry["category_id"] not in classes:
             raise UserError(f"{path}: annotation {entry['id']}: unknown category {entry['category_id']}")
-        found = Annotation(entry["id"], classes[entry["category_id"]], bool(entry.get("iscrowd", 0)), entry["segmentation"])
+        found = Annotation(entry["id"], classes[entry["category_id"]], bool(entry.get("iscrowd", 0)), entry.get("segmentation"))
         images[entry["image_id"]].annotations.append(found)
     labelled = sorted((image for image in images.values() if image.annotations), key=lambda image: image.name)
     return labelled, len(images) - len(labelled)
@@ -227,13 +296,20 @@ def _compact(entry: dict) -> dict:
     """Polygons as arrays: the whole of COCO train as lists of Python numbers would need several times the memory."""
     if isinstance(polygons := entry.get("segmentation"), list):
         with suppress(TypeError, OverflowError):  # not numbers: `rasterise` says so
-            entry["segmentation"] = [array("d", polygon) for polygon in polygons]
+            if all(set(map(type, polygon)) <= {int, float} for polygon in polygons):  # True would be 1.0
+                entry["segmentation"] = [array("d", polygon) for polygon in polygons]
     return entry
 
 
 def find_images(images: Path, split: str, names: Collection[str]) -> tuple[Path, set[str]]:
-    """The folder of a split, `images` or images/SPLIT, whichever holds more of `names`, and those it holds."""
-    folders = [folder for folder in (images / split, images) if folder.is_dir()]
+    """The folder of a split and those of `names` it holds: images/SPLIT, `images`, or another images/train... (val...).
+
+    Whichever holds more of them; Roboflow writes `valid`, others `train2017`.
+    """
+    kind = (re.match("train|val", split) or [None])[0]
+    others = sorted(images.iterdir()) if kind and images.is_dir() else []
+    folders = [folder for folder in (images / split, images, *(f for f in others if f.name.lower().startswith(kind)))
+               if folder.is_dir()]  # fmt: skip
     if not folders:
         raise UserError(f"--images {images}: no such folder")
     found = {folder: {path.name for path in folder.iterdir()}.intersection(names) for folder in folders}

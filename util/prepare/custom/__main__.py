@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     folds_text, folds = choose_folds(given, found, places)
     seen = check.parted(check.look(found.pairs, len(found.names.names)), min_pixels, places.earlier_parts())
     check.enough(seen, found.names, folds, min_pixels)
-    print(check.table(seen, found.names, folds, min_pixels))
+    print("\n".join([check.table(seen, found.names, folds, min_pixels), *check.remarks(seen)]))
 
     for link, folder in found.links.items():
         sources.link(folder, places.data / link)

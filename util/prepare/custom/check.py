@@ -1,5 +1,6 @@
 """A look at every image and mask before anything is written: what is wrong, and how much there is of each class and fold."""
 
+import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -8,22 +9,22 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from PIL import Image, ImageOps
 
 from util.data.episodes import EpisodeList, draw
 from util.data.folds import ClassNames
 from util.data.index import Record, build_index
-from util.data.transforms import IGNORE, check_sizes, read_label
+from util.data.transforms import IGNORE, open_image, read_image, read_label
 from util.errors import UserError
-from util.prepare.common import check_classes, each
-from util.prepare.custom.sources import Pair
+from util.prepare.common import absent, check_classes, each
+from util.prepare.custom.sources import Pair, check_stored, refuse
 
 PARTS = "train", "val"
 VAL_SHARE = 0.2
 NEEDED = 2  # images of a class in either part: a query and a support
+TURNED = "images have an EXIF note to turn them, masks of the size as stored: both are used as they are stored"
+DARK = 16  # a colour below it counts as black
+BRIGHT = "masks have a palette whose entry 0 is not black; by its value, not its colour, it is the background"
 SPECK = 64  # pixels; a smaller region is no object but an edge of one
-SHOWN = 10  # messages about single files
-ORIENTATION = 0x0112  # EXIF
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ class Seen:
     part: str
     record: Record
     objects: dict[int, int]  # class -> connected regions of at least SPECK pixels
+    content: str = ""  # hash of the image's pixels
+    remarks: tuple[str, ...] = ()  # what a person should know of
 
 
 def classes(names: ClassNames) -> None:
@@ -47,10 +50,7 @@ def classes(names: ClassNames) -> None:
 def look(pairs: Sequence[Pair], classes: int) -> list[Seen]:
     """Reads everything, on all cores. Raises UserError with all that is wrong (the first ten)."""
     results = list(each(partial(_look, classes), pairs, "reading images and masks"))
-    if wrong := [result for result in results if isinstance(result, str)]:
-        more = f"\n... and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
-        raise UserError(f"{len(wrong)} of {len(pairs)} images or masks cannot be used; no list and no config was written\n"
-                        + "\n".join(wrong[:SHOWN]) + more)
+    refuse([result for result in results if isinstance(result, str)], len(pairs))
     if not any(seen.record.pixels for seen in results):
         raise UserError("no mask shows any class: a pixel's value is the line of its class in classes.txt, 0 is background, "
                         "255 is ignored (a black-and-white mask must have 1 for white)")
@@ -59,24 +59,22 @@ def look(pairs: Sequence[Pair], classes: int) -> list[Seen]:
 
 def _look(classes: int, pair: Pair) -> Seen | str:
     """The pair, or what is wrong with it."""
+    remarks = []
     try:
-        with Image.open(pair.image) as image:
-            hw, turned = (image.height, image.width), image.getexif().get(ORIENTATION, 1) != 1
-            upright = ImageOps.exif_transpose(image).size[::-1]  # decodes it: a file that is cut off shows
-        label = read_label(pair.label)
-        if turned and (upright == label.shape or hw != label.shape):
-            return (f"{pair.image}: its EXIF note says to turn it for display, which nothing here does; save it as its mask was "
-                    "drawn, without the note (ImageMagick: mogrify -auto-orient)")
-        check_sizes(pair.image, hw, pair.label, label.shape)
+        image, label = read_image(pair.image), read_label(pair.label)  # as a run reads them
+        if check_stored(pair.image, pair.label, label.shape):
+            remarks.append(TURNED)
         check_classes(pair.label, label, classes)
     except UserError as error:
         return f"{error}{'; colours need a labelmap.txt (docs/custom-data.md)' * ('not RGB' in str(error))}"
-    except Exception as error:  # Pillow raises many kinds on damaged files
-        return f"{pair.image}: not a readable image ({error})"
+    with open_image(pair.label) as opened:
+        if opened.mode == "P" and max(opened.getpalette()[:3]) >= DARK:
+            remarks.append(BRIGHT)
     counts = np.bincount(label.ravel(), minlength=IGNORE + 1)
     pixels = {int(c): int(counts[c]) for c in np.flatnonzero(counts) if c not in (0, IGNORE)}
     objects = {c: _regions(label == c) for c in pixels}
-    return Seen(pair.part, Record(*pair.line, *label.shape, pixels, tuple(pixels)), objects)
+    content = hashlib.blake2b(repr(image.shape).encode() + image.astype(np.uint8).tobytes(), digest_size=16).hexdigest()
+    return Seen(pair.part, Record(*pair.line, *label.shape, pixels, tuple(pixels)), objects, content, tuple(remarks))
 
 
 def _regions(mask: np.ndarray) -> int:
@@ -119,6 +117,16 @@ def enough(seen: Sequence[Seen], names: ClassNames, folds: Sequence[Sequence[int
                         f"A class needs {NEEDED} and {NEEDED}, each with {min_pixels:,} pixels of it. Add images, name the parts "
                         "yourself (train.txt, val.txt), lower --min-pixels, keep the class out of folds.yaml (it is then never "
                         f"tested) or, with COCO, out of --classes. Enough: {others or 'none'}")
+
+
+def remarks(seen: Sequence[Seen]) -> list[str]:
+    """What is allowed, but may be a mistake: a line for each kind."""
+    lines = [line for remark in (TURNED, BRIGHT)
+             for line in absent(remark, [s.record.image for s in seen if remark in s.remarks])]  # fmt: skip
+    train = {s.content: s.record.image for s in seen if s.part == "train"}
+    copies = [f"{s.record.image} ({train[s.content]})" for s in seen if s.part == "val" and s.content in train]
+    lines += absent("images of validation are the same image as one of training: results are too good; remove one", copies)
+    return [f"warning: {line}" for line in lines]
 
 
 def table(seen: Sequence[Seen], names: ClassNames, folds: Sequence[Sequence[int]], min_pixels: int) -> str:

@@ -7,17 +7,18 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
-from util.data.folds import ClassNames, read_class_names
-from util.data.transforms import IGNORE, read_label
+from util.data.folds import ClassNames, clean_name, read_class_names
+from util.data.transforms import IGNORE, SUFFIXES, check_sizes, image_hw, open_image, read_label
 from util.errors import UserError
+from util.files import entries
 from util.prepare import common
 from util.prepare.common import absent, check_name, each, read_ids, write_label
 
-IMAGES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 CONVERTED = "converted"  # folder of data/NAME
 VOC_BORDER = (224, 224, 192)
+SHOWN = 10  # messages about single files
+ORIENTATION, TURNED = 0x0112, range(2, 9)  # EXIF tag, and those of its values that turn or mirror
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,8 @@ def _pngs(root: Path, images: Path, masks: Path, sets: Path, classes: Path | Non
             raise UserError(f"{place}: no such folder; {root} must hold {images.name}/ and {masks.name}/ (docs/custom-data.md)")
     colours = read_labelmap(root / "labelmap.txt") if (root / "labelmap.txt").is_file() else None
     names = _names(classes or root / "classes.txt", colours)
-    pictures, others = stems(images, IMAGES)
-    labels, strange = stems(masks, {".png"})
+    pictures, others = stems(images, SUFFIXES)
+    labels, strange = stems(masks, (".png",))
     if strange and not labels:
         raise UserError(f"{masks}: masks are PNGs (JPEG changes the values), found {', '.join(strange[:5])}")
     parts, unlisted = split(sets, pictures)
@@ -85,12 +86,12 @@ def _pngs(root: Path, images: Path, masks: Path, sets: Path, classes: Path | Non
     return Found(names, pairs, links, root / "folds.yaml", notes)
 
 
-def stems(place: Path, suffixes: set[str]) -> tuple[dict[str, Path], list[str]]:
+def stems(place: Path, suffixes: Sequence[str]) -> tuple[dict[str, Path], list[str]]:
     """Stem -> file, sorted, and the names of everything else but hidden files."""
     files: dict[str, Path] = {}
     others = []
-    for path in sorted(p for p in place.iterdir() if not p.name.startswith(".")):
-        if path.is_dir() or path.suffix.lower() not in suffixes:
+    for path in entries(place):
+        if not path.is_file() or path.suffix.lower() not in suffixes:
             others.append(path.name)
             continue
         check_name(str(path), path.name)
@@ -130,13 +131,18 @@ def _names(path: Path, colours: dict[str, tuple[int, int, int]] | None) -> Class
 def read_labelmap(path: Path) -> dict[str, tuple[int, int, int]]:
     """Class -> colour from CVAT's labelmap.txt, lines `name:r,g,b:...`; without the background."""
     colours: dict[str, tuple[int, int, int]] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), start=1):
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text ({error}); save it as UTF-8") from error
+    for number, line in enumerate(text.splitlines(), start=1):
         if not line.strip() or line.startswith("#"):
             continue
         name, *rest = (part.strip() for part in line.split(":"))
         values = rest[0].split(",") if rest else []
         if not name or len(values) != 3 or not all(v.strip().isdecimal() and int(v) < 256 for v in values):
             raise UserError(f"{path}:{number}: expected `name:r,g,b`, got {line!r}")
+        name = clean_name(f"{path}:{number}", name)
         colour = (int(values[0]), int(values[1]), int(values[2]))
         if name in colours or colour in colours.values():
             raise UserError(f"{path}:{number}: the name {name!r} or its colour is there already")
@@ -144,6 +150,32 @@ def read_labelmap(path: Path) -> dict[str, tuple[int, int, int]]:
     if colours.pop("background", (0, 0, 0)) != (0, 0, 0):
         raise UserError(f"{path}: background must be 0,0,0")
     return colours
+
+
+def check_stored(image: Path, label: Path, hw: tuple[int, int]) -> bool:
+    """Compare the size of an image, from its header, with that of its label: whether EXIF turns the image for display only.
+
+    Raises:
+        UserError: the sizes differ, or the label may be of the turned image.
+    """
+    stored = image_hw(image)
+    with open_image(image) as opened:
+        orientation = opened.getexif().get(ORIENTATION, 1)
+    turned = orientation in TURNED
+    upright = stored[::-1] if orientation > 4 else stored
+    if turned and (upright == hw or stored != hw):
+        raise UserError(f"{image}: its EXIF note says to turn it for display, which nothing here does; save it as its mask was "
+                        "drawn, without the note (ImageMagick: mogrify -auto-orient)")
+    check_sizes(image, stored, label, hw)
+    return turned
+
+
+def refuse(wrong: Sequence[str], total: int) -> None:
+    """Raises UserError with all that is wrong (the first ten)."""
+    if wrong:
+        more = f"\n... and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
+        raise UserError(f"{len(wrong)} of {total} images or masks cannot be used; no list and no config was written\n"
+                        + "\n".join(wrong[:SHOWN]) + more)
 
 
 def convert(jobs: Sequence[tuple[Path, Path]], colours: dict[tuple[int, int, int], int]) -> None:
@@ -155,7 +187,7 @@ def convert(jobs: Sequence[tuple[Path, Path]], colours: dict[tuple[int, int, int
 def _recolour(values: dict[int, int], job: tuple[Path, Path]) -> None:
     source, target = job
     try:
-        with Image.open(source) as mask:
+        with open_image(source) as mask:
             red, green, blue = np.moveaxis(np.array(mask.convert("RGB")).astype(np.int32), 2, 0)
     except Exception as error:  # Pillow raises many kinds on damaged files
         raise UserError(f"{source}: not a readable mask ({error})") from error

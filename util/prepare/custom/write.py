@@ -81,7 +81,8 @@ def write(
     configs |= {folder / file.name: template(file) for file in sorted(TEMPLATE.glob("recipes/*.yaml"))}
     configs |= {folder / f"{name}_split{split}_{file.stem}.yaml": template(file).format(split=split)
                 for file in sorted(TEMPLATE.glob("folds/*.yaml")) for split in range(folds)}
-    changed = [path for path, text in (lists | configs).items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
+    changed = [path for path, text in (lists | configs).items()
+               if not path.is_file() or path.read_text(encoding="utf-8", errors="replace") != text]  # fmt: skip
     kept = [path for path in changed if path in configs and path.is_file()]
     written = [path for path in changed if path not in kept]
     for path in written:
