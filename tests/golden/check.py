@@ -23,6 +23,7 @@ from model.ops import resize
 from model.system import Frozen
 from tests.golden.check_hsnet import check_hsnet
 from tests.golden.check_imr_hsnet import check_clip, check_imr_hsnet
+from tests.golden.check_weclip import check_weclip
 from tests.golden.fill import tensor_for
 from tests.golden.rows import Row, compare
 from util.config import Method, Train
@@ -239,4 +240,5 @@ CHECKS: dict[str, Callable[[Golden, FewShot, Episode], Iterator[Row]]] = {
 }  # fmt: skip
 WHOLE: dict[str, Callable[[Path], Iterator[Row]]] = {  # files that need nothing of the above
     "hsnet_r50": check_hsnet, "imr_hsnet_r50": check_imr_hsnet, "clip_rn50_cam": check_clip,
+    "weclip": check_weclip,
 }  # fmt: skip
