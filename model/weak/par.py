@@ -59,5 +59,5 @@ def neighbour_weights(image: Tensor) -> Tensor:
     scale = 1 / (sigma + 1e-8) / COLOUR
     colour = torch.stack([-((n - image) * scale).square().mean(1) for n in neighbours(image)], 1)
     distance = torch.tensor([math.hypot(*offset) for offset in OFFSETS], dtype=torch.float64)
-    position = (-(distance / (distance.std() + 1e-8) / COLOUR).square()).softmax(0).to(image)
+    position = (-(distance / (distance.std() + 1e-8) / COLOUR).square()).softmax(0).to(image, non_blocking=True)
     return colour.softmax(1) + POSITION * position.view(1, count, 1, 1)

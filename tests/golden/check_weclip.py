@@ -151,7 +151,8 @@ def check_train(arrays: Arrays, system: WeCLIP, steps: int) -> Iterator[Row]:
     cam = yield from check_cams(arrays, system, seen, pairs)
     for phase in ("static", "rfm"):
         yield from check_phase(arrays, system, phase, (seen, images, pairs, affinity), cam)
-        batch = Batch(as_images(arrays["images"]), present, torch.tensor([[0, images.shape[2], 0, images.shape[3]]] * len(images)))
+        valid = torch.tensor([0, images.shape[2], 0, images.shape[3]]).expand(len(images), 4)
+        batch = Batch(as_images(arrays["images"]), present, valid)
         yield from check_losses(arrays, system, phase, seen, batch)
     yield from check_optimizer(arrays, system, steps, seen)
 
@@ -250,7 +251,8 @@ def check_losses(arrays: Arrays, system: WeCLIP, phase: str, seen: Seen, batch: 
     norms = norms_of(gradients)
     mlp = np.array(["linears_modulelist" in n and ".proj." in n for n in names])
     for part, where, tolerance in (("first MLP layers", mlp, 2e-4), ("others", ~mlp, 1e-5)):
-        yield compare(f"{phase}_grad_norms ({part})", norms[where], arrays[f"{phase}_grad_norms"][where], tolerance, relative=True)
+        reference = arrays[f"{phase}_grad_norms"][where]
+        yield compare(f"{phase}_grad_norms ({part})", norms[where], reference, tolerance, relative=True)
     for key, name, tolerance in (("linear_pred_bias", "decoder.linear_pred.bias", 5e-6),
                                  ("linear_fuse_bias", "decoder_fts_fuse.linear_fuse.bias", 5e-5)):
         yield compare(f"{phase}_grad_{key}", gradients[names.index(name)], arrays[f"{phase}_grad_{key}"], tolerance)
