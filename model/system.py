@@ -24,7 +24,7 @@ class Prediction:
     maps: dict[str, Tensor] = field(default_factory=dict)  # name -> B h w, priors for the report
     baselines: dict[str, Tensor] = field(default_factory=dict)  # name -> B S S bool, trivial predictions to compare with
     variants: dict[str, Tensor] = field(default_factory=dict)  # name -> B classes h w, other scores: more rows of one result
-    votes: Tensor | None = None  # B K 2 h w, logits of each shot where shots vote (util.metrics.vote); `final` is near the vote
+    votes: Tensor | None = None  # B K 2 h w, logits of each shot where shots vote; `final` is near the vote
 
 
 class Frozen(nn.Module):

@@ -27,7 +27,7 @@ from tests.test_distributed import in_processes
 from util import crf
 from util.config import Train
 from util.data.folds import read_class_names
-from util.distributed import Context
+from util.run.distributed import Context
 from util.errors import UserError
 
 LISTS = Path(__file__).parents[1] / "lists"

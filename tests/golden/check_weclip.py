@@ -28,7 +28,7 @@ from tests.golden.fill import tensor_for
 from tests.golden.rows import Row, compare
 from util.config import Train
 from util.data.folds import read_class_names
-from util.optim import warm_up_poly
+from util.run.schedule import warm_up_poly
 
 LISTS = Path(__file__).parents[2] / "lists"
 RECIPES = {20: ("pascal", {}, 30_000), 80: ("coco", {"box": 0.7, "rfm_layers": 10}, 80_000)}  # by foreground classes
