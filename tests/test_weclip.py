@@ -24,11 +24,11 @@ from model.weak.par import refine_by_colour
 from model.weak.weclip import WeCLIP
 from tests.test_clip import small_clip
 from tests.test_distributed import in_processes
-from util import crf
 from util.config import Train
 from util.data.folds import read_class_names
-from util.run.distributed import Context
 from util.errors import UserError
+from util.run.distributed import Context
+from util.score import crf
 
 LISTS = Path(__file__).parents[1] / "lists"
 CLASSES = 6
