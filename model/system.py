@@ -28,6 +28,7 @@ class Prediction:
     maps: dict[str, Tensor] = field(default_factory=dict)  # name -> B h w, what a report shows
     priors: tuple[str, ...] = ()  # those of the maps that are priors, in 0..1: a report shows how good each is alone
     baselines: dict[str, Tensor] = field(default_factory=dict)  # name -> B h w bool, trivial predictions to compare with
+    variants: dict[str, Tensor] = field(default_factory=dict)  # name -> B classes h w, other scores: more rows of one result
     votes: Tensor | None = None  # B K 2 h w, logits of each shot where shots vote; `final` is near the vote
 
     def decide(self, i: int, placed: Placed) -> Tensor:

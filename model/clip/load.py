@@ -158,6 +158,27 @@ def clip_tensors(clip: Clip) -> dict[str, Tensor]:
     return visual | clip.text.clip.state_dict()
 
 
+def without_clip(tensors: Mapping[str, Tensor], clip: Clip, name: str) -> dict[str, Tensor]:
+    """Tensors of a published checkpoint that are none of CLIP's. Those of CLIP, under whatever attribute it kept them, must
+    equal the CLIP in use (to fp16, in which published code keeps them).
+
+    Raises:
+        UserError: another CLIP; `name` is the checkpoint's.
+    """
+    own, rest, differing = clip_tensors(clip), {}, []
+    for key, value in tensors.items():
+        parts = key.split(".")
+        bare = next((k for i in range(len(parts)) if (k := ".".join(parts[i:])) in own), None)
+        if bare is None:
+            rest[key] = value
+        elif value.shape != own[bare].shape or not torch.equal(value.half(), own[bare].half()):
+            differing.append(key)
+    if differing:
+        raise UserError(f"{name} was trained with another CLIP than CLIP.clip_path gives: {len(differing)} tensors differ "
+                        f"({', '.join(differing[:3])}); nothing was loaded")
+    return rest
+
+
 def _build(config: dict) -> CLIP:
     return CLIP(
         config["embed_dim"],

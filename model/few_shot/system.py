@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from model.backbone import BaseLearner
 from model.backbone.encoder import Encoder
-from model.clip.load import clip_tensors
+from model.clip.load import without_clip
 from model.few_shot.memo import Memo
 from model.few_shot.parts import binary_mask, gram, scene_difference
 from model.few_shot.prior import CosinePrior, Features, Prior, View
@@ -244,25 +244,8 @@ class FewShot(System):
         """CLIP tensors inside a checkpoint must equal the CLIP in use (to fp16, in which published code keeps them)."""
         if self.clip is None:
             return foreign
-        own = clip_tensors(self.clip.module)
-        rest, differing = {}, []
-        for key, value in foreign.items():
-            bare = next((k for k in suffixes(key) if k in own), None)
-            if bare is None:
-                rest[key] = value
-            elif value.shape != own[bare].shape or not torch.equal(value.half(), own[bare].half()):
-                differing.append(key)
-        if differing:
-            raise UserError(f"{name} was trained with another CLIP than CLIP.clip_path gives: {len(differing)} tensors differ "
-                            f"({', '.join(differing[:3])}); nothing was loaded")
-        return rest
+        return without_clip(foreign, self.clip.module, name)
 
     def _check(self, batch: Episode) -> None:
         if batch.support.shape[1] != self.shot:
             raise UserError(f"the batch has {batch.support.shape[1]} shots, this model was built for {self.shot} (Train.shot)")
-
-
-def suffixes(key: str) -> list[str]:
-    """a.b.c -> [a.b.c, b.c, c]: a published checkpoint keeps CLIP under some attribute name."""
-    parts = key.split(".")
-    return [".".join(parts[i:]) for i in range(len(parts))]

@@ -23,6 +23,7 @@ from model.ops import resize
 from model.system import Frozen
 from tests.golden.check_hsnet import check_hsnet
 from tests.golden.check_imr_hsnet import check_clip, check_imr_hsnet
+from tests.golden.check_weclip import check_weclip
 from tests.golden.fill import tensor_for
 from tests.golden.rows import Row, compare
 from util.config import Train
@@ -244,5 +245,5 @@ def check_training(golden: Golden, system: FewShot, batch: Episode, terms: Seque
 
 CHECKS: dict[str, Callable[[Path], Iterator[Row]]] = {
     "pi_clip": check_few_shot, "hdmnet": check_few_shot, "bam": check_few_shot, "pfenet": check_few_shot,
-    "hsnet": check_hsnet, "imr_hsnet": check_imr_hsnet, "clip_rn50_cam": check_clip,
+    "hsnet": check_hsnet, "imr_hsnet": check_imr_hsnet, "clip_rn50_cam": check_clip, "weclip": check_weclip,
 }  # fmt: skip
