@@ -21,6 +21,7 @@ from model.few_shot.prior import CosinePrior, SimilarityPrior, TextPrior, Visual
 from model.few_shot.system import FewShot
 from model.ops import resize
 from model.system import Frozen
+from tests.golden.check_clip_rc import check_clip_rc
 from tests.golden.check_hsnet import check_hsnet
 from tests.golden.check_imr_hsnet import check_clip, check_imr_hsnet
 from tests.golden.fill import tensor_for
@@ -62,7 +63,8 @@ class Golden:
 def system_of(path: Path) -> str:
     """What made a file: a system; files of another layout go by their name."""
     with np.load(path, allow_pickle=False) as archive:
-        return str(archive["system"]) if "system" in archive else path.stem
+        name = str(archive["system"]) if "system" in archive else path.stem
+    return "clip_rc" if name.startswith("cliprc") else name
 
 
 def filled_clip(golden: Golden) -> Clip:
@@ -238,5 +240,5 @@ CHECKS: dict[str, Callable[[Golden, FewShot, Episode], Iterator[Row]]] = {
     "pi_clip": check_hdmnet, "hdmnet": check_hdmnet, "bam": check_bam, "pfenet": check_pfenet,
 }  # fmt: skip
 WHOLE: dict[str, Callable[[Path], Iterator[Row]]] = {  # files that need nothing of the above
-    "hsnet_r50": check_hsnet, "imr_hsnet_r50": check_imr_hsnet, "clip_rn50_cam": check_clip,
+    "hsnet_r50": check_hsnet, "imr_hsnet_r50": check_imr_hsnet, "clip_rn50_cam": check_clip, "clip_rc": check_clip_rc,
 }  # fmt: skip

@@ -70,10 +70,29 @@ def confusion(pred: Tensor, target: Tensor, num_classes: int) -> Tensor:
     return torch.bincount(target * num_classes + pred, minlength=num_classes**2).view(num_classes, num_classes)
 
 
-def _intersection_union(confusion: Tensor) -> Tensor:
+def intersection_union(confusion: Tensor) -> Tensor:
     """C x C counts -> C x 2 (intersection, union)."""
     hit = confusion.diagonal()
     return torch.stack([hit, confusion.sum(0) + confusion.sum(1) - hit], dim=1)
+
+
+def seen_unseen(state: Tensor, unseen: Sequence[int]) -> dict[str, float]:
+    """Scores of zero-shot segmentation as fractions 0..1, from counts C C by (truth, prediction) over all classes.
+
+    pixel_accuracy; miou over all, miou_seen, miou_unseen: means over classes that truth or prediction has (nan: none has);
+    hiou: their harmonic mean, 0 where both are 0.
+    """
+    counts = intersection_union(state.cpu()).double()
+    iou, new = counts[:, 0] / counts[:, 1], torch.zeros(len(state), dtype=torch.bool)  # 0 / 0 is nan
+    new[list(unseen)] = True
+    seen, fresh = (float(iou[part].nanmean()) for part in (~new, new))
+    return {
+        "pixel_accuracy": float(state.diagonal().sum().double() / state.sum()),
+        "miou": float(iou.nanmean()),
+        "miou_seen": seen,
+        "miou_unseen": fresh,
+        "hiou": 2 * seen * fresh / (seen + fresh) if seen + fresh else seen + fresh,
+    }
 
 
 class Counts(NamedTuple):
@@ -113,7 +132,7 @@ class FewShotMeter:
         if cls not in self.classes:
             raise ValueError(f"class {cls} is not one of the counted classes {list(self.classes)}")
         row = self.classes.index(cls)
-        counts = _intersection_union(confusion(pred, target, 2))
+        counts = intersection_union(confusion(pred, target, 2))
         self.counts[row] += counts.to(self.counts.device)
         self.episodes[row] += 1
         background, foreground = counts.tolist()
@@ -174,7 +193,7 @@ class SemanticMeter:
                                                 has it}; such classes are in `absent` and in no mean
         Raises UserError when no foreground class was seen at all.
         """
-        counts = _intersection_union(self.state).tolist()
+        counts = intersection_union(self.state).tolist()
         per_class = {c: i / u if u else None for c, (i, u) in enumerate(counts)}
         seen = {c: iou for c, iou in per_class.items() if iou is not None}
         foreground = [iou for c, iou in seen.items() if c > 0]
