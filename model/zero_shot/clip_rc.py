@@ -18,7 +18,7 @@ from model.zero_shot.tower import Views
 REGIONS = 4  # side of the grid of region tokens
 
 
-@dataclass(frozen=True)
+@dataclass
 class Options(zegclip.Options):
     """ZegCLIP's, and the weight of the recovery loss: VOC 2 (full: 0), COCO-Stuff 50 (full: 1)."""
 
