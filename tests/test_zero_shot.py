@@ -121,6 +121,32 @@ def test_everything_trained_has_a_gradient_and_nothing_else(cls: type[ZegCLIP]) 
     assert (group["lr"], group["weight_decay"], len(group["params"])) == (2e-4, 0.01, len(list(system.trained.parameters())))
 
 
+def test_zegclip_scores_are_the_mean_of_the_heads_before_the_softmax() -> None:
+    """The head written out, one attention head after the other; there are no published arrays of ZegCLIP."""
+    clip = small_clip()
+    state = clip.state_dict() | {"visual.proj": torch.randn(128, 128) / 12, "text_projection": torch.randn(64, 128)}  # two heads
+    torch.manual_seed(0)
+    texts = F.normalize(torch.randn(5, 128), dim=1)
+    system = ZegCLIP(Frozen(clip_from_state(state)), NAMES, texts, SEEN, ZegCLIP.Options(prompts=3)).eval()
+    head, images = system.trained, system.pixels(random_images(1).image)
+    with torch.no_grad():
+        views = head.prompts(system.trunk, images)
+        patches = views.patches.flatten(2)[0].T
+        t = head.q_proj(torch.cat([texts * views.whole, texts], 1))
+        for block in head.decoder.layers[:2]:
+            a, heads = block.multihead_attn, []
+            for at in (slice(0, 64), slice(64, 128)):
+                q, k, v = a.q(t)[:, at], a.k(patches)[:, at], a.v(patches)[:, at]
+                heads.append((q @ k.T / 8).softmax(1) @ v)
+            t = block.norm2(t + a.proj(torch.cat(heads, 1)))
+            t = block.norm3(t + block.linear2(block.linear1(t).relu()))
+        last = head.decoder.layers[2].multihead_attn
+        q, k = last["q"](t), last["k"](patches)
+        expected = sum(q[:, at] @ k[:, at].T / 8 for at in (slice(0, 64), slice(64, 128))) / 2
+        logits = head(system.trunk, images, texts).logits
+    torch.testing.assert_close(logits, expected.view(1, 5, 4, 4), rtol=1e-4, atol=1e-5)
+
+
 # ---- settings
 
 def test_targets_of_the_settings() -> None:
