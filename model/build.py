@@ -91,7 +91,7 @@ def build_system(arch: str, config: Config, fold: Fold, names: ClassNames, cache
         "similarity": SimilarityPrior,
         "vvp": lambda: VisualPrior(clip, train.shot),
         "vtp": lambda: TextPrior(clip, text_bank(clip, names.texts, cache), config.CLIP.vocabulary, fold.base),
-        "cam": lambda: CamPrior(cam_source(clip.module), clip.module.text.bank([TEMPLATE.format(n) for n in names.names], cache),
+        "cam": lambda: CamPrior(cam_source(clip.module), clip.module.text.bank(names.names, [TEMPLATE], cache),
                                 config.CLIP.vocabulary, fold.base, config.CLIP.clip_size),
     }
     return cls(backbone, [makers[name]() for name in wanted], train.shot, options, clip)
@@ -111,7 +111,7 @@ def check_clip_size(cam: bool, size: str) -> None:
 
 def text_bank(clip: Frozen, texts: Sequence[str], cache: Path | None = None) -> Tensor:
     """2C D: a row "a photo of c." for every class, then a row "a photo without c."."""
-    return clip.module.text.bank([template.format(text) for template in (FOREGROUND, BACKGROUND) for text in texts], cache)
+    return clip.module.text.bank([template.format(text) for template in (FOREGROUND, BACKGROUND) for text in texts], cache=cache)
 
 
 def open_system(arch: str, config: Config) -> tuple[System, Task]:

@@ -47,6 +47,39 @@ def test_runner_equals_open_clip(reference: CLIP, clip: Clip) -> None:
     torch.testing.assert_close(sum(mapped.attention.values()).sum(-1), torch.full((2, 17), 4.0))
 
 
+def test_prompts_extra_tokens_and_mask(clip: Clip) -> None:
+    """Against every block written out: prompts are new before each, a query reads what its row of the mask allows."""
+    torch.manual_seed(0)
+    trunk, width = clip.visual, 128
+    prompts, extra = torch.randn(4, 1, 3, width), torch.randn(2, width)
+    N = 1 + 3 + 2 * 5 + 2
+    allowed = (torch.rand(N, N) < 0.5) | torch.eye(N, dtype=torch.bool)
+    with torch.no_grad():
+        tokens, grid = trunk.embed(torch.randn(1, 3, 32, 80), class_twice=True, extra=extra)
+        fused = trunk.run(tokens, prompts=lambda i: prompts[i], allowed=allowed)
+        mapped = trunk.run(tokens, prompts=lambda i: prompts[i], allowed=allowed, keep_attention=range(4))
+        once, _ = trunk.embed(torch.randn(1, 3, 32, 80))
+        x = tokens[0]
+        for i, block in enumerate(trunk.blocks):
+            x = torch.cat([x[:1], prompts[i, 0], x[1 if i == 0 else 4 :]])
+            q, k, v = torch.nn.functional.linear(block.ln_1(x), block.attn.in_proj_weight, block.attn.in_proj_bias).chunk(3, 1)
+            heads = []
+            for part in range(2):
+                at = slice(64 * part, 64 * part + 64)
+                scores = (q[:, at] @ k[:, at].T / 8).exp() * allowed
+                heads.append(scores / scores.sum(1, keepdim=True) @ v[:, at])
+            x = x + block.attn.out_proj(torch.cat(heads, 1))
+            x = x + block.mlp(block.ln_2(x))
+    assert grid == (2, 5) and tokens.shape == (1, N - 3, width) and once.shape[1] == N - 5
+    visual = trunk.visual
+    expected = visual.ln_pre(2 * visual.class_embedding + visual.positional_embedding[0])
+    torch.testing.assert_close(tokens[0, 0], expected)
+    torch.testing.assert_close(tokens[0, -2:], visual.ln_pre(extra))
+    for run in (fused, mapped):
+        torch.testing.assert_close(run.tokens[0], x, rtol=1e-4, atol=1e-5)
+    assert all((m[0][~allowed] == 0).all() for m in mapped.attention.values())
+
+
 def test_position_on_another_grid_is_bilinear(clip: Clip) -> None:
     table = clip.visual.position((6, 3))
     own = clip.visual.visual.positional_embedding
@@ -166,12 +199,26 @@ def test_refining_an_empty_map_gives_zero() -> None:
 
 def test_text_bank_cache_and_limits(clip: Clip, tmp_path) -> None:
     texts = ["a photo of cat.", "a photo without cat."]
-    bank = clip.text.bank(texts, tmp_path)
+    bank = clip.text.bank(texts, cache=tmp_path)
     torch.testing.assert_close(bank.norm(dim=1), torch.ones(2))
-    torch.testing.assert_close(clip.text.bank(texts, tmp_path), bank, rtol=0, atol=0)
+    torch.testing.assert_close(clip.text.bank(texts, cache=tmp_path), bank, rtol=0, atol=0)
     assert len(list(tmp_path.iterdir())) == 1
     with pytest.raises(UserError, match="does not fit"):
         clip.text(["word " * 200])
+
+
+def test_text_bank_averages_synonyms_and_templates(clip: Clip, tmp_path) -> None:
+    """Each text is normalised, then the mean of a class; and a class of two names is not two classes."""
+    templates = ["a photo of a {}.", "there is a {} in the scene."]
+    bank = clip.text.bank([("cat", "kitten"), "sky"], templates, tmp_path)
+    each = clip.text([t.format(n) for n in ("cat", "kitten", "sky") for t in templates])
+    expected = torch.stack([each[:4].mean(0), each[4:].mean(0)])
+    torch.testing.assert_close(bank, expected / expected.norm(dim=1, keepdim=True))
+    assert len(clip.text.bank(["cat", "kitten", "sky"], templates, tmp_path)) == 3
+    assert len(clip.text.bank([("cat", "kitten"), "sky"], templates[:1], tmp_path)) == 2
+    assert len(list(tmp_path.iterdir())) == 3
+    with pytest.raises(UserError, match="class 1 of 2 has no name"):
+        clip.text.bank(["cat", []])
 
 
 def test_tiny_folder_knows_only_its_words(reference: CLIP, tmp_path) -> None:

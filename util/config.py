@@ -70,6 +70,7 @@ class Train:
     power: float = 0.9  # poly schedule, per step (util/run/schedule.py)
     warmup: int = 0  # steps in which the rate grows from `warmup_ratio` of itself
     warmup_ratio: float = 0.0
+    warmup_of: Literal["initial", "decayed"] = "initial"  # which rate grows: the initial one (WeCLIP) or the decayed (mmcv)
     min_lr: float = 0.0  # floor that the schedule ends at
     momentum: float = 0.9  # SGD only
     weight_decay: float = 0.01

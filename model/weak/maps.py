@@ -56,7 +56,7 @@ class Bank(NamedTuple):
 def text_bank(text: TextEncoder, classes: Sequence[str], options: MapOptions, cache: Path | None = None) -> Bank:
     """Embed every class text and the background texts. cache: see `TextEncoder.bank`."""
     background = background_texts(classes) if options.background is None else options.background
-    rows = text.bank([options.template.format(name) for name in (*classes, *background)], cache)
+    rows = text.bank([options.template.format(name) for name in (*classes, *background)], cache=cache)
     return Bank(rows[: len(classes)], rows[len(classes) :])
 
 

@@ -21,6 +21,7 @@ from model.few_shot.prior import CosinePrior, SimilarityPrior, TextPrior, Visual
 from model.few_shot.system import FewShot
 from model.ops import resize
 from model.system import Frozen
+from tests.golden.check_clip_rc import check_clip_rc
 from tests.golden.check_hsnet import check_hsnet
 from tests.golden.check_imr_hsnet import check_clip, check_imr_hsnet
 from tests.golden.check_weclip import check_weclip
@@ -246,4 +247,5 @@ def check_training(golden: Golden, system: FewShot, batch: Episode, terms: Seque
 CHECKS: dict[str, Callable[[Path], Iterator[Row]]] = {
     "pi_clip": check_few_shot, "hdmnet": check_few_shot, "bam": check_few_shot, "pfenet": check_few_shot,
     "hsnet": check_hsnet, "imr_hsnet": check_imr_hsnet, "clip_rn50_cam": check_clip, "weclip": check_weclip,
+    "clip_rc": check_clip_rc,
 }  # fmt: skip

@@ -247,6 +247,13 @@ class ValTransform:
         return out
 
 
+def short_side(image: np.ndarray, side: int) -> np.ndarray:
+    """Resize an image, H W 3, to a shorter side of `side` pixels; bilinear, without antialias (mmsegmentation's test)."""
+    scale = side / min(image.shape[:2])
+    height, width = (int(length * scale + 0.5) for length in image.shape[:2])
+    return cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
+
+
 def _squash_image(image: np.ndarray, size: int, antialias: bool = False) -> np.ndarray:
     if antialias:
         squashed = Image.fromarray(image.astype(np.uint8)).resize((size, size), Image.Resampling.BILINEAR)

@@ -16,7 +16,8 @@ class Schedule:
 
     Attributes:
         total: steps of the whole run; power: of the decay, 0 keeps the rate.
-        warmup: steps in which the rate grows linearly from `ratio` of its initial value.
+        warmup: steps in which a factor grows linearly from `ratio` to 1.
+        of_decayed: the factor multiplies the decayed rate (mmcv, CLIP-RC) and not the initial one (WeCLIP).
         floor: rate that the decay ends at.
     """
 
@@ -25,20 +26,22 @@ class Schedule:
     warmup: int = 0
     ratio: float = 0.0
     floor: float = 0.0
+    of_decayed: bool = False
 
     @classmethod
     def of(cls, train: Train, total: int) -> "Schedule":
-        return cls(total, train.power, train.warmup, train.warmup_ratio, train.min_lr)
+        return cls(total, train.power, train.warmup, train.warmup_ratio, train.min_lr, train.warmup_of == "decayed")
 
     def rate(self, initial: float, step: int) -> float:
         """Rate before step 0..total-1 of a group whose initial rate is given.
 
-        Decay counts from step 0, so the rate jumps to the decayed value right after the warm-up, as in published code.
+        Decay counts from step 0, in the warm-up too, as in published code.
         """
-        if step < self.warmup:
-            return initial * (1 - (1 - step / self.warmup) * (1 - self.ratio))
         factor = (1 - step / self.total) ** self.power
-        return initial * factor if not self.floor else (initial - self.floor) * factor + self.floor
+        decayed = initial * factor if not self.floor else (initial - self.floor) * factor + self.floor
+        if step >= self.warmup:
+            return decayed
+        return (decayed if self.of_decayed else initial) * (1 - (1 - step / self.warmup) * (1 - self.ratio))
 
     def set(self, optimizer: torch.optim.Optimizer, step: int) -> float:
         """Sets the rate of every group; returns the highest, which the log shows."""
