@@ -63,7 +63,9 @@ def build_system(arch: str, config: Config, fold: Fold, names: ClassNames, cache
     if wanted != cls.default_priors:
         check_priors(wanted, cls.uses_base_learner)
     check_clip_size("cam" in cls.default_priors, config.CLIP.clip_size)
-    clip = Frozen(load_clip(config.CLIP.clip_path, resnet="cam" in wanted)) if {"vtp", "vvp", "cam"} & set(wanted) else None
+    clip = None
+    if {"vtp", "vvp", "cam"} & set(wanted):
+        clip = Frozen(load_clip(config.CLIP.clip_path, resnet="cam" in wanted, activation=config.CLIP.activation))
     makers: dict[str, Callable[[], Prior]] = {
         "cosine": CosinePrior,
         "similarity": SimilarityPrior,

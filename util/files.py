@@ -19,6 +19,19 @@ NUMBERS = {torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.bo
            torch.int32, torch.int64}  # fmt: skip
 
 
+def local_path(source: str) -> Path | None:
+    """Where a source of weights lies on this machine, `~` expanded; None for a name that is no path (a hub's).
+
+    Whatever exists is a path, and so is what begins like one or ends like a file of weights.
+    """
+    path = Path(source)
+    if source.startswith("~"):
+        with contextlib.suppress(RuntimeError):  # no such user: the path stays as it is, and is missing
+            path = path.expanduser()
+    is_path = path.exists() or source.startswith((".", "/", "~")) or path.suffix in (".pt", ".pth", ".bin", ".safetensors")
+    return path if is_path else None
+
+
 @contextlib.contextmanager
 def atomic(path: Path) -> Iterator[Path]:
     """Gives a temporary path in the same folder; it replaces `path` when the block ends well, and vanishes when not."""

@@ -62,8 +62,13 @@ class TextEncoder(nn.Module):
             save_tensors(file, {"bank": bank})
         return bank
 
+    @property
+    def settings(self) -> str:
+        """What the embeddings depend on beside the tensors: the activation's name."""
+        return type(self.clip.transformer.resblocks[0].mlp.gelu).__name__
+
     def _key(self, texts: Sequence[str]) -> str:
-        digest = hashlib.sha256("\n".join(texts).encode())
+        digest = hashlib.sha256("\n".join([self.settings, *texts]).encode())
         for name, tensor in sorted(self.clip.state_dict().items()):
             if not name.startswith("visual."):
                 digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
