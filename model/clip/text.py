@@ -29,7 +29,11 @@ class TextEncoder(nn.Module):
         self.known_ids = None if known_ids is None else set(known_ids.tolist())
 
     def forward(self, texts: Sequence[str]) -> Tensor:
-        """n texts -> n D fp32, L2-normalised.
+        """n texts -> n D fp32, L2-normalised. Raises UserError as `tokens`."""
+        return F.normalize(self.clip.encode_text(self.tokens(texts)).float(), dim=-1)
+
+    def tokens(self, texts: Sequence[str]) -> Tensor:
+        """n texts -> n L int64, L the context; zeros behind each end.
 
         Raises:
             UserError: a text is longer than the context, or uses a word that this CLIP has no embedding for.
@@ -44,8 +48,7 @@ class TextEncoder(nn.Module):
                                 for some in (unknown, self.known_ids))  # fmt: skip
                 raise UserError(f"this small CLIP does not know {', '.join(words)} (in {text!r}); all its words: "
                                 f"{', '.join(known)}. For photographs take a full CLIP, and a system trained with it")
-        tokens = self.tokenizer(list(texts)).to(self.clip.positional_embedding.device)
-        return F.normalize(self.clip.encode_text(tokens).float(), dim=-1)
+        return self.tokenizer(list(texts)).to(self.clip.positional_embedding.device)
 
     @torch.no_grad()
     def bank(self, texts: Sequence[str], cache: Path | None = None) -> Tensor:

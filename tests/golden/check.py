@@ -23,6 +23,8 @@ from model.ops import resize
 from model.system import Frozen
 from tests.golden.check_hsnet import check_hsnet
 from tests.golden.check_imr_hsnet import check_clip, check_imr_hsnet
+from tests.golden.check_insid3 import check_insid3
+from tests.golden.check_ovs import check_ovs
 from tests.golden.fill import tensor_for
 from tests.golden.rows import Row, compare
 from util.config import Method, Train
@@ -238,5 +240,6 @@ CHECKS: dict[str, Callable[[Golden, FewShot, Episode], Iterator[Row]]] = {
     "pi_clip": check_hdmnet, "hdmnet": check_hdmnet, "bam": check_bam, "pfenet": check_pfenet,
 }  # fmt: skip
 WHOLE: dict[str, Callable[[Path], Iterator[Row]]] = {  # files that need nothing of the above
-    "hsnet_r50": check_hsnet, "imr_hsnet_r50": check_imr_hsnet, "clip_rn50_cam": check_clip,
+    "hsnet_r50": check_hsnet, "imr_hsnet_r50": check_imr_hsnet, "clip_rn50_cam": check_clip, "insid3": check_insid3,
+    "sclip": check_ovs, "naclip": check_ovs, "clearclip": check_ovs, "proxyclip": check_ovs,
 }  # fmt: skip
