@@ -36,7 +36,7 @@ SAME_MODULE = {  # distributions that bring the same module
     "opencv-python-headless": ("opencv-python", "opencv-contrib-python", "opencv-contrib-python-headless"),
 }
 
-Row = namedtuple("Row", "what ok detail remedy")  # one line of the table; same fields as util.preflight.Finding
+Row = namedtuple("Row", "what ok detail remedy")  # one line of the table; same fields as util.run.preflight.Finding
 
 
 class EnvError(Exception):
@@ -176,9 +176,9 @@ def check_gpus() -> Row:
 
 
 def check_config(config: str, arch: str, overrides: list[str], **how: bool) -> list[Row]:
-    """What `config` needs beyond packages: weights, CLIP, data; `how`: see util.preflight.check."""
+    """What `config` needs beyond packages: weights, CLIP, data; `how`: see util.run.preflight.check."""
     from util.errors import UserError
-    from util.preflight import check
+    from util.run.preflight import check
 
     try:
         return check(config, arch, overrides, **how)

@@ -18,14 +18,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from model.clip.load import HUB_NAME
-from model.predictor import Predictor, annotated, find_weights
-from model.text_predictor import TextPredictor
+from model.predict.predictor import Predictor, annotated, find_weights
+from model.predict.text_predictor import TextPredictor
 from util import cli
 from util.config import CLIP, Config, load_config
-from util.data.photos import Photo, find, frames, others, read_photo
 from util.errors import UserError
-from util.experiment import ROOT, recorded_config
-from util.results import Results
+from util.files import ROOT
+from util.photos.reading import Photo, find, frames, others, read_photo
+from util.photos.results import Results
+from util.run.place import recorded_config
 
 POOR = 0.3  # IoU of an example in its own photo, below which is told:
 WEAK = ("an example is hardly found even in its own photo: expect nothing of others. Is its mask right (supports/)? Was the "

@@ -16,18 +16,22 @@ from pathlib import Path
 from demo import prepare_data
 from model import System, content_hash, load_weights, needs_base_learner, open_system, system_class
 from model.few_shot.system import FewShot
-from model.trace import trace_all
-from util import causes, cli, curves, distributed, evaluate, experiment, preflight, protocol, stats
+from model.verify import trace_all
+from util import cli, protocol
 from util.cache import TensorCache, open_cache
-from util.checkpoint import EXPORT, check_identity, read_meta
 from util.config import Config, load_config
-from util.data.build import Source
 from util.data.manifest import AnyEpisodes, episode_hash
-from util.distributed import Context
-from util.evaluate import Row
-from util.experiment import Experiment
-from util.log import RunLog
-from util.report import choose, summarise, text_table, write_report
+from util.data.source import Source
+from util.report.write import choose, summarise, text_table, write_report
+from util.run import curves, distributed, preflight
+from util.run.checkpoint import EXPORT, check_identity, read_meta
+from util.run.distributed import Context
+from util.run.identity import environment, fingerprint, identity
+from util.run.log import RunLog
+from util.run.place import Experiment, base_learner_file
+from util.score import causes, evaluate
+from util.score import statistics as stats
+from util.score.evaluate import Row
 
 FIRST = 6  # pictures of episodes that every run has
 TRACED = 2  # episodes of each seed whose stages a result keeps fingerprints of
@@ -96,7 +100,7 @@ def score(config: Config, place: Experiment, context: Context, log: RunLog, cach
     system.remember(cache, fixed_head=True)
     if context.world > 1:
         facts = system.frozen_hashes() | {"weights": content_hash(system.trained)}
-        context.agree(experiment.fingerprint(config, source.records("val_list")) | facts)
+        context.agree(fingerprint(config, source.records("val_list")) | facts)
     for warning in system.warnings:
         log.warning(warning)
     log.info(f"{place.arch} on {place.data_set} {place.exp}, {config.Train.shot}-shot, weights {weight}")
@@ -131,7 +135,7 @@ def ready(config: Config, place: Experiment) -> None:
     if weight.suffix == ".safetensors" and weight.is_file():
         meta, cls = read_meta(weight), system_class(place.arch)
         priors = config.Method.priors or list(cls.default_priors) if issubclass(cls, FewShot) else None
-        wanted = experiment.identity(place.arch, with_selection(config, place.arch, weight), priors)
+        wanted = identity(place.arch, with_selection(config, place.arch, weight), priors)
         findings.append(preflight.attempt("checkpoint", lambda: check_identity(weight, meta, wanted) or str(weight)))
         whole |= EXPORT in meta
     preflight.require(config, place, ("val_list",), start=not whole, extra=findings)
@@ -162,7 +166,7 @@ def without_leaks(config: Config, place: Experiment, scored: Scored) -> tuple[Co
 
 
 def summary(config: Config, place: Experiment, context: Context, scored: Scored, seconds: float) -> dict:
-    """The result as util/report.py wants it."""
+    """The result as util/report/write.py wants it."""
     system, source, seeds, used = scored.system, scored.source, scored.seeds, protocol.of(config)
     mean, sd = summarise(seeds)
     classes = source.fold.base if source.task == "images" else source.fold.novel
@@ -174,7 +178,7 @@ def summary(config: Config, place: Experiment, context: Context, scored: Scored,
         "protocol": used.describe(bool({"vtp", "cam"} & {*(system.prior_names or [])}), source.task == "images")
         | trained_with(scored.weight),
         "protocol_hash": used.hash, "warnings": [*system.warnings, *skipped(seeds)], "mark": system.mark,
-        "environment": experiment.environment(context.device) | provenance(config, scored),
+        "environment": environment(context.device) | provenance(config, scored),
         "classes": {c: source.names.names[c - 1] for c in classes},
         "other_classes": {c: name for c, name in enumerate(source.names.names, start=1) if c not in classes},
         "curves": learning_curves(config, place, scored.weight),
@@ -200,7 +204,7 @@ def summary(config: Config, place: Experiment, context: Context, scored: Scored,
 
 def provenance(config: Config, scored: Scored) -> dict[str, str]:
     """Hashes of code, config, data and every weight."""
-    found = experiment.fingerprint(config, scored.source.records("val_list")) | scored.system.frozen_hashes()
+    found = fingerprint(config, scored.source.records("val_list")) | scored.system.frozen_hashes()
     return found | {"weights": content_hash(scored.system.trained)}
 
 
@@ -216,7 +220,7 @@ def learning_curves(config: Config, place: Experiment, weight: Path) -> dict[str
         return {}
     files = {place.arch: weight}
     if needs_base_learner(place.arch):
-        files["base learner"] = experiment.base_learner_file(config, place)
+        files["base learner"] = base_learner_file(config, place)
     found = {name: curves.read(file.parents[1] / curves.FILE) for name, file in files.items()}
     return {name: points for name, points in found.items() if points}
 

@@ -18,20 +18,23 @@ from torch.utils.data import Dataset
 
 from demo import prepare_data
 from model import System, content_hash, load_backbone, needs_base_learner, open_system
-from util import checkpoint, cli, distributed, evaluate, experiment, plan, preflight
+from util import cli
 from util.cache import open_cache
-from util.checkpoint import Progress
 from util.config import Config, load_config
-from util.data.build import Source
 from util.data.episodes import Batch
-from util.data.loading import Loader
-from util.distributed import Context, RangeSampler, Termination
+from util.data.loading import Loader, RangeSampler
+from util.data.source import Source
 from util.errors import UserError
-from util.experiment import Experiment
 from util.files import atomic
-from util.log import RunLog, tracking
-from util.optim import poly
-from util.viz import contact_sheet
+from util.report.viz import contact_sheet
+from util.run import checkpoint, distributed, plan, preflight
+from util.run.checkpoint import Progress
+from util.run.distributed import Context, Termination
+from util.run.identity import fingerprint, identity
+from util.run.log import RunLog, tracking
+from util.run.place import Experiment, base_learner_file, missing_base_learner
+from util.run.schedule import poly
+from util.score import evaluate
 
 
 def main() -> None:
@@ -60,13 +63,13 @@ def ready_base_learner(run: Callable, config: Config, recipe: Config, place: Exp
             recipe.Data, recipe.Method, recipe.Runtime = config.Data, config.Method, config.Runtime
             recipe.Train.workers, recipe.Train.selection = config.Train.workers, config.Train.selection
             run(recipe, own, context, quiet)
-    elif not experiment.base_learner_file(config, place).is_file():
-        raise UserError(experiment.missing_base_learner(config, place))
+    elif not base_learner_file(config, place).is_file():
+        raise UserError(missing_base_learner(config, place))
 
 
 def dry_run(config: Config, place: Experiment, context: Context, quiet: bool) -> None:
     """Says what a run would do and take, whether its base learner is there yet or not; writes nothing."""
-    ready = not needs_base_learner(place.arch) or experiment.base_learner_file(config, place).is_file()
+    ready = not needs_base_learner(place.arch) or base_learner_file(config, place).is_file()
     with RunLog(place.folder, main=False) as log:
         found = plan.measure(build(config, place, context, log, weights=ready))
         if context.main:
@@ -150,7 +153,7 @@ def build(config: Config, place: Experiment, context: Context, log: RunLog, weig
     for warning in system.warnings:
         log.warning(warning)
     system.to(context.device)
-    meta = experiment.identity(place.arch, config, system.prior_names) | {"frozen": system.frozen_hashes()}
+    meta = identity(place.arch, config, system.prior_names) | {"frozen": system.frozen_hashes()}
     meta["vocabulary"] = config.CLIP.vocabulary
     meta["config"] = dataclasses.asdict(config)
     validation = source.validation() if config.Train.evaluate and config.Train.selection != "last" else None
@@ -183,7 +186,7 @@ def start(config: Config, place: Experiment, context: Context, log: RunLog) -> R
         shutil.rmtree(place.snapshot / "resume", ignore_errors=True)
     if context.world > 1:
         facts = {"position": f"{run.progress.step}, {run.progress.closed}", "weights": content_hash(system.trained)}
-        context.agree(experiment.fingerprint(config, source.records("train_list")) | system.frozen_hashes() | facts)
+        context.agree(fingerprint(config, source.records("train_list")) | system.frozen_hashes() | facts)
         system.distribute(context.device)
     log.rewind({"train": run.progress.step, "validation": run.progress.closed})
     if context.main:
@@ -245,7 +248,7 @@ def iterate(run: Run, epoch: int, end: int, termination: Termination) -> None:
     first, last = ((epoch * run.per_epoch + i) * train.batch_size for i in (begin, end))
     sampler = RangeSampler(first, last, train.batch_size, context, drop_last=True)
     on_error = run.config.Data.on_error
-    batches = Loader(run.data, sampler, train.workers, context.device, run.log, on_error=on_error, training=True)
+    batches = Loader(run.data, sampler, train.workers, context.device, run.log.warning, on_error=on_error, training=True)
     with run.log.progress(run.per_epoch, f"epoch {epoch + 1}/{train.epochs}", begin) as bar:
         for batch in batches:
             poly(run.optimizer, progress.step, progress.total, train.power)

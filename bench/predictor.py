@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from model import build_system
-from model.predictor import NO_NAMES, Predictor
+from model.predict.predictor import NO_NAMES, Predictor
 from util.config import load_config
 from util.data.folds import fold_of
 

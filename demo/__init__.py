@@ -1,7 +1,7 @@
 """The embedded world: small scenes of named things and a tiny CLIP that knows them, so that everything runs offline."""
 
 from util.config import Config
-from util.distributed import Context
+from util.run.distributed import Context
 
 
 def prepare_data(config: Config, context: Context) -> None:

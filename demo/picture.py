@@ -17,7 +17,7 @@ from util import cli
 from util.config import load_config
 from util.data.episodes import Episode
 from util.files import atomic
-from util.viz import COLOURS, Panel, contact_sheet, heatmap, overlay
+from util.report.viz import COLOURS, Panel, contact_sheet, heatmap, overlay
 
 CONFIG = "config/demo/demo_split0_resnet50.yaml"
 NUMBER = 84  # of the episode

@@ -19,14 +19,15 @@ from model.few_shot.pfenet import PFENet
 from model.few_shot.prior import CosinePrior, Prior, SimilarityPrior, TextPrior, VisualPrior, check_priors
 from model.few_shot.system import FewShot
 from model.system import Frozen, System, load_exactly
-from util import experiment
-from util.checkpoint import EXPORT, check_frozen, check_identity, read_meta
+from util.cache import CACHE
 from util.config import Config
-from util.data.build import Source
 from util.data.folds import ClassNames, Fold
+from util.data.source import Source
 from util.errors import UserError
-from util.experiment import Experiment
 from util.files import load_state, load_tensors
+from util.run.checkpoint import EXPORT, check_frozen, check_identity, read_meta
+from util.run.identity import identity
+from util.run.place import Experiment, base_learner_file, missing_base_learner
 
 SYSTEMS: dict[str, type[System]] = {"PI_CLIP": PICLIP, "HDMNet": HDMNet, "BAM": BAM, "PFENet": PFENet, "HSNet": HSNet,
                                     "IMR_HSNet": IMRHSNet, "PSPNet": PSPNet}  # fmt: skip
@@ -96,15 +97,15 @@ def text_bank(clip: Frozen, texts: Sequence[str], cache: Path | None = None) -> 
 
 def open_system(arch: str, config: Config) -> tuple[System, Source]:
     """A system and the data it works on; backbone, base learner and head come without weights."""
-    source = Source(config, system_class(arch).task, experiment.CACHE)
-    system = build_system(arch, config, source.fold, source.names, experiment.CACHE)
+    source = Source(config, system_class(arch).task, CACHE)
+    system = build_system(arch, config, source.fold, source.names, CACHE)
     source.clip_patch = system.clip_patch
     return system, source
 
 
 def load_weights(system: System, config: Config, place: Experiment, weight: Path) -> None:
     """Gives a system all its weights. A checkpoint of ours must match the config and the frozen parts; an exported one
-    (model/share.py) and a published one bring their base learner along."""
+    (model/predict/share.py) and a published one bring their base learner along."""
     if not weight.is_file():
         raise UserError(f"Test_Finetune.weight = {config.Test_Finetune.weight}: no checkpoint {weight}. Train first: "
                         f"`ARCH={place.arch} NET={place.net} sh train.sh {place.command} GPUS`")
@@ -112,7 +113,7 @@ def load_weights(system: System, config: Config, place: Experiment, weight: Path
         system.import_official(load_state(weight), str(weight))
         return
     meta, state = read_meta(weight), load_tensors(weight)
-    check_identity(weight, meta, experiment.identity(place.arch, config, system.prior_names))
+    check_identity(weight, meta, identity(place.arch, config, system.prior_names))
     if EXPORT in meta:
         clip = {name: tensor for name, tensor in system.state_dict().items() if name.startswith("clip.")}
         load_exactly(system, clip | state, str(weight))
@@ -128,12 +129,12 @@ def load_backbone(system: System, config: Config, place: Experiment) -> None:
     if not needs_base_learner(place.arch):
         encoder = system.encoder if isinstance(system, FewShot) else system.trained.encoder
         return initialise(encoder, config.Method.backbone_weight)
-    path = experiment.base_learner_file(config, place)
+    path = base_learner_file(config, place)
     if not path.is_file():
-        raise UserError(experiment.missing_base_learner(config, place))
+        raise UserError(missing_base_learner(config, place))
     if path.suffix == ".safetensors":
         meta = read_meta(path)
-        check_identity(path, meta, experiment.identity("PSPNet", config))
+        check_identity(path, meta, identity("PSPNet", config))
         if config.Train.selection != "novel" and meta.get("selection") != "last":
             system.warnings += (f"the base learner {path} was chosen where novel objects of the validation images count as "
                                 "background, a leak; train it with Test_Finetune.protocol=strict too",)  # fmt: skip

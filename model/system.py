@@ -23,7 +23,7 @@ class Prediction:
     base: Tensor | None = None  # B N+1 S S, base learner logits
     maps: dict[str, Tensor] = field(default_factory=dict)  # name -> B h w, priors for the report
     baselines: dict[str, Tensor] = field(default_factory=dict)  # name -> B S S bool, trivial predictions to compare with
-    votes: Tensor | None = None  # B K 2 h w, logits of each shot where shots vote (util.metrics.vote); `final` is near the vote
+    votes: Tensor | None = None  # B K 2 h w, logits of each shot where shots vote; `final` is near the vote
 
 
 class Frozen(nn.Module):

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from util.causes import CAUSES, NAMES, Spread, causes, examples, spread, tally
-from util.distributed import Context
 from util.errors import UserError
-from util.metrics import FewShotMeter, to_original
-from util.priors import THRESHOLDS, PriorMeter
+from util.run.distributed import Context
+from util.score.causes import CAUSES, NAMES, Spread, causes, examples, spread, tally
+from util.score.metrics import FewShotMeter, to_original
+from util.score.priors import THRESHOLDS, PriorMeter
 
 CLS, OTHER, THIRD = 3, 7, 5
 LABEL = np.zeros((20, 40), np.uint8)  # 100 pixels of the object, 100 and 50 of others, 20 that do not count

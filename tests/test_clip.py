@@ -18,7 +18,7 @@ from model.clip.load import _config, clip_from_state
 from model.clip.origin import OPENAI, origin_of
 from util.config import Config
 from util.errors import UserError
-from util.preflight import clip as preflight_clip
+from util.run.preflight import clip as preflight_clip
 
 VISION = {"image_size": 64, "layers": 4, "width": 128, "patch_size": 16}
 TEXT = {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 2}

@@ -11,13 +11,13 @@ from PIL import Image
 
 from util import protocol
 from util.config import load_config
-from util.data.build import Source
-from util.data.custom import check
-from util.data.custom.__main__ import following, main
 from util.data.folds import fold_of, read_class_names, read_folds
 from util.data.index import Record, read_list
+from util.data.source import Source
 from util.data.transforms import read_label
 from util.errors import UserError
+from util.prepare.custom import check
+from util.prepare.custom.__main__ import following, main
 
 REPO = Path(__file__).resolve().parents[1]
 NAMES = "star", "fish", "tree", "house"  # which the demo's CLIP knows

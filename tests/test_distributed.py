@@ -23,11 +23,12 @@ from util.config import Train
 from util.data.episodes import Episode, EpisodeDataset, EpisodeList
 from util.data.folds import fold, read_class_names
 from util.data.index import Record, build_index, scan
+from util.data.loading import RangeSampler
 from util.data.transforms import ValTransform
-from util.distributed import Context, RangeSampler, Termination
 from util.errors import UserError
-from util.evaluate import evaluate_episodes
-from util.log import RunLog
+from util.run.distributed import Context, Termination
+from util.run.log import RunLog
+from util.score.evaluate import evaluate_episodes
 
 CPU = torch.device("cpu")
 

@@ -146,7 +146,7 @@ def test_check_of_a_config(monkeypatch, capsys, ok, arguments):
         return [env.Row("Train.clip_path", ok, "initmodel/ViT-B-16.pt", "get it there")]
 
     monkeypatch.delenv("ARCH", raising=False)
-    monkeypatch.setitem(sys.modules, "util.preflight", types.SimpleNamespace(check=check))
+    monkeypatch.setitem(sys.modules, "util.run.preflight", types.SimpleNamespace(check=check))
     assert env.main(["check", "--config", "c.yaml", *arguments]) == (0 if ok else 1)
     assert asked == [("c.yaml", "HDMNet", ["Data.shot=5"]) if arguments else ("c.yaml", "PI_CLIP", [])]
     assert ("get it there" in capsys.readouterr().out) != ok
@@ -156,7 +156,7 @@ def test_check_of_a_bad_config(monkeypatch, capsys):
     def check(config, arch, overrides, full):
         raise UserError("Data.spilt is not a key")
 
-    monkeypatch.setitem(sys.modules, "util.preflight", types.SimpleNamespace(check=check))
+    monkeypatch.setitem(sys.modules, "util.run.preflight", types.SimpleNamespace(check=check))
     assert env.main(["check", "--config", "c.yaml"]) == 1
     assert "Data.spilt is not a key" in capsys.readouterr().out
 

@@ -21,9 +21,9 @@ from safetensors.torch import save_file
 from model.clip import load
 from model.clip.load import clip_from_state, load_clip
 from tests.test_clip import TEXT, VISION, small_clip
-from util import checkpoint
 from util.errors import UserError
 from util.files import load_state, save_json
+from util.run import checkpoint
 
 pytestmark = [pytest.mark.filterwarnings(f"ignore::{kind}") for kind in ("UserWarning", "FutureWarning")]  # torch's
 

@@ -16,12 +16,12 @@ import pytest
 from PIL import Image
 
 from util.config import load_config
-from util.data.prepare.archives import unpack
 from util.data.transforms import image_hw, read_image, read_label
 from util.errors import UserError
 from util.files import save_json
 from util.pool import parallel
-from util.stats import load_result
+from util.prepare.archives import unpack
+from util.score.statistics import load_result
 
 # ---- archives and annotations of data sets
 
@@ -75,7 +75,7 @@ POLYGONS = {
 @pytest.mark.parametrize("shape", POLYGONS)
 def test_hostile_polygons(tmp_path: Path, shape: str) -> None:
     """pycocotools crashes, or hangs, on numbers that it has no memory for."""
-    coco = pytest.importorskip("util.data.prepare.coco")
+    coco = pytest.importorskip("util.prepare.coco")
     names = coco.read_class_names(coco.CLASS_FILE).names
     content = {"images": [{"id": 1, "file_name": "a.jpg", "height": 10, "width": 10}],
                "annotations": [{"id": 7, "image_id": 1, "category_id": 1, "segmentation": POLYGONS[shape]}],
@@ -88,7 +88,7 @@ def test_hostile_polygons(tmp_path: Path, shape: str) -> None:
 
 @pytest.mark.parametrize("text", ["[" * 10**5, '{"a":' * 10**5, f"[{'9' * 5000}]", "\0", "\ud800", "", '{"a":'], ids=range(7))
 def test_hostile_json(tmp_path: Path, text: str) -> None:
-    coco = pytest.importorskip("util.data.prepare.coco")
+    coco = pytest.importorskip("util.prepare.coco")
     path = tmp_path / "train2014.json"
     path.write_bytes(text.encode("utf-8", "surrogatepass"))
     for read in (load_result, lambda p: coco.read_annotations(p, "train2014")):

@@ -18,7 +18,7 @@ from util.config import Method
 from util.data.episodes import EpisodeList
 from util.data.transforms import ValTransform
 from util.errors import UserError
-from util.metrics import decide, vote
+from util.score.metrics import decide, vote
 
 GOLDEN = Path(__file__).parent / "golden/hsnet_r50.npz"
 

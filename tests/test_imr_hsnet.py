@@ -18,13 +18,13 @@ from model.few_shot.imr_hsnet import Head, IMRHSNet
 from model.system import Frozen
 from tests.test_few_shot import random_episode
 from util.cache import TensorCache
-from util.checkpoint import check_identity
 from util.config import Method, load_config
 from util.data.episodes import Episode, EpisodeMaker
 from util.data.folds import fold
 from util.data.transforms import TrainTransform, ValTransform
 from util.errors import UserError
-from util.experiment import identity
+from util.run.checkpoint import check_identity
+from util.run.identity import identity
 
 ROOT = Path(__file__).parents[1]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from util.checkpoint import load_resume
+from util.run.checkpoint import load_resume
 
 ROOT = Path(__file__).parents[1]
 PFENET = Path("demo/PFENet/split0/resnet50")  # needs no base learner

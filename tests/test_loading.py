@@ -11,12 +11,12 @@ import torch
 from util.data.episodes import EpisodeDataset, EpisodeList
 from util.data.folds import fold
 from util.data.index import Record, build_index
-from util.data.loading import FAR, Loader
+from util.data.loading import FAR, Loader, RangeSampler
 from util.data.transforms import ValTransform
-from util.distributed import Context, RangeSampler
 from util.errors import UserError
-from util.evaluate import evaluate_episodes
-from util.log import RunLog
+from util.run.distributed import Context
+from util.run.log import RunLog
+from util.score.evaluate import evaluate_episodes
 
 CPU = torch.device("cpu")
 
@@ -36,7 +36,7 @@ def data(block, write_voc) -> EpisodeDataset:
 def numbers(data: EpisodeDataset, folder: Path, workers: int = 0, **options) -> tuple[list[int], Loader]:
     """Episode numbers of a pass over 12 episodes in batches of 4."""
     with RunLog(folder, "log", quiet=True) as log:
-        loader = Loader(data, RangeSampler(0, 12, 4, Context(CPU), drop_last=False), workers, CPU, log, **options)
+        loader = Loader(data, RangeSampler(0, 12, 4, Context(CPU), drop_last=False), workers, CPU, log.warning, **options)
         return [int(n) for batch in loader for n in batch.number], loader
 
 

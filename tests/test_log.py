@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from util.errors import UserError
-from util.log import RunLog, tracking
+from util.run.log import RunLog, tracking
 
 
 def test_weights_and_biases_gets_the_curves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

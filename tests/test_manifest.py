@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from util.data.__main__ import main
 from util.data.episodes import Episode, EpisodeDataset, EpisodeList
-from util.data.export import main
 from util.data.folds import fold, read_class_names
 from util.data.index import Record, build_index, scan
 from util.data.manifest import episode_hash, read_manifest, write_manifest

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from util.errors import UserError
-from util.metrics import FewShotMeter, SemanticMeter, to_original
+from util.score.metrics import FewShotMeter, SemanticMeter, to_original
 
 
 def iou_counts(pred: np.ndarray, truth: np.ndarray, value: int) -> list[int]:

@@ -31,7 +31,7 @@ from util.data.folds import fold, read_class_names
 from util.data.index import build_index, scan
 from util.data.transforms import TrainTransform, ValTransform, bbox_mask, image_hw, read_image
 from util.errors import UserError
-from util.metrics import FewShotMeter, to_original
+from util.score.metrics import FewShotMeter, to_original
 
 SYSTEMS = ("PI_CLIP", "HDMNet", "BAM", "PFENet")
 NAMES = read_class_names(Path(__file__).resolve().parents[1] / "lists/pascal/classes.txt")

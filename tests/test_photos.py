@@ -10,9 +10,9 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from demo import world
-from util.data.photos import ORIENTATION, box_mask, doubt, read_mask, read_photo
 from util.errors import UserError
-from util.polygons import Coco, polygons
+from util.photos.polygons import Coco, polygons
+from util.photos.reading import ORIENTATION, box_mask, doubt, read_mask, read_photo
 
 
 def upright(rng: np.random.Generator, hw: tuple[int, int] = (40, 60)) -> np.ndarray:
@@ -115,7 +115,7 @@ def test_what_is_no_photo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         with pytest.raises(UserError, match=message) as raised:
             read_photo(tmp_path / name)
         assert str(tmp_path / name) in str(raised.value)
-    monkeypatch.setattr("util.data.photos.MAX_PIXELS", 80_000)
+    monkeypatch.setattr("util.photos.reading.MAX_PIXELS", 80_000)
     with pytest.raises(UserError, match="decompression bomb"):
         read_photo(tmp_path / "whole.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)

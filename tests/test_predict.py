@@ -14,22 +14,22 @@ from demo import world
 from model import load_weights, open_system
 from model.build import text_bank
 from model.few_shot.prior import TextPrior
-from model.predictor import Predictor
+from model.predict.predictor import Predictor
+from model.predict.text_predictor import TextPredictor
 from model.system import Prediction
-from model.text_predictor import TextPredictor
 from tests.test_photos import upright
 from tests.untrained import CONFIG, ROOT, make, palette_mask, star
 from util.cache import TensorCache
 from util.data.episodes import Episode, EpisodeList, mask_table
 from util.data.folds import fold
-from util.data.photos import read_photo
 from util.data.transforms import read_label
-from util.distributed import Context
 from util.errors import UserError
-from util.evaluate import evaluate_episodes
-from util.experiment import Experiment
-from util.log import RunLog
-from util.metrics import FewShotMeter, to_original, vote
+from util.photos.reading import read_photo
+from util.run.distributed import Context
+from util.run.log import RunLog
+from util.run.place import Experiment
+from util.score.evaluate import evaluate_episodes
+from util.score.metrics import FewShotMeter, to_original, vote
 
 
 @pytest.fixture(autouse=True)

@@ -14,12 +14,12 @@ import yaml
 from PIL import Image
 
 import predict
-from model.predictor import NAMED, Predictor
+from model.predict.predictor import NAMED, Predictor
 from tests.untrained import ROOT, star
 from util import cli
-from util.checkpoint import read_meta, save_weights
 from util.errors import UserError
 from util.files import load_tensors
+from util.run.checkpoint import read_meta, save_weights
 
 
 @pytest.fixture(autouse=True)

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from util import preflight
 from util.config import load_config
 from util.errors import UserError
-from util.experiment import Experiment
-from util.preflight import Finding, check, require
+from util.run import preflight
+from util.run.place import Experiment
+from util.run.preflight import Finding, check, require
 
 CONFIG = "config/pascal/pascal_split0_resnet50.yaml"
 

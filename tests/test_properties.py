@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 from util.data.episodes import EpisodeList
 from util.data.folds import fold
 from util.data.index import Index, Record, build_index
+from util.data.loading import RangeSampler
 from util.data.manifest import read_manifest, write_manifest
 from util.data.transforms import ValTransform, bbox_mask
-from util.distributed import Context, RangeSampler
 from util.errors import UserError
-from util.metrics import FewShotMeter, SemanticMeter, to_original
-from util.stats import COLUMNS, bootstrap, pooled, read_episodes
+from util.run.distributed import Context
+from util.score.metrics import FewShotMeter, SemanticMeter, to_original
+from util.score.statistics import COLUMNS, bootstrap, pooled, read_episodes
 
 
 def check(examples: int) -> settings:

@@ -6,8 +6,8 @@ import pytest
 
 from util import protocol
 from util.config import Config, load_config, protocol_names
-from util.data.build import Source
 from util.data.folds import fold
+from util.data.source import Source
 from util.errors import UserError
 
 ROOT = Path(__file__).parents[1]

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from util import cli
-from util.log import RunLog
-from util.report import Card, choose, main, summarise, text_table, write_report
-from util.viz import COLOURS, contact_sheet, episode_panels, error_map, heatmap, overlay
+from util.report.__main__ import main
+from util.report.viz import COLOURS, contact_sheet, episode_panels, error_map, heatmap, overlay
+from util.report.write import Card, choose, summarise, text_table, write_report
+from util.run.log import RunLog
 
 NAMES = {1: "aeroplane", 2: "bicycle <b>", 3: "bird"}
 

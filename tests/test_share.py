@@ -12,14 +12,14 @@ import pytest
 import torch
 
 from model import load_weights, open_system
-from model.predictor import Predictor
-from model.share import export, main
+from model.predict.predictor import Predictor
+from model.predict.share import export, main
 from tests.untrained import CONFIG, ROOT, make, star
-from util.checkpoint import read_meta
 from util.config import load_config
 from util.errors import UserError
-from util.experiment import Experiment
 from util.files import save_json
+from util.run.checkpoint import read_meta
+from util.run.place import Experiment
 
 
 @pytest.fixture(autouse=True)

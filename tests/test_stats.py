@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from util.errors import UserError
-from util.metrics import FewShotMeter
-from util.stats import COLUMNS, bootstrap, compare, describe, pooled, read_episodes
+from util.score.metrics import FewShotMeter
+from util.score.statistics import COLUMNS, bootstrap, compare, describe, pooled, read_episodes
 
 
 def rows(n: int, rng: np.random.Generator, classes: int = 3, gain: float = 0.0) -> np.ndarray:
@@ -59,7 +59,7 @@ def test_bootstrap_is_deterministic_and_chunked(monkeypatch):
     episodes = read_episodes(result(table))
     first = bootstrap(episodes, 300)
     assert first == bootstrap(episodes, 300) == bootstrap(read_episodes(result(table[::-1])), 300) != bootstrap(episodes, 300, 1)
-    monkeypatch.setattr("util.stats.CHUNK", 1)  # one resample at a time
+    monkeypatch.setattr("util.score.statistics.CHUNK", 1)  # one resample at a time
     assert bootstrap(episodes, 300) == first
 
 

@@ -83,7 +83,7 @@ def test_a_result_can_be_verified(world: list[str], trained: Path, tmp_path: Pat
     assert {"code", "config", "data", "clip", "base_learner", "weights", "torch", "hardware"} <= result["environment"].keys()
 
     def verify(file: Path) -> subprocess.CompletedProcess:
-        command = [sys.executable, "-m", "util.report", "verify", str(file)]
+        command = [sys.executable, "-m", "model.verify", str(file)]
         return subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
 
     run = verify(trained / "result/report.json")
@@ -115,7 +115,7 @@ def test_protocols_and_episode_files(world: list[str], trained: Path, tmp_path: 
 
     file = tmp_path / "episodes.txt"
     config = ["--config", "config/demo/demo_split0_resnet50.yaml"]
-    made = subprocess.run([sys.executable, "-m", "util.data.episodes", "export", *config, "--out", str(file), *few], cwd=ROOT)
+    made = subprocess.run([sys.executable, "-m", "util.data", "export", *config, "--out", str(file), *few], cwd=ROOT)
     assert made.returncode == 0
     run = sh("test.sh", *few, "Test_Finetune.protocol=strict", f"--episodes={file}")
     assert run.returncode == 0, run.stdout + run.stderr
@@ -127,7 +127,7 @@ def test_protocols_and_episode_files(world: list[str], trained: Path, tmp_path: 
 
 KILL = """
 import os, signal, sys
-import train, util.checkpoint as c
+import train, util.run.checkpoint as c
 calls = [0]
 def stop(path, value, f=c.save_json):
     calls[0] += 1

@@ -19,14 +19,14 @@ from demo import world
 from demo.web import session as do
 from demo.web import show
 from demo.web.session import Model, Session, Support, demo_examples
-from model.predictor import NAMED, Predictor
-from model.text_predictor import TextPredictor
+from model.predict.predictor import NAMED, Predictor
+from model.predict.text_predictor import TextPredictor
 from tests.untrained import ROOT, make
 from util import cli
-from util.data.photos import MAX_SIDE, Photo
 from util.data.transforms import IGNORE
 from util.errors import UserError
-from util.viz import COLOURS
+from util.photos.reading import MAX_SIDE, Photo
+from util.report.viz import COLOURS
 
 STAR = 1  # class
 

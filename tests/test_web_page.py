@@ -14,7 +14,7 @@ import demo.web.__main__ as program
 from demo.shapes import NAMES
 from demo.web import session as do
 from demo.web.session import Model, demo_examples
-from model.text_predictor import TextPredictor
+from model.predict.text_predictor import TextPredictor
 from tests.test_web import at_root, example, model, query, save
 
 

@@ -9,13 +9,13 @@ from PIL import Image
 
 from demo import world
 from model import build_system, load_backbone
-from util import experiment
-from util.checkpoint import save_weights
 from util.config import Config, load_config
 from util.data.episodes import mask_table
 from util.data.folds import fold_of, read_class_names
 from util.data.transforms import read_label
-from util.experiment import Experiment
+from util.run.checkpoint import save_weights
+from util.run.identity import identity
+from util.run.place import Experiment
 
 ROOT = Path(__file__).parents[1]
 CONFIG = "config/demo/demo_split0_resnet50.yaml"
@@ -47,7 +47,7 @@ def make(root: Path, arch: str, *overrides: str) -> tuple[Config, Path]:
                 parameter.mul_(1.5)  # scores that differ, and masks that are neither empty nor full
             if hasattr(system.trained, "ensemble"):
                 system.trained.ensemble.cls_merge.weight.fill_(1)  # so far the base learner has no say
-        meta = experiment.identity(name, config, system.prior_names) | {"frozen": system.frozen_hashes()}
+        meta = identity(name, config, system.prior_names) | {"frozen": system.frozen_hashes()}
         save_weights(place.best, system.trained_state(), meta | {"config": asdict(config)})
     return config, place.best
 

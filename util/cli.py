@@ -6,8 +6,7 @@ import os
 import sys
 from collections.abc import Callable
 
-from util.distributed import Terminated
-from util.errors import UserError
+from util.errors import Terminated, UserError
 
 
 def parse(description: str, episodes: bool = False, plan: bool = False) -> argparse.Namespace:

@@ -107,7 +107,7 @@ class Test_Finetune:
     ann_type: Literal["mask", "bbox"] = "mask"  # support annotation
     protocol: str = "auto"  # a file of config/protocol; auto: that of the system's paper
     leak_free: bool = True  # where the protocol leaks, also test without: another vocabulary, the last epoch's weights
-    episodes: str = ""  # run the episodes of this file (`python -m util.data.episodes export`) instead of drawing them
+    episodes: str = ""  # run the episodes of this file (`python -m util.data export`) instead of drawing them
     test_num: int = 1000  # episodes per seed
     seeds: list[int] = field(default_factory=lambda: [321, 322, 323, 324, 325])
     baselines: bool = False  # also score trivial predictions on the same episodes
@@ -172,6 +172,21 @@ def config_of(content: dict, source: str, overrides: list[str] | None = None) ->
     _apply(config, [(Path(source), content), *((Path("command line"), _override(text)) for text in overrides or [])])
     _validate(config)
     return config
+
+
+def names_of(path: str | Path) -> tuple[str, str, str]:
+    """(DATASET, EXP, NET) of config/DATASET/DATASET_EXP_NET.yaml.
+
+    Raises:
+        UserError: the file is not called like this.
+    """
+    path = Path(path)
+    data_set = path.parent.name
+    rest = path.stem.removeprefix(f"{data_set}_")
+    exp, _, net = rest.partition("_")
+    if rest == path.stem or not net:
+        raise UserError(f"config file {path}: expected the name config/DATASET/DATASET_EXP_NET.yaml")
+    return data_set, exp, net
 
 
 def protocol_names() -> list[str]:

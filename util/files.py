@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from util.errors import UserError
 
+ROOT = Path(__file__).parents[1]  # of the repository
 NUMBERS = {torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.bool, torch.uint8, torch.int8, torch.int16,
            torch.int32, torch.int64}  # fmt: skip
 
@@ -48,6 +50,16 @@ def atomic(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def written(path: Path) -> Iterator[None]:
+    """Turns the many errors of a failed write into one for the user."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"{path} could not be written ({error}). Is the disk full? What was there before is unharmed; make room "
+                        "and run the same command again") from error
 
 
 def save_json(path: Path, value: Any) -> None:

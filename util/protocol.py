@@ -91,7 +91,7 @@ def read_bytes(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise UserError(f"Test_Finetune.episodes = {path}: {error.strerror}; `python -m util.data.episodes export` writes "
+        raise UserError(f"Test_Finetune.episodes = {path}: {error.strerror}; `python -m util.data export` writes "
                         "such a file") from error
 
 

@@ -19,13 +19,13 @@ import env
 from demo.shapes import NAMES
 from demo.web.session import Model, demo_examples
 from model import SYSTEMS
-from model.predictor import NAMED, Predictor, find_weights
-from model.text_predictor import TextPredictor
+from model.predict.predictor import NAMED, Predictor, find_weights
+from model.predict.text_predictor import TextPredictor
 from predict import asked_config, check_model, model_options
 from util import cli
 from util.data.folds import fold
 from util.errors import UserError
-from util.experiment import ROOT
+from util.files import ROOT
 
 OFFLINE = {"GRADIO_ANALYTICS_ENABLED": "False", "NO_PROXY": "*", "no_proxy": "*"}  # gradio asks for its own page, without a proxy
 

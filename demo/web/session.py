@@ -18,10 +18,10 @@ from PIL import Image
 
 from demo.shapes import NAMES
 from demo.world import VAL, scene
-from model.predictor import Predictor
-from model.text_predictor import TextPredictor
-from util.data.photos import MAX_SIDE, Photo, read_mask, read_photo, shrink
+from model.predict.predictor import Predictor
+from model.predict.text_predictor import TextPredictor
 from util.errors import UserError
+from util.photos.reading import MAX_SIDE, Photo, read_mask, read_photo, shrink
 
 MAX_SUPPORTS = 5
 MAX_TEXT = 100  # characters

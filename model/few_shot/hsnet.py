@@ -129,7 +129,7 @@ class Head(nn.Module):
 
 
 def vote_scores(votes: Tensor) -> Tensor:
-    """Logits B K 2 h w of each shot -> B 2 h w, whose argmax is the vote (util.metrics.vote); of one shot they are its own."""
+    """Logits B K 2 h w of each shot -> B 2 h w, whose argmax is the vote ; of one shot they are its own."""
     if votes.shape[1] == 1:
         return votes[:, 0]
     count = votes.argmax(2).sum(1).float()

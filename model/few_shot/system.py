@@ -22,7 +22,7 @@ from util.cache import TensorCache
 from util.config import Method
 from util.data.episodes import Episode
 from util.errors import UserError
-from util.experiment import code_hash
+from util.run.identity import code_hash
 
 
 @dataclass

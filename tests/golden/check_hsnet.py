@@ -15,7 +15,7 @@ from tests.golden.fill import tensor_for
 from tests.golden.rows import Row, compare
 from util.config import Method
 from util.data.episodes import Episode
-from util.metrics import FewShotMeter, decide, vote
+from util.score.metrics import FewShotMeter, decide, vote
 
 LEVELS = ("l4", "l3", "l2")  # order of the file
 Arrays = dict[str, np.ndarray]

@@ -24,7 +24,7 @@ from tests.golden.rows import Row, compare
 from util.config import Method
 from util.data.episodes import Episode
 from util.data.transforms import clip_crop
-from util.metrics import decide
+from util.score.metrics import decide
 
 MODEL = "RN50-quickgelu"
 

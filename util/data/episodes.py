@@ -266,7 +266,7 @@ class Shot:
 
 
 class EpisodeMaker:
-    """Arrays -> an `Episode` of B = 1; what a data set on disk (`EpisodeDataset`) and anybody's photos (`model.predictor`) share.
+    """Arrays -> an `Episode` of B = 1; what a data set on disk (`EpisodeDataset`) and anybody's photos (`model.predict`) share.
 
     clip_size    the size that the clean query is brought to for CLIP: "original" = that of the file (PASCAL, undoes
                  the squash), "train" = S (COCO), rounded up to multiples of `patch`; None = no CLIP input; for query and
@@ -377,10 +377,3 @@ class EpisodeDataset(Dataset):
         if self.ann_type == "bbox":  # drawn on the file's mask, then augmented like any other
             mask = bbox_mask(mask)
         return self.maker.shot(image, mask, record.image, rng)
-
-
-if __name__ == "__main__":
-    from util import cli
-    from util.data.export import main  # here: it is built on this file
-
-    cli.run(main)

@@ -1,7 +1,7 @@
 """Which images a fold uses and under which classes they are filed ("PI-CLIP Sec. 1, Per-fold index").
 
 `scan` reads every label once and caches what it saw; it knows nothing of folds. `build_index` applies a fold's rules.
-`python -m util.data.index --config FILE` shows the result (util/data/published.py).
+`python -m util.data index --config FILE` shows the result.
 """
 
 import hashlib
@@ -233,10 +233,3 @@ def _fingerprint(root: Path, pairs: Iterable[tuple[str, str]], class_names: Clas
 def _from_json(entry: dict) -> Record:
     pixels = {int(c): n for c, n in entry["pixels"].items()}
     return Record(**entry | {"pixels": pixels, "annotated": tuple(entry["annotated"])})
-
-
-if __name__ == "__main__":
-    from util import cli
-    from util.data.published import main  # here: it is built on this file
-
-    cli.run(main)

@@ -1,0 +1,101 @@
+"""Where a run lives: its folders, its recorded config, and the weights that come before it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from util.config import Config, config_of, names_of, parse_yaml
+from util.errors import UserError
+from util.files import ROOT
+from util.run.checkpoint import read_meta
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One system on one fold: exp/DATASET/ARCH/EXP/NET/{snapshot,result}/."""
+
+    arch: str
+    data_set: str
+    exp: str
+    net: str
+    root: Path = Path("exp")
+
+    @classmethod
+    def from_config_path(cls, arch: str, path: str | Path, root: str) -> "Experiment":
+        """config/DATASET/DATASET_EXP_NET.yaml names data set, experiment and network."""
+        data_set, exp, net = names_of(path)
+        return cls(arch, data_set, exp, net, Path(root))
+
+    @classmethod
+    def of_checkpoint(cls, path: Path, arch: str, config: Config) -> "Experiment":
+        """The run that a checkpoint lies in, ROOT/DATASET/ARCH/EXP/NET/snapshot/FILE; by the config's names when elsewhere."""
+        parts = path.resolve().parts
+        if parts[-5:-4] == (arch,) and parts[-2] == "snapshot":
+            return cls(arch, parts[-6], parts[-4], parts[-3], Path(*parts[:-6]))
+        return cls(arch, config.Train.data_set, f"split{config.Train.split}", config.Method.backbone, Path(config.Runtime.output))
+
+    @property
+    def folder(self) -> Path:
+        return self.root / self.data_set / self.arch / self.exp / self.net
+
+    @property
+    def snapshot(self) -> Path:
+        return self.folder / "snapshot"
+
+    @property
+    def result(self) -> Path:
+        return self.folder / "result"
+
+    @property
+    def best(self) -> Path:
+        return self.snapshot / "best.safetensors"
+
+    @property
+    def last(self) -> Path:
+        return self.snapshot / "last.safetensors"
+
+    def of(self, arch: str) -> "Experiment":
+        """The same fold and network with another system."""
+        return Experiment(arch, self.data_set, self.exp, self.net, self.root)
+
+    @property
+    def command(self) -> str:
+        """What a user types for it, without `train.sh` or `test.sh`."""
+        return f"{self.exp} {self.data_set}"
+
+
+def recorded_config(path: Path, overrides: list[str] | None = None) -> Config:
+    """The config that a checkpoint of ours was trained with: from its metadata, or of the run that it lies in.
+
+    Relative paths in it that lead nowhere from here are taken from the repository.
+
+    Raises:
+        UserError: there is none, or an override is wrong.
+    """
+    meta = read_meta(path)
+    content, source = meta.get("config"), path
+    if content is None:
+        source = path.parent.parent / "config.yaml"
+        if not source.is_file():
+            raise UserError(f"{path} does not tell its config, and there is no {source}. Keep a checkpoint of before this was "
+                            "recorded in the folder of its run, or export it there: `python -m model.predict.share export`")
+        content = parse_yaml(source.read_text(encoding="utf-8"), str(source))
+    config = config_of(content, str(source), overrides)
+    config.Train.selection = meta.get("selection", config.Train.selection)  # best or last, of one run
+    for section, key in ((config.CLIP, "clip_path"), (config.Method, "backbone_weight"), (config.Method, "pre_weight"),
+                         (config.Data, "class_names"), (config.Data, "folds")):  # fmt: skip
+        name = getattr(section, key)
+        if name and not Path(name).exists() and (ROOT / name).exists():
+            setattr(section, key, str(ROOT / name))
+    return config
+
+
+def base_learner_file(config: Config, place: Experiment) -> Path:
+    """Where the frozen base learner of a few-shot system comes from (`Method.pre_weight`)."""
+    return place.of("PSPNet").best if config.Method.pre_weight == "auto" else Path(config.Method.pre_weight)
+
+
+def missing_base_learner(config: Config, place: Experiment) -> str:
+    """What to do when that file is not there."""
+    return (f"Method.pre_weight = {config.Method.pre_weight}: no base learner at {base_learner_file(config, place)}. "
+            f"Train it with `ARCH=PSPNet NET={place.net} sh train.sh {place.command} GPUS`, or point Method.pre_weight to "
+            "a published one")
