@@ -85,7 +85,9 @@ def build_system(arch: str, config: Config, fold: Fold, names: ClassNames, cache
     if wanted != list(cls.facts.priors):
         check_priors(wanted, bool(cls.facts.before))
     check_clip_size("cam" in cls.facts.priors, config.CLIP.clip_size)
-    clip = Frozen(load_clip(config.CLIP.clip_path, resnet="cam" in wanted)) if needs_clip(arch, config) else None
+    clip = None
+    if needs_clip(arch, config):
+        clip = Frozen(load_clip(config.CLIP.clip_path, resnet="cam" in wanted, activation=config.CLIP.activation))
     makers: dict[str, Callable[[], Prior]] = {
         "cosine": CosinePrior,
         "similarity": SimilarityPrior,

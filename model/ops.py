@@ -11,6 +11,24 @@ def resize(x: Tensor, size: tuple[int, int] | torch.Size, corners: bool = True) 
     return x if x.shape[2:] == tuple(size) else F.interpolate(x, tuple(size), mode="bilinear", align_corners=corners)
 
 
+def nominal_positions(table: Tensor, side: tuple[int, int], grid: tuple[int, int]) -> Tensor:
+    """Positional table of another patch grid, as the code of DINO v1 makes it (and SCLIP, NACLIP, ClearCLIP after it).
+
+    Bicubic, no antialias, with the *nominal* factors (h + 0.1) / side, which shift every sampling point a little.
+
+    Args:
+        table: n C, row-major, n = side[0] * side[1].
+        grid: (h, w).
+    Returns:
+        h*w C; the table itself on its own grid.
+    """
+    if tuple(grid) == tuple(side):
+        return table
+    factors = tuple((new + 0.1) / old for new, old in zip(grid, side, strict=True))
+    patches = table.T.reshape(1, -1, *side)
+    return F.interpolate(patches, scale_factor=factors, mode="bicubic", align_corners=False).flatten(2)[0].T
+
+
 def full(x: Tensor) -> Tensor:
     """At least fp32, whatever the autocast made of it."""
     return x if x.dtype == torch.float64 else x.float()

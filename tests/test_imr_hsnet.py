@@ -163,7 +163,7 @@ def test_a_resnet_clip_is_refused_where_tokens_are_needed(monkeypatch: pytest.Mo
     text = {"context_length": 77, "vocab_size": 100, "width": 64, "heads": 1, "layers": 1}
     made = open_clip.model.CLIP(64, config, text).state_dict()
     made.pop("attn_mask", None)
-    monkeypatch.setattr("model.clip.load._load", lambda source: clip_from_state(made))
+    monkeypatch.setattr("model.clip.load._load", lambda *_: clip_from_state(made))
     load_clip("RN50", resnet=True)
     with pytest.raises(UserError, match="only ViT image towers"):
         load_clip("RN50")

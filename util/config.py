@@ -39,6 +39,7 @@ class Data:
 @dataclass
 class CLIP:
     clip_path: str = "initmodel/ViT-B-16.pt"  # file, folder, hub name MODEL/PRETRAINED, or `random` (no meaning, full path)
+    activation: Literal["auto", "quick_gelu", "gelu"] = "auto"  # of a file of weights that nothing else tells it of
     # VTP's image: undo the squash (PASCAL) or keep the network side (COCO). IMR-HSNet's: all of the image, or a centre square
     clip_size: Literal["original", "train", "whole", "crop"] = "original"
     vocabulary: Literal["present", "target", "base+target", "all"] = "present"  # texts that compete; `present` reads ground truth

@@ -26,6 +26,19 @@ def entries(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
 
 
+def local_path(source: str) -> Path | None:
+    """Where a source of weights lies on this machine, `~` expanded; None for a name that is no path (a hub's).
+
+    Whatever exists is a path, and so is what begins like one or ends like a file of weights.
+    """
+    path = Path(source)
+    if source.startswith("~"):
+        with contextlib.suppress(RuntimeError):  # no such user: the path stays as it is, and is missing
+            path = path.expanduser()
+    is_path = path.exists() or source.startswith((".", "/", "~")) or path.suffix in (".pt", ".pth", ".bin", ".safetensors")
+    return path if is_path else None
+
+
 @contextlib.contextmanager
 def atomic(path: Path) -> Iterator[Path]:
     """Gives a temporary path in the same folder; it replaces `path` when the block ends well, and vanishes when not."""

@@ -5,6 +5,7 @@
     clip.text.bank(texts)           -> one L2-normalised row per text
     softmax_grad_cam(...)           -> batched class activation maps
     ResNetCam, ViTCam               -> the same behind one interface, CamSource, for either kind of image tower
+    dense.DenseClip(trunk, variant) -> training-free maps of any text: MaskCLIP, SCLIP, NACLIP, ClearCLIP, ProxyCLIP
     refine(cam, attention)          -> PI-CLIP's high-order relations applied to a map
 """
 

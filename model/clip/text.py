@@ -30,7 +30,11 @@ class TextEncoder(nn.Module):
         self.known_ids = None if known_ids is None else set(known_ids.tolist())
 
     def forward(self, texts: Sequence[str]) -> Tensor:
-        """n texts -> n D fp32, L2-normalised.
+        """n texts -> n D fp32, L2-normalised. Raises UserError as `tokens`."""
+        return F.normalize(self.clip.encode_text(self.tokens(texts)).float(), dim=-1)
+
+    def tokens(self, texts: Sequence[str]) -> Tensor:
+        """n texts -> n L int64, L the context; zeros behind each end.
 
         Raises:
             UserError: a text is longer than the context, or uses a word that this CLIP has no embedding for.
@@ -45,8 +49,7 @@ class TextEncoder(nn.Module):
                                 for some in (unknown, self.known_ids))  # fmt: skip
                 raise UserError(f"this small CLIP does not know {', '.join(words)} (in {text!r}); all its words: "
                                 f"{', '.join(known)}. For photographs take a full CLIP, and a system trained with it")
-        tokens = self.tokenizer(list(texts)).to(self.clip.positional_embedding.device)
-        return F.normalize(self.clip.encode_text(tokens).float(), dim=-1)
+        return self.tokenizer(list(texts)).to(self.clip.positional_embedding.device)
 
     @torch.no_grad()
     def bank(self, names: Sequence[str | Sequence[str]], templates: Sequence[str] = ("{}",), cache: Path | None = None) -> Tensor:
@@ -75,8 +78,13 @@ class TextEncoder(nn.Module):
             save_tensors(file, {"bank": result})
         return result
 
+    @property
+    def settings(self) -> str:
+        """What the embeddings depend on besides the tensors: the activation's name."""
+        return type(self.clip.transformer.resblocks[0].mlp.gelu).__name__
+
     def _key(self, rows: Sequence[Sequence[str]]) -> str:
-        digest = hashlib.sha256(json.dumps(rows).encode())
+        digest = hashlib.sha256(json.dumps([self.settings, rows]).encode())
         for name, tensor in sorted(self.clip.state_dict().items()):
             if not name.startswith("visual."):
                 digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())

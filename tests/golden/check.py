@@ -24,6 +24,8 @@ from model.system import Frozen
 from tests.golden.check_clip_rc import check_clip_rc
 from tests.golden.check_hsnet import check_hsnet
 from tests.golden.check_imr_hsnet import check_clip, check_imr_hsnet
+from tests.golden.check_insid3 import check_insid3
+from tests.golden.check_ovs import check_ovs
 from tests.golden.check_weclip import check_weclip
 from tests.golden.fill import tensor_for
 from tests.golden.rows import Row, compare
@@ -248,4 +250,5 @@ CHECKS: dict[str, Callable[[Path], Iterator[Row]]] = {
     "pi_clip": check_few_shot, "hdmnet": check_few_shot, "bam": check_few_shot, "pfenet": check_few_shot,
     "hsnet": check_hsnet, "imr_hsnet": check_imr_hsnet, "clip_rn50_cam": check_clip, "weclip": check_weclip,
     "clip_rc": check_clip_rc,
+    "insid3": check_insid3, "sclip": check_ovs, "naclip": check_ovs, "clearclip": check_ovs, "proxyclip": check_ovs,
 }  # fmt: skip

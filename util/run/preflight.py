@@ -17,7 +17,7 @@ from util.data.index import read_list
 from util.data.source import EpisodeSource, Source
 from util.data.transforms import read_pair
 from util.errors import BrokenFile, UserError
-from util.files import ROOT
+from util.files import ROOT, local_path
 from util.run.checkpoint import check_identity, read_meta
 from util.run.distributed import Context
 from util.run.identity import Facts, identity
@@ -134,8 +134,8 @@ def clip(config: Config) -> Finding:
     source = config.CLIP.clip_path
     if source == "random":
         return Finding("CLIP", True, "random weights: scores mean nothing")
-    local = source.startswith((".", "/", "~")) or Path(source).suffix in (".pt", ".pth", ".bin", ".safetensors")
-    ok = Path(source).expanduser().exists() or not local
+    path = local_path(source)
+    ok = path is None or path.exists()
     model = "RN50" if "RN50" in source else "ViT-B-16"
     remedy = f"OpenAI's {model}.pt (its sha256 is checked), or CLIP.clip_path={model}-quickgelu/openai to download it"
     return Finding("CLIP", ok, f"CLIP.clip_path = {source}" + ("" if ok else ": no such file"), remedy)
