@@ -1,9 +1,11 @@
-"""From windows to scores of whole images."""
+"""From several looks at an image to its scores: windows, sizes, mirror images."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
+
+from model.ops import resize
 
 
 def starts(side: int, crop: int, stride: int) -> Iterator[int]:
@@ -36,3 +38,21 @@ def slide(score: Callable[[Tensor], Tensor], image: Tensor, crop: int, stride: i
             total[..., y : y + h, x : x + w] += window
             count[y : y + h, x : x + w] += 1
     return total / count
+
+
+def multi_scale(score: Callable[[Tensor], Tensor], images: Sequence[Tensor], flip: bool = True) -> tuple[Tensor, Tensor]:
+    """Averages scores over several sizes of the same images, and over their mirror images.
+
+    Args:
+        score: N 3 h w -> N C h' w'.
+        images: B 3 h w of each size; the grid of the first one's scores is the grid of the result.
+    Returns:
+        the mean, B C h' w', and the scores of the first size, not mirrored.
+    """
+    found = []
+    for x in images:
+        plain, *mirrored = score(torch.cat([x, x.flip(3)]) if flip else x).float().split(len(x))
+        found.append((plain, (plain + mirrored[0].flip(3)) / 2 if flip else plain))
+    first = found[0][0]
+    mean = sum(resize(both, first.shape[2:], corners=False) for _, both in found) / len(found)
+    return mean, first

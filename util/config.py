@@ -30,6 +30,7 @@ class Data:
     val_list: str = ""
     class_names: str = ""  # text file, one `NAME | text for CLIP` per line
     on_error: Literal["stop", "skip"] = "stop"  # a broken image or label: stop, or go on without it and count it in the report
+    label_table: str = ""  # YAML file `VALUE: CLASS`, where label values are no class ids (0 background, 255 ignore)
     folds: str = ""  # YAML file, `split0: [class names]` and so on; without one the data set's published rule holds
     maker: str = ""  # module that draws the data root where it is missing: `python -m MAKER DATA_ROOT`
     images: Literal["photographs", "drawings"] = "photographs"  # drawings: predict.py warns on anything else

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.clip.load import without_clip
+from model.inference import multi_scale
 from model.ops import resize
 from model.system import Frozen, Prediction
 from model.weak.decoder import Head, affinity_of
@@ -136,13 +137,8 @@ class WeCLIP(Weak):
         labels and CLIP alone make of the image.
         """
         images = self.normalise(batch.image)
-        found = []
-        for x in self.scaled(images):
-            plain, mirrored = self.logits(torch.cat([x, x.flip(3)])).float().chunk(2)
-            found.append((plain, mirrored.flip(3)))
-        size = found[0][0].shape[2:]
-        mean = sum(resize((plain + mirrored) / 2, size, corners=False) for plain, mirrored in found) / len(found)
-        variants = {"single scale": found[0][0]}
+        mean, single = multi_scale(self.logits, list(self.scaled(images)))
+        variants = {"single scale": single}
         if baselines:
             variants |= self.without_training(images, self.pairs(batch.present, images.device))
         return Prediction(mean, variants=variants)

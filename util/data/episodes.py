@@ -340,6 +340,7 @@ class EpisodeDataset(Dataset):
     """Episode i, for any i >= 0, as an `Episode` of B = 1 read from disk and augmented.
 
     num_classes  C, the width of `Episode.present`
+    values       256 uint8, label value -> class; None: values are classes
     ann_type     support annotation: "mask", or "bbox" = each component's bounding box filled
     The rest: see `EpisodeMaker`.
     """
@@ -356,11 +357,12 @@ class EpisodeDataset(Dataset):
         patch: int,
         ann_type: AnnType = "mask",
         evaluation: bool,
+        values: np.ndarray | None = None,
     ) -> None:
         if ann_type not in get_args(AnnType):
             raise UserError(f"Test_Finetune.ann_type: unknown annotation {ann_type!r}; choose mask or bbox")
         self.episodes, self.fold, self.root = episodes, fold, Path(data_root)
-        self.num_classes, self.ann_type = num_classes, ann_type
+        self.num_classes, self.ann_type, self.values = num_classes, ann_type, values
         self.maker = EpisodeMaker(transform, fold, clip_size=clip_size, patch=patch, evaluation=evaluation)
 
     def __len__(self) -> int:
@@ -372,7 +374,7 @@ class EpisodeDataset(Dataset):
         record = self.episodes.index.records[spec.query]
         supports = [self.episodes.index.records[s] for s in spec.supports]
         shots = [self._shot(s, to_mask, generator(self.episodes.seed, i, "shot", k)) for k, s in enumerate(supports)]
-        image, label = read_pair(self.root / record.image, self.root / record.label)
+        image, label = read_pair(self.root / record.image, self.root / record.label, self.values)
         present = torch.zeros(self.num_classes, dtype=torch.bool)
         present[[c - 1 for c in record.annotated]] = True
         return self.maker.episode(
@@ -381,7 +383,7 @@ class EpisodeDataset(Dataset):
         )  # fmt: skip
 
     def _shot(self, record: Record, to_mask: np.ndarray, rng: np.random.Generator) -> Shot:
-        image, label = read_pair(self.root / record.image, self.root / record.label)
+        image, label = read_pair(self.root / record.image, self.root / record.label, self.values)
         mask = to_mask[label]
         if self.ann_type == "bbox":  # drawn on the file's mask, then augmented like any other
             mask = bbox_mask(mask)

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 
+import numpy as np
+
 from util.config import Config
 from util.errors import UserError
 from util.yaml_text import parse_yaml
@@ -87,8 +89,8 @@ def fold(data_set: str, split: int, use_split_coco: bool = True) -> Fold:
 def read_folds(path: str | Path, names: ClassNames) -> list[tuple[int, ...]]:
     """The novel classes of each fold, ascending, from YAML: `split0: [name, name]`, `split1: ...`.
 
-    A class in no fold is a base class of all. Raises UserError, naming the fold, for anything else than existing names in one
-    fold each, with a base class left in every one.
+    A class in no fold is a base class of all; a fold without names has only base classes. Raises UserError, naming the fold, for
+    anything else than existing names in one fold each, with a base class left in every one.
     """
     path = Path(path)
     try:
@@ -101,7 +103,7 @@ def read_folds(path: str | Path, names: ClassNames) -> list[tuple[int, ...]]:
     folds: list[tuple[int, ...]] = []
     place: dict[str, str] = {}
     for split, members in content.items():
-        if not isinstance(members, list) or not members or not all(isinstance(name, str) for name in members):
+        if not isinstance(members, list) or not all(isinstance(name, str) for name in members):
             raise UserError(f"{path}: {split} must be a list of class names, [bird, boat]; put no, on, 7 and the like in quotes")
         for name in members:
             if name not in names.names:
@@ -147,3 +149,24 @@ def clean_name(where: str, name: object) -> str:
     if not clean or "|" in clean or clean.encode(errors="replace").decode() != clean:
         raise UserError(f"{where}: {name!r} is no name of a class: needed is a text of one line, without '|'")
     return clean
+
+
+def read_label_table(path: str | Path, classes: int) -> np.ndarray:
+    """256 uint8, label value -> class: 1..C, 0 background or 255 ignore, from YAML `VALUE: CLASS`; values not named are ignored.
+
+    Raises:
+        UserError: no such file, or something else than whole numbers in these ranges.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise UserError(f"Data.label_table: {path} cannot be read ({error})") from error
+    content = parse_yaml(text, f"Data.label_table: {path}")
+    table = np.full(256, 255, np.uint8)
+    for value, cls in content.items() if isinstance(content, dict) else [(None, None)]:
+        if type(value) is not int or type(cls) is not int or not 0 <= value <= 255 or not (0 <= cls <= classes or cls == 255):
+            raise UserError(f"{path}: expected lines `VALUE: CLASS`, values 0..255, classes 0..{classes} or 255; got {value!r}: "
+                            f"{cls!r}")
+        table[value] = cls
+    return table

@@ -57,18 +57,20 @@ def scan(
     cache_dir: str | Path,
     workers: int | None = None,
     skip: bool = False,
+    values: np.ndarray | None = None,
 ) -> list[Record]:
     """Read every label (and VOC XML) of a list, in list order.
 
     Cached under `cache_dir` by the list, the class names and name, size and time of every label and XML.
     `workers`: processes, by default one a core. `skip`: leave out lines whose files are missing or damaged, with a warning.
-    Raises UserError on anything else that is wrong in the list or the files; all files that are, the first of them by name.
+    `values`: 256 uint8, label value -> class; None: values are classes.
+    Raises UserError on anything else that is wrong in the list or the files; it names the first files and counts the rest.
     """
     root, list_file = Path(data_root), Path(list_file)
     if not os.path.isdir(data_root):  # unlike Path.is_dir, no error for a name that cannot be one
         raise UserError(f"Data.data_root: no such folder: {str(data_root)!r}; the paths in the lists start there")
     pairs = read_list(list_file)
-    cache = Path(cache_dir) / f"{list_file.stem}-{_fingerprint(root, pairs, class_names)}.json"
+    cache = Path(cache_dir) / f"{list_file.stem}-{_fingerprint(root, pairs, class_names, values)}.json"
     if cache.is_file() and not skip:  # a file may be gone since
         with suppress(ValueError, LookupError, TypeError, AttributeError, RecursionError):  # damaged: read the labels again
             records = [_from_json(entry) for entry in json.loads(cache.read_text())]
@@ -76,7 +78,7 @@ def scan(
                 return records
 
     workers = len(os.sched_getaffinity(0)) if workers is None else workers
-    read = partial(_try_record, root, class_names.names)
+    read = partial(_try_record, root, class_names.names, values)
     progress = partial(tqdm, total=len(pairs), desc=f"reading the labels of {list_file.name}", disable=None)
     if workers < 2 or len(pairs) < SERIAL_BELOW:
         records = list(progress(map(read, pairs)))
@@ -95,9 +97,9 @@ def scan(
     return records
 
 
-def _try_record(root: Path, names: tuple[str, ...], pair: tuple[str, str]) -> Record | UserError:
+def _try_record(root: Path, names: tuple[str, ...], values: np.ndarray | None, pair: tuple[str, str]) -> Record | UserError:
     try:
-        return _read_record(root, names, pair)
+        return _read_record(root, names, values, pair)
     except UserError as error:
         return error
 
@@ -179,9 +181,10 @@ def _wrong_path(name: str) -> str:
     return "has a backslash, as Windows writes paths" if "\\" in name else ""
 
 
-def _read_record(root: Path, names: tuple[str, ...], pair: tuple[str, str]) -> Record:
+def _read_record(root: Path, names: tuple[str, ...], table: np.ndarray | None, pair: tuple[str, str]) -> Record:
     image, label = pair
     array = read_label(root / label)
+    array = array if table is None else table[array]
     counts = np.bincount(array.ravel(), minlength=IGNORE + 1)
     values = [int(v) for v in np.flatnonzero(counts) if v not in (0, IGNORE)]
     strange = [v for v in values if v > len(names)]
@@ -215,9 +218,10 @@ def _annotated(xml: Path, names: tuple[str, ...]) -> tuple[int, ...] | None:
     return tuple(sorted(names.index(name) + 1 for name in found))
 
 
-def _fingerprint(root: Path, pairs: Iterable[tuple[str, str]], class_names: ClassNames) -> str:
+def _fingerprint(root: Path, pairs: Iterable[tuple[str, str]], class_names: ClassNames, values: np.ndarray | None) -> str:
     """Hash of everything a scan depends on, without opening a label."""
     digest = hashlib.blake2b(repr((SCAN_VERSION, class_names.names)).encode(), digest_size=16)
+    digest.update(b"" if values is None else values.tobytes())
     for image, label in pairs:
         states = []
         for path in (root / label, _xml_path(root, image)):

@@ -7,13 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from util.data.episodes import Batch, Transform, content_key, generator, look_up, shuffled
 from util.data.index import Record
-from util.data.transforms import Placed, read_pair, to_tensor
+from util.data.transforms import IGNORE, Placed, read_pair, to_tensor
 from util.errors import UserError
 
 
@@ -23,12 +24,19 @@ class Images(Batch):
 
     image: Tensor  # B 3 h w float32
     label: Tensor  # B h w uint8: channel that each pixel belongs to, 255 ignore
-    present: Tensor  # B C bool, image-level labels; column c-1: class c is annotated in the image
+    present: Tensor  # B C bool, image-level labels; column c-1: class c is annotated in the image; stays on the CPU
+    valid: Tensor  # B 4 int64: y0 y1 x0 x1 (ends exclusive) of what shows the image; a crop may reach beyond it
     number: Tensor  # B int64, which image it is
     original_label: list[Tensor]  # B of H W uint8: `label` at file size; evaluation only, else []
     placed: list[Placed]  # B: the way back to file size; evaluation only, else []
     name: list[str]  # B image paths relative to the data root
     key: list[str]  # hash of each image's pixels; evaluation only, else []
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Images":
+        """All but `present`, which decides how much is computed: a GPU would have to be waited for."""
+        moved = super().to(device, non_blocking)
+        moved.present = self.present
+        return moved
 
     def truth(self, i: int) -> Tensor:
         """What a prediction of image i is compared with: H W uint8 at file size."""
@@ -38,7 +46,8 @@ class Images(Batch):
 class SemanticDataset(Dataset):
     """Item i, for any i >= 0, as `Images` of B = 1; in training every pass has its own order.
 
-    target        label value -> channel, or 255; values that it does not name are background, 0
+    target        class -> channel, or 255; classes that it does not name are background, 0
+    values        256 uint8, label value -> class (`util.data.folds.read_label_table`); None: values are classes
     num_classes   C, the width of `Images.present`
     """
 
@@ -51,12 +60,13 @@ class SemanticDataset(Dataset):
         transform: Transform,
         seed: int,
         evaluation: bool,
+        values: np.ndarray | None = None,
     ) -> None:
         if not records:
             raise UserError("no images to read: the list is empty")
         self.records, self.root, self.transform = records, Path(data_root), transform
         self.num_classes, self.seed, self.evaluation = num_classes, seed, evaluation
-        self._table = look_up(target)
+        self._table, self.values = look_up(target), values
 
     def __len__(self) -> int:
         return len(self.records)
@@ -65,18 +75,26 @@ class SemanticDataset(Dataset):
         n = len(self)
         number = i % n if self.evaluation else shuffled(n, self.seed, i)
         record = self.records[number]
-        image, label = read_pair(self.root / record.image, self.root / record.label)
+        image, label = read_pair(self.root / record.image, self.root / record.label, self.values)
         original = self._table[label]
-        image, _, (label,) = self.transform(generator(self.seed, i, "semantic"), image, [original])
+        shown = np.zeros_like(original)
+        image, _, (label, shown) = self.transform(generator(self.seed, i, "semantic"), image, [original, shown])
         present = torch.zeros(self.num_classes, dtype=torch.bool)
         present[[c - 1 for c in record.annotated]] = True
         return Images(
             image=to_tensor(image)[None],
             label=to_tensor(label)[None],
             present=present[None],
+            valid=torch.tensor([box_of(shown != IGNORE)]),
             number=torch.tensor([number]),
             original_label=[to_tensor(original)] if self.evaluation else [],
             placed=[self.transform.placed(original.shape)] if self.evaluation else [],
             name=[record.image],
             key=[content_key(image)] if self.evaluation else [],
         )
+
+
+def box_of(shown: np.ndarray) -> tuple[int, int, int, int]:
+    """H W bool -> y0 y1 x0 x1 of the smallest box around what is true, ends exclusive."""
+    rows, columns = (np.flatnonzero(shown.any(axis)) for axis in (1, 0))
+    return (0, 0, 0, 0) if not len(rows) else (int(rows[0]), int(rows[-1]) + 1, int(columns[0]), int(columns[-1]) + 1)

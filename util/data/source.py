@@ -8,7 +8,7 @@ from torch.utils.data import Dataset
 from util.cache import CACHE
 from util.config import Config
 from util.data.episodes import EpisodeDataset, EpisodeList, Transform, check_novel
-from util.data.folds import ClassNames, Fold, fold_of, read_class_names
+from util.data.folds import ClassNames, Fold, fold_of, read_class_names, read_label_table
 from util.data.index import Index, Record, build_index, scan
 from util.data.manifest import AnyEpisodes, read_manifest
 from util.data.semantic import SemanticDataset
@@ -36,11 +36,15 @@ class Source:
             raise UserError(f"Data.class_names: {config.Data.class_names} names {len(self.names.names)} classes, "
                             f"{config.Train.data_set} has {self.fold.num_classes}")
 
+        table = config.Data.label_table
+        self.values = read_label_table(table, self.fold.num_classes) if table else None
+
     def records(self, key: str) -> list[Record]:
         """Scanned lines of Data.train_list or Data.val_list; read once."""
         if key not in self._records:
             data = self.config.Data
-            self._records[key] = scan(data.data_root, getattr(data, key), self.names, self.cache, skip=data.on_error == "skip")
+            self._records[key] = scan(data.data_root, getattr(data, key), self.names, self.cache, skip=data.on_error == "skip",
+                                      values=self.values)  # fmt: skip
         return self._records[key]
 
     def training(self) -> Dataset:
@@ -117,7 +121,7 @@ class EpisodeSource(Source):
         return EpisodeDataset(
             episodes, self.fold, self.config.Data.data_root, transform, num_classes=self.fold.num_classes,
             clip_size=self.config.CLIP.clip_size if self.clip_patch else None, patch=self.clip_patch or 1,
-            ann_type=ann_type, evaluation=evaluation,
+            ann_type=ann_type, evaluation=evaluation, values=self.values,
         )  # fmt: skip
 
 
@@ -135,7 +139,7 @@ class ImageSource(Source):
         return (0, *self.fold.base)
 
     def target(self, training: bool) -> dict[int, int]:
-        """Label value -> channel that it teaches or counts for, or 255: does not count. Other values are background."""
+        """Class -> channel that it teaches or counts for, or 255: does not count. Other classes are background."""
         return {cls: channel for channel, cls in enumerate(self.channels)}
 
     def training(self) -> SemanticDataset:
@@ -146,5 +150,7 @@ class ImageSource(Source):
         return self._dataset(self.records(key), training)
 
     def _dataset(self, records: Sequence[Record], training: bool) -> SemanticDataset:
-        return SemanticDataset(records, self.target(training), self.fold.num_classes, self.config.Data.data_root,
-                               self.transform(training), self.config.Train.manual_seed, evaluation=not training)  # fmt: skip
+        return SemanticDataset(
+            records, self.target(training), self.fold.num_classes, self.config.Data.data_root, self.transform(training),
+            self.config.Train.manual_seed, evaluation=not training, values=self.values,
+        )  # fmt: skip

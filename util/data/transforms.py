@@ -103,9 +103,12 @@ def read_label(path: str | Path) -> np.ndarray:
     return array
 
 
-def read_pair(image_path: str | Path, label_path: str | Path) -> tuple[np.ndarray, np.ndarray]:
-    """Read an image and its label; they must have the same height and width."""
+def read_pair(
+    image_path: str | Path, label_path: str | Path, values: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Read an image and its label; they must have the same height and width. values: 256 uint8, label value -> class."""
     image, label = read_image(image_path), read_label(label_path)
+    label = label if values is None else values[label]
     check_sizes(image_path, image.shape[:2], label_path, label.shape)
     return image, label
 
@@ -252,6 +255,28 @@ def short_side(image: np.ndarray, side: int) -> np.ndarray:
     scale = side / min(image.shape[:2])
     height, width = (int(length * scale + 0.5) for length in image.shape[:2])
     return cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
+
+
+class KeepTransform:
+    """Evaluation of dense systems: the image as it is, or resized to a shorter side, aspect ratio kept. Same call as
+    TrainTransform; sides differ from image to image, so batches hold one image.
+
+    short: pixels of the shorter side; None: the file's own size.
+    """
+
+    squash = False
+
+    def __init__(self, short: int | None = None) -> None:
+        self.short = short
+
+    def __call__(self, rng: np.random.Generator | None, image: np.ndarray, labels: Sequence[np.ndarray]) -> Augmented:
+        if self.short is not None:
+            image = short_side(image, self.short)
+            labels = [cv2.resize(x, image.shape[1::-1], interpolation=cv2.INTER_NEAREST) for x in labels]
+        return image, image, list(labels)
+
+    def placed(self, hw: tuple[int, int]) -> Placed:
+        return Placed(tuple(hw), tuple(hw), corners=False)
 
 
 def _squash_image(image: np.ndarray, size: int, antialias: bool = False) -> np.ndarray:

@@ -1,6 +1,7 @@
 """Semantic segmentation of single images as a task: a confusion matrix that does not grow, and a row per class and image."""
 
 import hashlib
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
@@ -56,9 +57,10 @@ def evaluate_images(
         channels: class of each channel of the prediction; 0 is the background.
     Returns:
         record: `SemanticMeter.result()` with `episodes`, how many images; a row for each class of each image that truth or
-        prediction has.
+        prediction has; `variants`: the same scores of other predictions of the system, by name (`Prediction.variants`).
     """
     context, meter, rows = how.context, SemanticMeter(channels, how.context.device), []
+    variants: dict[str, SemanticMeter] = defaultdict(lambda: SemanticMeter(channels, context.device))
     loader = how.loader(data, len(data))
     with how.log.progress(len(loader), label) as bar:
         for images in loader:
@@ -67,10 +69,16 @@ def evaluate_images(
                 prediction = predict(images)
             for i, placed in enumerate(images.placed):
                 counted = meter.update(prediction.decide(i, placed), images.original_label[i])
+                for name, scores in prediction.variants.items():
+                    variants[name].update(placed.restore(scores[i]).argmax(0), images.original_label[i])
                 rows += image_rows(int(images.number[i]), counted, channels)
             bar.step(len(images))
     context.all_reduce(meter.state)
     record = meter.result(fold.base, fold.novel) | how.skipped(loader)
+    for name in sorted({name for part in context.gather([sorted(variants)]) for name in part}):
+        context.all_reduce(variants[name].state)
+        found = variants[name].result(fold.base, fold.novel)
+        record.setdefault("variants", {})[name] = {key: value for key, value in found.items() if key != "per_class"}
     record["episodes"] = len(data) - len(record.get("skipped", []))
     return Scores(record, sorted(context.gather(rows)))
 
