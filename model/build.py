@@ -18,6 +18,7 @@ from model.few_shot.hsnet import HSNet
 from model.few_shot.imr_hsnet import IMRHSNet
 from model.few_shot.pfenet import PFENet
 from model.few_shot.prior import CosinePrior, Prior, SimilarityPrior, TextPrior, VisualPrior, check_priors
+from model.few_shot.system import FewShot
 from model.system import Frozen, System, load_exactly
 from util.cache import CACHE
 from util.config import Config, load_config, options_of
@@ -75,28 +76,42 @@ def build_system(arch: str, config: Config, fold: Fold, names: ClassNames, cache
         names: of all classes of the data set, for the text bank; it may be filled later (`TextPrior.use`).
         cache: folder for text banks.
     """
-    method, train = config.Method, config.Train
-    cls, options = system_class(arch), options_of(config.System, system_class(arch).Options)
-    encoder = build_encoder(method.backbone, method.width, method.stem, cls.dilated)
-    learner = BaseLearner(encoder, len(fold.base) + 1, width=8 * method.width)
-    if cls is PSPNet:
-        return PSPNet(learner)
-    backbone, wanted = Frozen(learner if cls.facts.before else encoder), list(priors_of(arch, config))
+    cls = system_class(arch)
+    make = next(make for family, make in FAMILIES.items() if issubclass(cls, family))
+    return make(cls, arch, config, fold, names, cache)
+
+
+def build_base_learner(cls: type[PSPNet], arch: str, config: Config, fold: Fold, names: ClassNames, cache: Path | None) -> PSPNet:
+    return cls(base_learner(config, fold, cls.dilated))
+
+
+def base_learner(config: Config, fold: Fold, dilated: bool) -> BaseLearner:
+    method = config.Method
+    encoder = build_encoder(method.backbone, method.width, method.stem, dilated)
+    return BaseLearner(encoder, len(fold.base) + 1, width=8 * method.width)
+
+
+def build_few_shot(cls: type[FewShot], arch: str, config: Config, fold: Fold, names: ClassNames, cache: Path | None) -> FewShot:
+    learner, wanted = base_learner(config, fold, cls.dilated), list(priors_of(arch, config))
     if wanted != list(cls.facts.priors):
         check_priors(wanted, bool(cls.facts.before))
     check_clip_size("cam" in cls.facts.priors, config.CLIP.clip_size)
-    clip = None
+    clip, shot, vocabulary = None, config.Train.shot, config.CLIP.vocabulary
     if needs_clip(arch, config):
         clip = Frozen(load_clip(config.CLIP.clip_path, resnet="cam" in wanted, activation=config.CLIP.activation))
     makers: dict[str, Callable[[], Prior]] = {
         "cosine": CosinePrior,
         "similarity": SimilarityPrior,
-        "vvp": lambda: VisualPrior(clip, train.shot),
-        "vtp": lambda: TextPrior(clip, text_bank(clip, names.texts, cache), config.CLIP.vocabulary, fold.base),
+        "vvp": lambda: VisualPrior(clip, shot),
+        "vtp": lambda: TextPrior(clip, text_bank(clip, names.texts, cache), vocabulary, fold.base),
         "cam": lambda: CamPrior(cam_source(clip.module), clip.module.text.bank(names.names, [TEMPLATE], cache),
-                                config.CLIP.vocabulary, fold.base, config.CLIP.clip_size),
+                                vocabulary, fold.base, config.CLIP.clip_size),
     }
-    return cls(backbone, [makers[name]() for name in wanted], train.shot, options, clip)
+    backbone = Frozen(learner if cls.facts.before else learner.encoder)
+    return cls(backbone, [makers[name]() for name in wanted], shot, options_of(config.System, cls.Options), clip)
+
+
+FAMILIES: dict[type[System], Callable[..., System]] = {FewShot: build_few_shot, PSPNet: build_base_learner}
 
 
 def cam_source(clip: Clip) -> CamSource:
