@@ -174,6 +174,6 @@ def test_a_checkpoint_is_not_tested_with_other_stages(tmp_path: Path, monkeypatc
     made, asked = (configure("config/demo/demo_split0_resnet50.yaml", "IMR_HSNet", given)
                    for given in ([], ["System.stages=3", "CLIP.clip_size=crop", "Train.shot=5"]))  # fmt: skip
     with pytest.raises(UserError) as found:
-        check_identity(tmp_path, identity("IMR_HSNet", made, ["cam"]), identity("IMR_HSNet", asked, ["cam"]))
+        check_identity(tmp_path, *(identity("IMR_HSNet", IMRHSNet.facts, config) for config in (made, asked)))
     assert "System.stages: the checkpoint has 2, the config 3" in str(found.value) and "CLIP.clip_size" in str(found.value)
     assert "Train.shot" not in str(found.value)  # shots vote: any number will do
