@@ -17,7 +17,7 @@ from model.few_shot.cam import CamPrior
 from model.few_shot.hsnet import correlation, masked
 from model.few_shot.imr_hsnet import Head, IMRHSNet, Options
 from model.system import Frozen
-from tests.test_few_shot import random_episode
+from tests.make import random_episode
 from util.cache import TensorCache
 from util.data.episodes import Episode, EpisodeMaker
 from util.data.folds import fold
