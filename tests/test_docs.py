@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from util.config import Config, load_config
+from model import SYSTEMS, configure
+from util.config import Config
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -23,7 +24,7 @@ ABOUT_CODE = [*sorted((DOCS / "systems").glob("*.md")), DOCS / "extending.md"]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 SPAN = re.compile(r"`([^`\n]+)`")
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
-KEY = re.compile(r"(?<![\w./])(Data|CLIP|Train|Method|Test_Finetune|Runtime)\.([A-Za-z_]\w*)(=\[[^\]]*\]|=[^\s`|,;)\"]+)?")
+KEY = re.compile(r"(?<![\w./])(Data|CLIP|Train|Method|System|Test_Finetune|Runtime)\.([A-Za-z_]\w*)(=\[[^\]]*\]|=[^\s`|,;)\"]+)?")
 SCORE = re.compile(r"\d+\.\d+ ± +\d+\.\d+")
 
 ids = lambda page: str(page.relative_to(ROOT))  # noqa: E731
@@ -86,12 +87,13 @@ def wrong_keys(text: str) -> list[str]:
     """`Section.key` or `Section.key=value` that the config has not or refuses. Values in capitals or ... stand for anything."""
     wrong = []
     for section, key, value in KEY.findall(text):
-        known = [f.name for f in dataclasses.fields(getattr(Config(), section))]
-        if key not in known:
+        owners = [cls.Options for cls in SYSTEMS.values()] if section == "System" else [getattr(Config(), section)]
+        archs = [arch for arch, owner in zip(SYSTEMS, owners, strict=False) if key in {f.name for f in dataclasses.fields(owner)}]
+        if not archs:
             wrong.append(f"{section}.{key}")
         elif value and not re.fullmatch(r"=[A-Z_.]+", value):
             try:
-                load_config(ROOT / "config/demo/demo_split0_resnet50.yaml", "PI_CLIP", [f"{section}.{key}{value}"])
+                configure(ROOT / "config/demo/demo_split0_resnet50.yaml", archs[0], [f"{section}.{key}{value}"])
             except ValueError:
                 wrong.append(f"{section}.{key}{value}")
     return wrong
@@ -103,8 +105,9 @@ def test_the_checks_find_mistakes() -> None:
     assert not wrong_spans(good, DOCS) and len(wrong_spans(bad, DOCS)) == 4
     good, bad = "[a](data.md) [b](protocols.md#leaks) [c](../README.md)", "[a](date.md) [b](protocols.md#leeks) [c](README.md)"
     assert not wrong_links(good, DOCS / "index.md") and len(wrong_links(bad, DOCS / "index.md")) == 3
-    good, bad = "Train.shot Train.shot=5 Train.selection=RULE", "Train.short Train.shot=five Train.selection=lst"
-    assert not wrong_keys(good) and len(wrong_keys(bad)) == 3
+    good = "Train.shot Train.shot=5 Train.selection=RULE System.stages=3"
+    bad = "Train.short Train.shot=five Train.selection=lst System.stage System.stages=0"
+    assert not wrong_keys(good) and len(wrong_keys(bad)) == 5
 
 
 @pytest.mark.parametrize("page", TEXTS, ids=ids)
@@ -124,7 +127,7 @@ def test_recipes_are_those_of_the_configs() -> None:
     for page in ABOUT_CODE:
         for arch, heads, body in re.findall(r"^\| `ARCH=(\w+)` \|(.+)\|\n\|[-|]+\n((?:\|.+\n)+)", page.read_text(), re.MULTILINE):
             sets = [head.strip() for head in heads.split("|")]
-            configs = [load_config(ROOT / f"config/{name}/{name}_split0_resnet50.yaml", arch) for name in sets]
+            configs = [configure(ROOT / f"config/{name}/{name}_split0_resnet50.yaml", arch) for name in sets]
             for row in body.splitlines():
                 key, *values = [cell.strip(" `") for cell in row.strip("|").split("|")]
                 section, name = key.split(".")
