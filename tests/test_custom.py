@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -345,8 +346,11 @@ def test_a_name_is_not_given_twice(own: Path) -> None:
 def test_folds_of_a_config(own: Path) -> None:
     prepare(own)
     file = "config/mine/mine_split0_resnet50.yaml"
+    assert fold_of(configure(file, "HDMNet", ["Data.folds="])) == fold_of(configure(file, "HDMNet"))  # beside the class names
+    Path("names").mkdir()
+    shutil.copy("lists/mine/classes.txt", "names")
     for override, says in {"Train.split=4": "has split0 to split3", "Data.folds=": "unknown data set 'mine'.*Data.folds",
                            "Train.data_set=pascal": "pascal has its own", "Data.folds=x.yaml": "x.yaml cannot be read"}.items():
         with pytest.raises(UserError, match=says):
-            fold_of(configure(file, overrides=[override]))
+            fold_of(configure(file, "HDMNet", [override, "Data.class_names=names/classes.txt"]))
     assert read_folds("lists/mine/folds.yaml", read_class_names("lists/mine/classes.txt")) == [(1,), (2,), (3,), (4,)]

@@ -45,14 +45,10 @@ def test_only_present_reads_the_annotation(clip: Clip) -> None:
 
 
 @pytest.mark.parametrize("shot", [1, 3])
-def test_trains_and_predicts(clip: Clip, shot: int) -> None:
+def test_priors_are_channels_and_baselines(clip: Clip, shot: int) -> None:
     system, batch = pi_clip(clip, shot), clip_episode(shot)
-    losses = system.train().losses(batch)
-    sum(losses.values()).backward()
-    assert all(torch.isfinite(v) for v in losses.values())
-    assert all(p.grad is None for p in system.clip.parameters())
     assert system.head.query_merge[0].in_channels == 514 + 2 * shot
-    prediction = system.eval().predict(batch, baselines=True)
+    prediction = system.predict(batch, baselines=True)
     assert prediction.maps["vtp"].shape == prediction.maps["vvp"].shape == (3, 9, 9)
     assert set(prediction.baselines) == {"everything foreground", "cosine prior > 0.5", "text prior (VTP) > 0.5"}
 

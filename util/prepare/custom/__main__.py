@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from util import cli
-from util.config import load_config
+from util.config import CONFIGS, load_config
 from util.data.folds import NUM_CLASSES, read_folds
 from util.data.index import MIN_PIXELS
 from util.errors import UserError
@@ -86,8 +86,9 @@ def check_name(name: str) -> None:
     if not re.fullmatch(r"[A-Za-z0-9][\w-]*", name, re.ASCII):
         raise UserError(f"{name!r} is no name for a data set: letters, digits, '_' and '-' only; it names folders")
     places = write.Places(name)
-    found = load_config(places.base) if places.base.is_file() else None
-    foreign = found is not None and (found.Train.data_set != name or not found.Data.folds)
+    bases = [*CONFIGS.glob("*/base.yaml"), *places.base.parents[1].glob("*/base.yaml")]  # of the program, of the working folder
+    alike = [load_config(base) for base in bases if base.parent.name.lower() == name.lower() not in RESERVED]
+    foreign = any(config.Train.data_set != name or not config.Data.folds for config in alike)
     if name.lower() in RESERVED or foreign or (places.base.parent.exists() and not places.folds.is_file()):
         raise UserError(f"the name {name!r} is taken (config/{name} is not this command's); choose another")
 
