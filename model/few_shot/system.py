@@ -118,7 +118,8 @@ class FewShot(System):
 
     def remember(self, cache: TensorCache, fixed_head: bool) -> None:
         """See System; acts on episodes that carry keys (evaluation)."""
-        made_by = [code_hash(), torch.__version__, str(self.encoder.mean.device.type), *self.frozen_hashes().values()]
+        device = next(self.encoder.parameters()).device.type
+        made_by = [code_hash(), torch.__version__, device, *self.frozen_hashes().values()]
         made_by += [] if self.clip is None else [self.clip.module.settings]
         self.memo = Memo(cache, " ".join([*made_by, repr(self.options), str(self.masks_support), str(self.dilated)]))
         self.fixed_head = content_hash(self.trained) if fixed_head else ""
