@@ -29,6 +29,7 @@ class Data:
     train_list: str = ""  # text file, one `image_path label_path` per line
     val_list: str = ""
     class_names: str = ""  # text file, one `NAME | text for CLIP` per line
+    same_by: Literal["time", "size", "content"] = "time"  # how a run that goes on knows its images: size and time, size, or bytes
     on_error: Literal["stop", "skip"] = "stop"  # a broken image or label: stop, or go on without it and count it in the report
     label_table: str = ""  # YAML file `VALUE: CLASS`, where label values are no class ids (0 background, 255 ignore)
     folds: str = ""  # YAML file, `split0: [class names]` and so on; without one the data set's published rule holds

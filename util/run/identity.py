@@ -7,14 +7,17 @@ import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from util.config import Config
-from util.data.folds import fold_of, read_class_names
+from util.data.folds import ClassNames, fold_of, read_class_names
 from util.data.index import Record
 from util.files import ROOT
+
+CODE = "code"  # of `sources`: it may change on the way, which is said
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,29 @@ def fingerprint(config: Config, records: Sequence[Record]) -> dict[str, str]:
     free = {"Runtime": config.Runtime.precision}  # threads, folders: each machine's own affair
     whole = hashlib.sha256(json.dumps(dataclasses.asdict(config) | free, sort_keys=True).encode())
     return {"code": code_hash(), "config": whole.hexdigest()[:12], "data": data.hexdigest()[:12]}
+
+
+def sources(config: Config, records: Sequence[Record], names: ClassNames) -> dict[str, str]:
+    """Hash what a run may not change on its way: the list and its order, labels, class names and texts, image files (size and
+    time, size, or content: Data.same_by), and the code."""
+    def short(value: Any) -> str:
+        return hashlib.sha256(repr(value).encode()).hexdigest()[:16]
+
+    root, states = Path(config.Data.data_root), []
+    for record in records:
+        file = root / record.image
+        if not file.is_file():
+            states.append(None)
+        elif config.Data.same_by == "content":
+            states.append(hashlib.sha256(file.read_bytes()).hexdigest())
+        else:
+            found = file.stat()
+            states.append((found.st_size, found.st_mtime_ns if config.Data.same_by == "time" else 0))
+    return {
+        "the list and its order": short([(r.image, r.label) for r in records]),
+        "the labels": short([(r.height, r.width, sorted(r.pixels.items()), r.annotated) for r in records]),
+        "class names and texts": short(names), f"images (Data.same_by={config.Data.same_by})": short(states), CODE: code_hash(),
+    }  # fmt: skip
 
 
 def code_hash() -> str:

@@ -1,5 +1,12 @@
 """Where a run lives: its folders, its recorded config, and the weights that come before it."""
 
+import contextlib
+import fcntl
+import os
+import re
+import socket
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,6 +15,9 @@ from util.errors import UserError
 from util.files import ROOT
 from util.run.checkpoint import read_meta
 from util.yaml_text import parse_yaml
+
+WAIT = 5  # seconds
+TEMPORARY = re.compile(r"\.(.+)\.[a-z0-9_]{8}")  # what util.files.atomic writes before it renames
 
 
 @dataclass(frozen=True)
@@ -102,3 +112,40 @@ def missing_before(config: Config, place: Experiment, before: str) -> str:
     return (f"Method.pre_weight = {config.Method.pre_weight}: no base learner at {before_file(config, place, before)}. "
             f"Train it with `ARCH={before} NET={place.net} sh train.sh {place.command} GPUS`, or point Method.pre_weight to "
             "a published one")
+
+
+@contextlib.contextmanager
+def owned(folder: Path, main: bool = True) -> Iterator[None]:
+    """Own a run's folder: a second run in it ends with an error that names the owner. A crash frees it.
+
+    Temporary files that a killed run left behind are removed.
+
+    Args:
+        main: only the main process owns; the others pass.
+    Raises:
+        UserError: another run is at work there.
+    """
+    if not main:
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".owner").open("a+") as lock:
+        for attempt in range(WAIT + 1):  # the processes of a run that was killed need a moment to end
+            try:
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of this process alone: workers do not inherit it
+                break
+            except OSError:
+                if attempt < WAIT:
+                    time.sleep(1)
+                    continue
+                lock.seek(0)
+                owner = lock.read().strip() or "unknown owner"
+                raise UserError(f"a run is at work in {folder}: {owner}. Wait for it, stop it, or use Runtime.output=FOLDER for "
+                                "another one") from None
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        lock.flush()
+        for file in (path for part in (folder, folder / "snapshot", folder / "snapshot/resume") for path in part.glob(".*")):
+            if TEMPORARY.fullmatch(file.name):
+                file.unlink(missing_ok=True)
+        yield
