@@ -22,7 +22,7 @@ from torch.utils.data import Dataset
 from model import System, configure, content_hash, load_frozen, needs_clip, open_system, system_class
 from util import cli
 from util.cache import open_cache
-from util.config import Config
+from util.config import Config, Method
 from util.data.episodes import Batch, collate
 from util.data.loading import Loader, RangeSampler
 from util.errors import UserError
@@ -67,7 +67,9 @@ def ready_before(
     """Trains the run that must come first on the way (to its end), where `Train.before` says so; asks for it otherwise."""
     if config.Train.before == "run" and config.Method.pre_weight == "auto":
         if not checkpoint.finished(own.snapshot):
-            recipe.Data, recipe.Method, recipe.Runtime = config.Data, config.Method, config.Runtime
+            recipe.Data, recipe.Runtime = config.Data, config.Runtime
+            shared = {f.name: getattr(config.Method, f.name) for f in dataclasses.fields(Method)}
+            recipe.Method = dataclasses.replace(recipe.Method, **shared)
             recipe.Train.workers, recipe.Train.selection = config.Train.workers, config.Train.selection
             run(recipe, own, context, quiet)
     elif not before_file(config, place, own.arch).is_file():

@@ -21,7 +21,7 @@ from model.few_shot.prior import CosinePrior, Prior, SimilarityPrior, TextPrior,
 from model.few_shot.system import FewShot
 from model.system import Frozen, System, load_exactly
 from util.cache import CACHE
-from util.config import Config, load_config, options_of
+from util.config import Config, Method, load_config
 from util.data.folds import ClassNames, Fold
 from util.errors import UserError
 from util.files import load_state, load_tensors
@@ -56,7 +56,7 @@ def configure(path: str | Path, arch: str, overrides: list[str] | None = None) -
 def recorded(path: Path, overrides: list[str] | None = None) -> Config:
     """The config that a checkpoint of ours was trained with, see `util.run.place.recorded_config`."""
     arch = read_meta(path).get("system")
-    return recorded_config(path, overrides, system_class(arch).Options if arch else None)
+    return recorded_config(path, overrides, system_class(arch).Options if arch else Method)
 
 
 def priors_of(arch: str, config: Config) -> Sequence[str]:
@@ -85,6 +85,11 @@ def build_base_learner(cls: type[PSPNet], arch: str, config: Config, fold: Fold,
     return cls(base_learner(config, fold, cls.dilated))
 
 
+def options_of(method: Method, options: type[Method]) -> Method:
+    """Section Method with a system's own options; those that it does not name keep their defaults."""
+    return method if isinstance(method, options) else options(**vars(method))
+
+
 def base_learner(config: Config, fold: Fold, dilated: bool) -> BaseLearner:
     method = config.Method
     encoder = build_encoder(method.backbone, method.width, method.stem, dilated)
@@ -108,7 +113,7 @@ def build_few_shot(cls: type[FewShot], arch: str, config: Config, fold: Fold, na
                                 vocabulary, fold.base, config.CLIP.clip_size),
     }
     backbone = Frozen(learner if cls.facts.before else learner.encoder)
-    return cls(backbone, [makers[name]() for name in wanted], shot, options_of(config.System, cls.Options), clip)
+    return cls(backbone, [makers[name]() for name in wanted], shot, options_of(config.Method, cls.Options), clip)
 
 
 FAMILIES: dict[type[System], Callable[..., System]] = {FewShot: build_few_shot, PSPNet: build_base_learner}

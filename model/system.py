@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from util.cache import TensorCache
-from util.config import Train
+from util.config import Method, Train
 from util.data.transforms import Placed
 from util.errors import UserError
 from util.run.identity import Facts
@@ -56,11 +56,6 @@ class Frozen(nn.Module):
         return self.module(*args, **kwargs)
 
 
-@dataclass
-class NoOptions:
-    """A system without options of its own."""
-
-
 class System(nn.Module):
     """A model with its losses. `losses` calls `head`, so that DDP sees it; `predict` calls `trained`, which never waits.
 
@@ -73,7 +68,7 @@ class System(nn.Module):
 
     task: ClassVar[type[Task]]
     facts: ClassVar[Facts] = Facts()
-    Options: ClassVar[type] = NoOptions
+    Options: ClassVar[type[Method]] = Method
     optimizer_name: ClassVar[str] = "sgd"  # the paper's: sgd | adam | adamw
     dilated: ClassVar[bool] = True  # its backbone keeps stride 8 in its last stages
     head: nn.Module

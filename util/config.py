@@ -94,12 +94,17 @@ class Train:
 
 @dataclass
 class Method:
+    """What all systems share; a system's own options extend it (`class Options(Method)` beside the system)."""
+
     backbone: str = "resnet50"  # resnet50 | resnet101 | vgg16_bn | vgg16 | timm:NAME
     width: int = 64  # ResNet base width; 64 is the published network
     stem: Literal["deep", "plain"] = "deep"  # ResNet's: semseg's three 3x3, or torchvision's 7x7 (HSNet)
     backbone_weight: str = "hub"  # ImageNet weights the base learner starts from: file | hub | none
     pre_weight: str = "auto"  # base learner checkpoint; auto: the one trained for this fold
     priors: list[str] | None = None  # cosine | similarity | vtp | vvp; None: the system's own
+
+    def check(self) -> None:
+        """Raises UserError for values that cannot be; a system extends it for its own options."""
 
 
 @dataclass
@@ -132,7 +137,6 @@ class Config:
     CLIP: CLIP = field(default_factory=CLIP)
     Train: Train = field(default_factory=Train)
     Method: Method = field(default_factory=Method)
-    System: Any = field(default_factory=dict)  # the system's own options: its `Options`, defined and explained beside it
     Test_Finetune: Test_Finetune = field(default_factory=Test_Finetune)
     Runtime: Runtime = field(default_factory=Runtime)
 
@@ -141,62 +145,54 @@ class Config:
 
 
 def load_config(path: str | Path, arch: str | None = None, overrides: list[str] | None = None,
-                options: type | None = None) -> Config:  # fmt: skip
-    """Reads a fold's YAML. (`model.configure` knows a system's options; commands about data do without.)
+                options: type[Method] | None = Method) -> Config:  # fmt: skip
+    """Reads a fold's YAML. (`model.configure` knows a system's options.)
 
     Order, later wins: defaults, the protocol, config/system/ARCH.yaml, the files it extends, `ARCH.yaml` beside it (a system's
     own recipe for the data set, where there is one), the file itself, `Section.key=value` overrides.
 
     Args:
-        options: dataclass of the system's own options; None: section `System` is kept as it is.
+        options: section Method with the system's own options; None: keys of Method that not all systems share are passed over.
     Raises:
         UserError: missing file, bad YAML, unknown section or key, wrong type or value, malformed override.
     """
-    path = Path(path)
-    config = Config(System={} if options is None else options())
+    path, loose = Path(path), options is None
+    config = Config(Method=(options or Method)())
     *bases, fold = _layers(path)
     system, recipe = _system_layers(path, arch)
     layers = [*system, *bases, *recipe, fold, *((Path("command line"), _override(text)) for text in overrides or [])]
     named = [(content.get("Test_Finetune") or {}).get("protocol") for _, content in [*recipe, *system]]
     paper = next(filter(None, named), STRICT)
-    _apply(config, layers)  # first without the protocol: which one, and of which data set?
+    _apply(config, layers, loose)  # first without the protocol: which one, and of which data set?
     name = paper if config.Test_Finetune.protocol == "auto" else config.Test_Finetune.protocol
-    _apply(config, [(PROTOCOLS / f"{name}.yaml", protocol_layer(name, config.Train.data_set)), *layers])
+    _apply(config, [(PROTOCOLS / f"{name}.yaml", protocol_layer(name, config.Train.data_set)), *layers], loose)
     config.Test_Finetune.protocol = name
     _validate(config)
     return config
 
 
-def config_of(content: dict, source: str, overrides: list[str] | None = None, options: type | None = None) -> Config:
+def config_of(content: dict, source: str, overrides: list[str] | None = None, options: type[Method] = Method) -> Config:
     """A config as a checkpoint or config.yaml of a run keeps it (`dataclasses.asdict`), with `Section.key=value` overrides.
 
     Raises:
         UserError: as `load_config`.
     """
-    config = Config(System={} if options is None else options())
-    known = None if options is None else {f.name for f in dataclasses.fields(options)}
-    _apply(config, [(Path(source), renewed(content, known))])
+    config = Config(Method=options())
+    _apply(config, [(Path(source), renewed(content, options))])
     _apply(config, [(Path("command line"), _override(text)) for text in overrides or []])
     _validate(config)
     return config
 
 
-def renewed(content: dict, options: set[str] | None) -> dict:
-    """A recorded config under the names of today. Records of before had the options of all systems in one section.
-
-    Args:
-        options: names of the system's own options; None: keep all.
-    """
+def renewed(content: dict, options: type[Method]) -> dict:
+    """A recorded config under the keys of today. Records of before had the options of all systems in section Method."""
     content = {section: dict(values or {}) for section, values in content.items()}
-    train, method = content.get("Train", {}), content.get("Method", {})
+    train, own = content.get("Train", {}), {f.name for f in dataclasses.fields(options)}
     for key in ("evaluate", "rotate_min", "rotate_max"):
         train.pop(key, None)
     if "SubEpoch_val" in train:
         train["validate_every"] = 0.5 if train.pop("SubEpoch_val") else 0.0
-    if "System" not in content:
-        shared = {f.name for f in dataclasses.fields(Method)}
-        own = {key: method.pop(key) for key in [*method] if key not in shared}
-        content["System"] = {key: value for key, value in own.items() if options is None or key in options}
+    content["Method"] = {key: value for key, value in content.get("Method", {}).items() if key in own}
     return content
 
 
@@ -242,10 +238,12 @@ def _override(text: str) -> dict[str, dict]:
     return {section: {key: parse_yaml(value, f"override {text!r}: {value!r}")}}
 
 
-def _apply(config: Config, layers: list[tuple[Path, dict]]) -> None:
+def _apply(config: Config, layers: list[tuple[Path, dict]], loose: bool = False) -> None:
     for file, content in layers:
         for section, values in content.items():
             for key, value in _mapping(values, f"{file}: {section}").items():
+                if loose and section == "Method" and not hasattr(config.Method, str(key)):
+                    continue
                 _set(config, section, key, value, str(file))
 
 
@@ -288,9 +286,6 @@ def _mapping(value: Any, where: str) -> dict:
 
 def _set(config: Config, section: str, key: str, value: Any, source: str) -> None:
     target = _named(config, section, f"{source}: unknown section {section!r}")
-    if isinstance(target, dict):
-        target[key] = value
-        return
     _named(target, key, f"{source}: unknown key {section}.{key}")
     expected = typing.get_type_hints(type(target))[key]
     setattr(target, key, _convert(value, expected, f"{source}: {section}.{key}"))
@@ -298,8 +293,6 @@ def _set(config: Config, section: str, key: str, value: Any, source: str) -> Non
 
 def _named(owner: Any, name: str, complaint: str) -> Any:
     names = [f.name for f in dataclasses.fields(owner)]
-    if not names:
-        raise UserError(f"{complaint}; this system has no options of its own")
     if name in names:
         return getattr(owner, name)
     lower = {n.lower(): n for n in names}
@@ -342,19 +335,6 @@ def _convert(value: Any, expected: Any, where: str) -> Any:
     raise UserError(f"{where} = {short(value)}: expected {name}")
 
 
-def options_of(content: Any, options: type) -> Any:
-    """Section `System` as the options of a system, checked by type and by their own `check`.
-
-    Raises:
-        UserError: unknown key, wrong type or value.
-    """
-    if isinstance(content, options):
-        return content
-    holder = Config(System=options())
-    _apply(holder, [(Path("config"), {"System": content})])
-    return holder.System
-
-
 def _validate(config: Config) -> None:
     train, test = config.Train, config.Test_Finetune
 
@@ -382,5 +362,4 @@ def _validate(config: Config) -> None:
     need("Test_Finetune.seeds", test.seeds, len(test.seeds) > 0, "at least one seed")
     if len(set(test.seeds)) < len(test.seeds):
         raise UserError(f"Test_Finetune.seeds = {test.seeds}: a seed is there twice")
-    if check := getattr(config.System, "check", None):
-        check()
+    config.Method.check()

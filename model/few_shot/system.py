@@ -19,6 +19,7 @@ from model.few_shot.prior import CosinePrior, Features, Prior, View
 from model.ops import resize
 from model.system import Frozen, Prediction, System, content_hash, load_exactly
 from util.cache import TensorCache
+from util.config import Method
 from util.data.episodes import Episode
 from util.errors import UserError
 from util.run.identity import code_hash
@@ -40,7 +41,7 @@ IDENTITY = ("Method.priors", "Train.filter_novel", "Train.crop", "Train.selectio
 
 
 @dataclass
-class Options:
+class Options(Method):
     """Options that every few-shot system with prototypes has."""
 
     low_fea: Literal["layer1", "layer2", "layer3"] = "layer2"  # stage whose Gram matrices measure scene difference

@@ -17,6 +17,7 @@ from model.clip import Cam, Clip, ClipTrunk, box_mask, min_max, softmax_grad_cam
 from model.clip.text import TextEncoder
 from model.ops import resize
 from model.weak.affinity import filtered, patch_part, spread, transition_matrix
+from util.config import Method
 from util.errors import UserError
 
 BACKGROUND = (
@@ -26,7 +27,7 @@ BACKGROUND = (
 
 
 @dataclass
-class MapOptions:
+class MapOptions(Method):
     """What both systems set of the class maps."""
 
     statistics: str = "clip"  # pixel statistics that CLIP sees: clip or imagenet

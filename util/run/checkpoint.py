@@ -79,7 +79,7 @@ def read_meta(path: Path) -> dict[str, Any]:
 
 def check_identity(path: Path, meta: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
     """Raises UserError listing everything in which a checkpoint differs from what the config asks for."""
-    wrong = [f"{KEYS.get(key, f'System.{key}')}: the checkpoint has {meta.get(key)!r}, the config {value!r}"
+    wrong = [f"{KEYS.get(key, f'Method.{key}')}: the checkpoint has {meta.get(key)!r}, the config {value!r}"
              for key, value in expected.items() if key not in meta or meta[key] != value]
     if wrong:
         raise UserError(f"{path} was trained for something else, nothing was loaded.\n  " + "\n  ".join(wrong))

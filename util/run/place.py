@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from util.config import Config, config_of, names_of
+from util.config import Config, Method, config_of, names_of
 from util.errors import UserError
 from util.files import ROOT
 from util.run.checkpoint import read_meta
@@ -74,7 +74,7 @@ class Experiment:
         return f"{self.exp} {self.data_set}"
 
 
-def recorded_config(path: Path, overrides: list[str] | None = None, options: type | None = None) -> Config:
+def recorded_config(path: Path, overrides: list[str] | None = None, options: type[Method] = Method) -> Config:
     """The config that a checkpoint of ours was trained with: from its metadata, or of the run that it lies in.
 
     Relative paths in it that lead nowhere from here are taken from the repository.
