@@ -16,18 +16,10 @@ from safetensors.torch import save_file
 from model.clip import Clip, box_mask, high_order, load_clip, min_max, normalise_affinity, refine, softmax_grad_cam
 from model.clip.load import _config, clip_from_state
 from model.clip.origin import OPENAI, origin_of
+from tests.make import TEXT, VISION, small_clip
 from util.config import Config
 from util.errors import UserError
 from util.run.preflight import clip as preflight_clip
-
-VISION = {"image_size": 64, "layers": 4, "width": 128, "patch_size": 16}
-TEXT = {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 2}
-
-
-def small_clip(seed: int = 0) -> CLIP:
-    """A ViT of CLIP's architecture, small enough for a test; its heads are 64 wide as OpenAI's."""
-    torch.manual_seed(seed)
-    return CLIP(32, CLIPVisionCfg(**VISION), CLIPTextCfg(**TEXT), quick_gelu=True).eval()
 
 
 @pytest.fixture(scope="module")

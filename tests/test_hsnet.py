@@ -12,8 +12,7 @@ from model.few_shot import imr_hsnet
 from model.few_shot.hsnet import Encoder4d, Head, HSNet
 from model.system import Frozen
 from tests.golden.check_hsnet import check_units, load
-from tests.test_episodes import abstract_index
-from tests.test_few_shot import random_episode
+from tests.make import abstract_index, random_episode
 from util.data.episodes import EpisodeList
 from util.data.transforms import Placed, ValTransform
 from util.errors import UserError

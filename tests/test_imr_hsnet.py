@@ -17,7 +17,7 @@ from model.few_shot.cam import CamPrior
 from model.few_shot.hsnet import correlation, masked
 from model.few_shot.imr_hsnet import Head, IMRHSNet, Options
 from model.system import Frozen
-from tests.test_few_shot import random_episode
+from tests.make import random_episode
 from util.cache import TensorCache
 from util.data.episodes import Episode, EpisodeMaker
 from util.data.folds import fold
@@ -174,6 +174,6 @@ def test_a_checkpoint_is_not_tested_with_other_stages(tmp_path: Path, monkeypatc
     made, asked = (configure("config/demo/demo_split0_resnet50.yaml", "IMR_HSNet", given)
                    for given in ([], ["Method.stages=3", "CLIP.clip_size=crop", "Train.shot=5"]))  # fmt: skip
     with pytest.raises(UserError) as found:
-        check_identity(tmp_path, identity("IMR_HSNet", made, ["cam"]), identity("IMR_HSNet", asked, ["cam"]))
+        check_identity(tmp_path, *(identity("IMR_HSNet", IMRHSNet.facts, config) for config in (made, asked)))
     assert "Method.stages: the checkpoint has 2, the config 3" in str(found.value) and "CLIP.clip_size" in str(found.value)
     assert "Train.shot" not in str(found.value)  # shots vote: any number will do

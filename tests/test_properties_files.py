@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from model.few_shot.hdmnet import HDMNet
-from tests.test_properties import check
+from tests.make.runs import check
 from util.config import Config, load_config
 from util.data.folds import read_class_names, read_folds
 from util.data.index import _annotated, read_list, scan

@@ -22,8 +22,8 @@ from model.weak.losses import balanced_loss, pair_labels
 from model.weak.maps import BACKGROUND, Bank, Pairs, background_texts, decide, see
 from model.weak.par import refine_by_colour
 from model.weak.weclip import WeCLIP
-from tests.test_clip import small_clip
-from tests.test_distributed import in_processes
+from tests.make import small_clip
+from tests.make.runs import in_processes
 from util.config import Train
 from util.data.folds import read_class_names
 from util.errors import UserError

@@ -211,7 +211,7 @@ class FewShot(System):
         scores = (decoded.final, decoded.meta, features.query.base)
         final, meta, base = (None if x is None else resize(x.float(), side) for x in scores)
         trivial = self.baselines(batch, features, shown) if baselines else {}
-        return Prediction(final, meta, base, shown, tuple(self.prior_names), trivial, decoded.votes)
+        return Prediction(final, meta, base, maps=shown, priors=tuple(self.prior_names), baselines=trivial, votes=decoded.votes)
 
     def baselines(self, batch: Episode, features: Features, maps: dict[str, Tensor]) -> dict[str, Tensor]:
         """Predictions that cost no training: everything is foreground; a prior, which is in 0..1, above one half.
