@@ -39,8 +39,8 @@ def tracking(tracker: str, name: str, folder: Path, config: Mapping) -> Iterator
     except ImportError as error:
         raise UserError(f"Runtime.tracker=wandb: the package is not there; {advice}") from error
     if not hasattr(wandb, "init"):
-        raise UserError(f"Runtime.tracker=wandb: {next(iter(wandb.__path__), 'wandb')} hides the package of that name; rename that "
-                        "folder, or start elsewhere")
+        folder = next(iter(wandb.__path__), "wandb")
+        raise UserError(f"Runtime.tracker=wandb: {folder} hides the package of that name; rename it, or start elsewhere")
     folder.mkdir(parents=True, exist_ok=True)
     identity = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]  # a run that goes on stays one run
     try:
