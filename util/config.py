@@ -30,6 +30,7 @@ class Data:
     val_list: str = ""
     class_names: str = ""  # text file, one `NAME | text for CLIP` per line
     on_error: Literal["stop", "skip"] = "stop"  # a broken image or label: stop, or go on without it and count it in the report
+    image_labels: str = ""  # file of image-level labels (util/data/image_labels.py); "": the XML beside an image, else its label
     label_table: str = ""  # YAML file `VALUE: CLASS`, where label values are no class ids (0 background, 255 ignore)
     folds: str = ""  # YAML file, `split0: [class names]` and so on; without one the data set's published rule holds
     maker: str = ""  # module that draws the data root where it is missing: `python -m MAKER DATA_ROOT`
@@ -80,6 +81,7 @@ class Train:
     workers: int = 8
     # validation
     selection: Literal["novel", "base", "last"] = "novel"  # snapshot/best: best on novel (as published) or base classes, or last
+    watch: bool = False  # with selection `last`: validate all the same, to see the curve; nothing is chosen by it
     # Epochs between validations (0.5: also in the middle of each), or steps where `iterations` counts; 0: the end of each epoch.
     validate_every: float = 0.0
     keep: list[int] = field(default_factory=list)  # steps after which the weights are kept as snapshot/STEP.safetensors
@@ -110,6 +112,8 @@ class Test_Finetune:
     episodes: str = ""  # run the episodes of this file (`python -m util.data export`) instead of drawing them
     test_num: int = 1000  # episodes per seed
     seeds: list[int] = field(default_factory=lambda: [321, 322, 323, 324, 325])
+    crf: bool = False  # dense systems: also score the prediction after the paper's CRF (pip install pydensecrf2)
+    maps: str = ""  # dense systems: folder that gets a label map of every tested image, PNGs of class ids under the images' paths
     baselines: bool = False  # also score trivial predictions on the same episodes
 
 
