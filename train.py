@@ -48,8 +48,10 @@ def main() -> None:
     try:
         preflight.make_data(config, context)
         if context.main:
-            lists = ("train_list",) if config.Train.selection == "last" else ("train_list", "val_list")
+            lists = ("train_list", "val_list") if validates(config) else ("train_list",)
             cls = system_class(place.arch)
+            if not cls.facts.trained:
+                raise UserError(f"{place.arch} trains nothing. Test it: `ARCH={place.arch} sh test.sh {place.command} GPUS`")
             preflight.require(preflight.Start(config, place, cls.facts, cls.task, needs_clip(place.arch, config), lists))
         context.barrier()
         run = dry_run if arguments.dry_run else train
@@ -102,12 +104,17 @@ class Run:
     context: Context
     log: RunLog
     meta: dict[str, Any]  # what the checkpoints are for
-    validation: Test | None  # what chooses the checkpoint; None: the last step is it
+    validation: Test | None  # what is validated; it chooses the checkpoint, unless Train.selection says that the last step is it
 
     @property
     def per_epoch(self) -> int:
         """Steps of an epoch."""
         return len(self.data) // self.config.Train.batch_size
+
+    @property
+    def chooses(self) -> bool:
+        """Whether the validation chooses the checkpoint."""
+        return self.config.Train.selection != "last"
 
 
 def train(config: Config, place: Experiment, context: Context, quiet: bool) -> None:
@@ -124,7 +131,7 @@ def train(config: Config, place: Experiment, context: Context, quiet: bool) -> N
                 if stop.step > run.progress.closed:
                     iterate(run, stop, termination)
                     close(run, stop)
-        if run.validation is not None:
+        if run.chooses:
             best, score = run.progress, label(run.task.headline)
             log.info(f"best {score} {100 * best.best:.2f} after {best.best_epoch:.3g} epochs  {run.system.mark}".rstrip())
         log.info(f"weights: {place.best}")
@@ -175,11 +182,11 @@ def close(run: Run, stop: Stop) -> None:
     if stop.validate and run.validation is not None:
         save_point(run)  # a validation may take longer than a cluster waits
         score = validate(run)
-        if score > progress.best:
+        if run.chooses and score > progress.best:
             progress.best, progress.best_epoch = score, stop.step / run.per_epoch
             save_weights(run, place.best, {"epoch": progress.best_epoch, "score": progress.best})
     if stop.last:
-        if run.validation is None:
+        if not run.chooses:
             save_weights(run, place.best)
         save_weights(run, place.last, {"selection": "last"})
     if stop.keep:
@@ -212,7 +219,7 @@ def build(config: Config, place: Experiment, context: Context, log: RunLog, weig
     meta = identity(place.arch, system.facts, config) | {"frozen": system.frozen_hashes()}
     meta["vocabulary"] = config.CLIP.vocabulary
     meta["config"] = dataclasses.asdict(config)
-    validation = task.validation() if config.Train.selection != "last" else None
+    validation = task.validation() if validates(config) else None
     meta["selection"] = config.Train.selection
     if validation is not None:
         system.remember(open_cache(config.Runtime.cache_gb, config.Runtime.cache_dir), fixed_head=False)
@@ -228,6 +235,11 @@ def build(config: Config, place: Experiment, context: Context, log: RunLog, weig
         system, task, data, system.optimizer(config.Train), Schedule.of(config.Train, total), stops(config.Train, per_epoch),
         Progress(config=dataclasses.asdict(config), total=total, sources=found), config, place, context, log, meta, validation,
     )  # fmt: skip
+
+
+def validates(config: Config) -> bool:
+    """Whether a run looks at the validation data."""
+    return config.Train.watch or config.Train.selection != "last"
 
 
 def start(config: Config, place: Experiment, context: Context, log: RunLog) -> Run:

@@ -22,6 +22,6 @@ from model.build import (
 from model.system import Prediction, System, content_hash
 
 __all__ = [
-    "SYSTEMS", "Prediction", "System", "build_system", "configure", "content_hash", "load_frozen", "load_weights", "needs_clip",
+    "SYSTEMS", "Prediction", "Method", "build_system", "configure", "content_hash", "load_frozen", "load_weights", "needs_clip",
     "open_system", "recorded", "system_class",
 ]  # fmt: skip

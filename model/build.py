@@ -20,8 +20,12 @@ from model.few_shot.pfenet import PFENet
 from model.few_shot.prior import CosinePrior, Prior, SimilarityPrior, TextPrior, VisualPrior, check_priors
 from model.few_shot.system import FewShot
 from model.system import Frozen, System, load_exactly
+from model.weak.clip_es import CLIPES
+from model.weak.maps import text_bank as class_texts
+from model.weak.system import Weak
+from model.weak.weclip import WeCLIP
 from util.cache import CACHE
-from util.config import Config, Method, load_config
+from util.config import Config, Method, load_config, options_of
 from util.data.folds import ClassNames, Fold
 from util.errors import UserError
 from util.files import load_state, load_tensors
@@ -31,7 +35,7 @@ from util.run.place import Experiment, before_file, missing_before, recorded_con
 from util.score.task import Task
 
 SYSTEMS: dict[str, type[System]] = {"PI_CLIP": PICLIP, "HDMNet": HDMNet, "BAM": BAM, "PFENet": PFENet, "HSNet": HSNet,
-                                    "IMR_HSNet": IMRHSNet, "PSPNet": PSPNet}  # fmt: skip
+                                    "IMR_HSNet": IMRHSNet, "PSPNet": PSPNet, "WeCLIP": WeCLIP, "CLIP_ES": CLIPES}  # fmt: skip
 READ_CLIP = {"vtp", "vvp", "cam"}  # priors that need a CLIP
 
 
@@ -66,7 +70,7 @@ def priors_of(arch: str, config: Config) -> Sequence[str]:
 
 
 def needs_clip(arch: str, config: Config) -> bool:
-    return bool(READ_CLIP & set(priors_of(arch, config)))
+    return system_class(arch).facts.clip or bool(READ_CLIP & set(priors_of(arch, config)))
 
 
 def build_system(arch: str, config: Config, fold: Fold, names: ClassNames, cache: Path | None = None) -> System:
@@ -83,11 +87,6 @@ def build_system(arch: str, config: Config, fold: Fold, names: ClassNames, cache
 
 def build_base_learner(cls: type[PSPNet], arch: str, config: Config, fold: Fold, names: ClassNames, cache: Path | None) -> PSPNet:
     return cls(base_learner(config, fold, cls.dilated))
-
-
-def options_of(method: Method, options: type[Method]) -> Method:
-    """Section Method with a system's own options; those that it does not name keep their defaults."""
-    return method if isinstance(method, options) else options(**vars(method))
 
 
 def base_learner(config: Config, fold: Fold, dilated: bool) -> BaseLearner:
@@ -116,7 +115,12 @@ def build_few_shot(cls: type[FewShot], arch: str, config: Config, fold: Fold, na
     return cls(backbone, [makers[name]() for name in wanted], shot, options_of(config.Method, cls.Options), clip)
 
 
-FAMILIES: dict[type[System], Callable[..., System]] = {FewShot: build_few_shot, PSPNet: build_base_learner}
+def build_weak(cls: type[Weak], arch: str, config: Config, fold: Fold, names: ClassNames, cache: Path | None) -> Weak:
+    options, clip = options_of(config.Method, cls.Options), load_clip(config.CLIP.clip_path, activation=config.CLIP.activation)
+    return cls(Frozen(clip), class_texts(clip.text, names.texts, options, cache), options)
+
+
+FAMILIES: dict[type[System], Callable[..., System]] = {FewShot: build_few_shot, PSPNet: build_base_learner, Weak: build_weak}
 
 
 def cam_source(clip: Clip) -> CamSource:
@@ -145,8 +149,10 @@ def open_system(arch: str, config: Config) -> tuple[System, Task]:
 
 
 def load_weights(system: System, config: Config, place: Experiment, weight: Path) -> None:
-    """Gives a system all its weights. A checkpoint of ours must match the config and the frozen parts; an exported one
-    (model/predict/share.py) and a published one bring their base learner along."""
+    """Gives a system all its weights; one that trains nothing has them. A checkpoint of ours must match the config and the frozen
+    parts; an exported one (model/predict/share.py) and a published one bring their base learner along."""
+    if not system.facts.trained:
+        return
     if not weight.is_file():
         raise UserError(f"Test_Finetune.weight = {config.Test_Finetune.weight}: no checkpoint {weight}. Train first: "
                         f"`ARCH={place.arch} NET={place.net} sh train.sh {place.command} GPUS`")

@@ -14,6 +14,7 @@ from util.config import Method, Train
 from util.data.transforms import Placed
 from util.errors import UserError
 from util.run.identity import Facts
+from util.score.crf import Crf
 from util.score.metrics import vote
 from util.score.task import Task
 
@@ -29,6 +30,7 @@ class Prediction:
     priors: tuple[str, ...] = ()  # those of the maps that are priors, in 0..1: a report shows how good each is alone
     baselines: dict[str, Tensor] = field(default_factory=dict)  # name -> B h w bool, trivial predictions to compare with
     variants: dict[str, Tensor] = field(default_factory=dict)  # name -> B classes h w, other scores: more rows of one result
+    crf: Crf | None = None  # the paper's CRF on top of `final`, for those who ask for it
     votes: Tensor | None = None  # B K 2 h w, logits of each shot where shots vote; `final` is near the vote
 
     def decide(self, i: int, placed: Placed) -> Tensor:

@@ -24,7 +24,7 @@ from model.weak.par import refine_by_colour
 from model.weak.weclip import WeCLIP
 from tests.make import small_clip
 from tests.make.runs import in_processes
-from util.config import Train
+from util.config import Train, options_of
 from util.data.folds import read_class_names
 from util.errors import UserError
 from util.run.distributed import Context
@@ -369,9 +369,10 @@ def test_wrong_input() -> None:
     with pytest.raises(UserError, match="last 8 blocks is wanted, but this CLIP has 4"):
         system(layers=8).losses(given, 0)
     for options in ({"score": "both"}, {"outside": "drop"}, {"absent": "weigh"}, {"statistics": "clips"}, {"box": 1.0},
-                    {"template": "a photo"}, {"scales": []}, {"scales": [0.0]}, {"rfm_layers": 1}, {"layers": 0}):  # fmt: skip
-        with pytest.raises(UserError, match=next(iter(options))):
-            weclip.Options(**options)
+                    {"template": "a photo"}, {"scales": []}, {"scales": [0.0]}, {"rfm_layers": 1}, {"layers": 0},
+                    {"static_steps": -1}, {"dropout": 1.0}, {"affinity_weight": -1}, {"long_side": 0}):  # fmt: skip
+        with pytest.raises(UserError, match=f"Method.{next(iter(options))}"):
+            options_of(options, weclip.Options)
 
 
 def test_background_texts() -> None:
@@ -384,7 +385,7 @@ def test_crf_is_optional(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "pydensecrf", None)
     monkeypatch.setitem(__import__("sys").modules, "pydensecrf.densecrf", None)
     with pytest.raises(UserError, match="pip install pydensecrf2"):
-        crf.many(crf.WECLIP, [], 1)
+        crf.load()
 
 
 def test_crf_moves_a_border_to_the_edge() -> None:
@@ -394,7 +395,16 @@ def test_crf_moves_a_border_to_the_edge() -> None:
     probability = np.full((21, 40, 60), 1e-6, np.float32)
     probability[0], probability[7] = 0.3, 0.7
     probability[0, :, :36], probability[7, :, :36] = 0.6, 0.4  # six pixels off
-    found = list(crf.many(crf.WECLIP, [(image, probability)] * 5, workers=2))
-    assert len(found) == 5 and (found[0][:, :, :30].argmax(0) == 0).all() and (found[0][:, :, 30:].argmax(0) == 7).all()
-    label = crf.confident(np.stack([np.full((2, 2), 0.96), np.array([[0.97, 0.1], [0.2, 0.3]])]))
-    assert label.tolist() == [[1, 0], [0, 0]] and (crf.confident(np.full((2, 1, 1), 0.5)) == 255).all()
+    job = crf.WECLIP.job(torch.from_numpy(image).permute(2, 0, 1).float(), torch.from_numpy(probability).log())
+    assert job[2].tolist() == [0, 7]
+    label, sure = crf.WECLIP.labels(*job)
+    assert (label[:, :30] == 0).all() and (label[:, 30:] == 7).all() and (sure == label).all()
+
+
+def test_pseudo_labels_are_sure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(crf.Crf, "__call__", lambda self, image, probability: probability)
+    probability = np.stack([np.full((2, 2), 0.96), np.array([[0.97, 0.1], [0.2, 0.3]])])
+    given = np.zeros((2, 2, 3), np.uint8), probability, np.array([0, 7])
+    assert [x.tolist() for x in crf.CLIP_ES.labels(*given)] == [[[7, 0], [0, 0]]] * 2
+    half = np.zeros((1, 1, 3), np.uint8), np.full((2, 1, 1), 0.5), np.array([3, 7])
+    assert [x.tolist() for x in crf.CLIP_ES.labels(*half)] == [[[3]], [[255]]]

@@ -31,6 +31,7 @@ class Data:
     class_names: str = ""  # text file, one `NAME | text for CLIP` per line
     same_by: Literal["time", "size", "content"] = "time"  # how a run that goes on knows its images: size and time, size, or bytes
     on_error: Literal["stop", "skip"] = "stop"  # a broken image or label: stop, or go on without it and count it in the report
+    image_labels: str = ""  # file of image-level labels (util/data/image_labels.py); "": the XML beside an image, else its label
     label_table: str = ""  # YAML file `VALUE: CLASS`, where label values are no class ids (0 background, 255 ignore)
     folds: str = ""  # YAML file, `split0: [class names]` and so on; without one the data set's published rule holds
     maker: str = ""  # module that draws the data root where it is missing: `python -m MAKER DATA_ROOT`
@@ -81,6 +82,7 @@ class Train:
     workers: int = 8
     # validation
     selection: Literal["novel", "base", "last"] = "novel"  # snapshot/best: best on novel (as published) or base classes, or last
+    watch: bool = False  # with selection `last`: validate all the same, to see the curve; nothing is chosen by it
     # Epochs between validations (0.5: also in the middle of each), or steps where `iterations` counts; 0: the end of each epoch.
     validate_every: float = 0.0
     keep: list[int] = field(default_factory=list)  # steps after which the weights are kept as snapshot/STEP.safetensors
@@ -116,6 +118,8 @@ class Test_Finetune:
     episodes: str = ""  # run the episodes of this file (`python -m util.data export`) instead of drawing them
     test_num: int = 1000  # episodes per seed
     seeds: list[int] = field(default_factory=lambda: [321, 322, 323, 324, 325])
+    crf: bool = False  # dense systems: also score the prediction after the paper's CRF (pip install pydensecrf2)
+    maps: str = ""  # dense systems: folder that gets a label map of every tested image, PNGs of class ids under the images' paths
     baselines: bool = False  # also score trivial predictions on the same episodes
 
 
@@ -333,6 +337,20 @@ def _convert(value: Any, expected: Any, where: str) -> Any:
         return value
     name = "a finite number" if expected is float else str(expected) if origin else expected.__name__
     raise UserError(f"{where} = {short(value)}: expected {name}")
+
+
+def options_of(values: Method | dict[str, Any], options: type[Method]) -> Method:
+    """Section Method with a system's own options; those that `values` does not name keep their defaults.
+
+    Raises:
+        UserError: unknown key, wrong type or value.
+    """
+    if isinstance(values, options):
+        return values
+    config = Config(Method=options())
+    _apply(config, [(Path("config"), {"Method": vars(values) if isinstance(values, Method) else values})])
+    config.Method.check()
+    return config.Method
 
 
 def _validate(config: Config) -> None:

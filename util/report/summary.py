@@ -13,6 +13,7 @@ SCORES = {
     "fg_iou": ("Foreground IoU", "all episodes pooled"),
     "meta_miou": ("Meta branch mIoU", "before the ensemble"),
     "base_miou": ("Base-class mIoU", "of the base learner, base classes"),
+    "foreground_miou": ("mIoU without background", "mean over the classes of objects"),
     "background_miou": ("mIoU with background", "the background counts as a class"),
     "seen_miou": ("seen mIoU", "mean over the seen classes"),
     "unseen_miou": ("unseen mIoU", "mean over the unseen classes"),
@@ -62,15 +63,24 @@ def scores(result: Mapping) -> list[tuple[str, float]]:
 
 
 def title(result: Mapping) -> str:
-    data = f"{result['data_set']} split {result['split']}"
-    return f"{result['system']} · {data} · {result['shot']}-shot · {result['backbone']}"
+    return f"{result['system']} · {result['data_set']} {setting(result)} · {result['backbone']}"
+
+
+def setting(result: Mapping) -> str:
+    """What a result is of, beside the data set."""
+    return result.get("setting") or f"split {result['split']} · {result['shot']}-shot"
+
+
+def unit(result: Mapping) -> str:
+    """What a sample is called: episodes or images."""
+    return result.get("unit", "episodes")
 
 
 def runs(result: Mapping) -> str:
     """How many seeds and episodes."""
     episodes = sorted({s["episodes"] for s in result["seeds"]})
     count = " to ".join(f"{n:,}" for n in (episodes if len(episodes) < 2 else (episodes[0], episodes[-1])))
-    return f"{len(result['seeds'])} seed{'s' if len(result['seeds']) > 1 else ''} × {count} episodes"
+    return f"{len(result['seeds'])} seed{'s' if len(result['seeds']) > 1 else ''} × {count} {unit(result)}"
 
 
 def protocol(result: Mapping) -> str:
@@ -113,6 +123,13 @@ def baseline_rows(result: Mapping) -> list[dict]:
     others = [{"name": name, "own": False, **values} for name, values in result.get("baselines", {}).items()]
     own = {"name": result["system"], "own": True, **result["mean"]}
     return [own, *sorted(others, key=lambda row: -row["miou"])] if others else []
+
+
+def variant_rows(result: Mapping) -> list[dict]:
+    """Other predictions of the same run (seeds' `variants`): name and the mean of each score; [] where there are none."""
+    found = [seed.get("variants") or {} for seed in result["seeds"]]
+    return [{"name": name} | summarise([variants[name] for variants in found])[0]
+            for name in found[0] if all(name in variants for variants in found)]  # fmt: skip
 
 
 def cause_rows(result: Mapping) -> list[dict]:

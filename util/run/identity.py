@@ -31,12 +31,16 @@ class Facts:
             weights.
         priors: those it has unless Method.priors names others.
         frozen: whether it has frozen parts besides CLIP, which its checkpoints leave to their own files.
+        clip: whether it is built on a CLIP, whatever its priors.
+        trained: whether it has anything to train; else it is tested without a checkpoint.
     """
 
     identity: tuple[str, ...] = ()
     before: str = ""
     priors: tuple[str, ...] = ()
     frozen: bool = True
+    clip: bool = False
+    trained: bool = True
 
 
 def identity(arch: str, facts: Facts, config: Config) -> dict[str, Any]:
