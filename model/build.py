@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -19,19 +20,22 @@ from model.few_shot.imr_hsnet import IMRHSNet
 from model.few_shot.pfenet import PFENet
 from model.few_shot.prior import CosinePrior, Prior, SimilarityPrior, TextPrior, VisualPrior, check_priors
 from model.few_shot.system import FewShot
-from model.system import Frozen, System, load_exactly
+from model.system import Frozen, System, content_hash, load_exactly
+from model.zero_shot.clip_rc import CLIP_RC
+from model.zero_shot.zegclip import ZegCLIP
+from model.zero_shot.zegclip import text_bank as class_bank
 from util.cache import CACHE
 from util.config import Config, load_config, options_of
 from util.data.folds import ClassNames, Fold
 from util.errors import UserError
 from util.files import load_state, load_tensors
 from util.run.checkpoint import EXPORT, check_frozen, check_identity, read_meta
-from util.run.identity import identity
-from util.run.place import Experiment, before_file, missing_before, recorded_config
+from util.run.identity import identity, start_identity
+from util.run.place import Experiment, before_file, missing_before, missing_start, recorded_config, start_file
 from util.score.task import Task
 
 SYSTEMS: dict[str, type[System]] = {"PI_CLIP": PICLIP, "HDMNet": HDMNet, "BAM": BAM, "PFENet": PFENet, "HSNet": HSNet,
-                                    "IMR_HSNet": IMRHSNet, "PSPNet": PSPNet}  # fmt: skip
+                                    "IMR_HSNet": IMRHSNet, "PSPNet": PSPNet, "CLIP_RC": CLIP_RC, "ZegCLIP": ZegCLIP}  # fmt: skip
 READ_CLIP = {"vtp", "vvp", "cam"}  # priors that need a CLIP
 
 
@@ -66,7 +70,7 @@ def priors_of(arch: str, config: Config) -> Sequence[str]:
 
 
 def needs_clip(arch: str, config: Config) -> bool:
-    return bool(READ_CLIP & set(priors_of(arch, config)))
+    return system_class(arch).facts.clip or bool(READ_CLIP & set(priors_of(arch, config)))
 
 
 def build_system(arch: str, config: Config, fold: Fold, names: ClassNames, cache: Path | None = None) -> System:
@@ -111,7 +115,16 @@ def build_few_shot(cls: type[FewShot], arch: str, config: Config, fold: Fold, na
     return cls(backbone, [makers[name]() for name in wanted], shot, options_of(config.System, cls.Options), clip)
 
 
-FAMILIES: dict[type[System], Callable[..., System]] = {FewShot: build_few_shot, PSPNet: build_base_learner}
+def build_zero_shot(cls: type[ZegCLIP], arch: str, config: Config, fold: Fold, names: ClassNames, cache: Path | None) -> ZegCLIP:
+    options, clip = options_of(config.System, cls.Options), load_clip(config.CLIP.clip_path, activation=config.CLIP.activation)
+    if not isinstance(clip.visual, ClipTrunk):
+        raise UserError(f"CLIP.clip_path = {config.CLIP.clip_path} is a ResNet; {arch} puts tokens into a ViT: take ViT-B-16")
+    clip, seen = Frozen(clip), [c - 1 for c in fold.base]
+    return cls(clip, names.names, class_bank(clip, names.texts, options, cache), seen, options)
+
+
+FAMILIES: dict[type[System], Callable[..., System]] = {FewShot: build_few_shot, PSPNet: build_base_learner,
+                                                      ZegCLIP: build_zero_shot}  # fmt: skip
 
 
 def cam_source(clip: Clip) -> CamSource:
@@ -180,6 +193,20 @@ def load_frozen(system: System, config: Config, place: Experiment, training: boo
             system.warnings += (f"the base learner {path} was chosen where novel objects of the validation images count as "
                                 "background, a leak; train it with Test_Finetune.protocol=strict too",)  # fmt: skip
     system.load_before(load_state(path), str(path))
+
+
+def load_start(system: System, config: Config, place: Experiment) -> dict[str, Any]:
+    """Gives the trained part the weights that `Train.start_from` names; what checkpoints of the run record of them."""
+    file = start_file(config, place)
+    if file is None:
+        return {}
+    if not file.is_file():
+        raise UserError(missing_start(config, place))
+    meta, state = read_meta(file), load_tensors(file)
+    check_identity(file, meta, start_identity(place.arch, system.facts, config))
+    check_frozen(file, meta, system.frozen_hashes())
+    system.load_trained(state, str(file))
+    return {"start": f"{file}" + (f", step {meta['step']}" if "step" in meta else "") + f" ({content_hash(system.trained)})"}
 
 
 def initialise(encoder: Encoder, source: str) -> None:

@@ -88,6 +88,7 @@ class Train:
     batch_size_val: int = 1
     print_freq: int = 10  # iterations between points of the TensorBoard curves
     save_minutes: float = 10.0  # between resume points within an epoch; its end is always one
+    start_from: str = ""  # weights to start from: EXP/STEP of the same system and network (or EXP/last), or a file
     resume: Literal["auto", "none"] = "auto"  # auto: the same command goes on where the last run stopped
 
 

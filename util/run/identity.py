@@ -28,12 +28,16 @@ class Facts:
             weights.
         priors: those it has unless Method.priors names others.
         frozen: whether it has frozen parts besides CLIP, which its checkpoints leave to their own files.
+        clip: whether it is built on a CLIP, whatever its priors.
+        stages: keys of `identity` in which the run that it starts from (Train.start_from) may differ.
     """
 
     identity: tuple[str, ...] = ()
     before: str = ""
     priors: tuple[str, ...] = ()
     frozen: bool = True
+    clip: bool = False
+    stages: tuple[str, ...] = ()
 
 
 def identity(arch: str, facts: Facts, config: Config) -> dict[str, Any]:
@@ -53,6 +57,12 @@ def identity(arch: str, facts: Facts, config: Config) -> dict[str, Any]:
     if "priors" in found and found["priors"] is None:
         found["priors"] = list(facts.priors)
     return found
+
+
+def start_identity(arch: str, facts: Facts, config: Config) -> dict[str, Any]:
+    """What the checkpoint is for that a run may start from (Train.start_from)."""
+    free = {key.split(".")[1] for key in facts.stages}
+    return {key: value for key, value in identity(arch, facts, config).items() if key not in free}
 
 
 def fingerprint(config: Config, records: Sequence[Record]) -> dict[str, str]:

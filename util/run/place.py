@@ -1,6 +1,6 @@
 """Where a run lives: its folders, its recorded config, and the weights that come before it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from util.config import Config, config_of, names_of
@@ -102,3 +102,25 @@ def missing_before(config: Config, place: Experiment, before: str) -> str:
     return (f"Method.pre_weight = {config.Method.pre_weight}: no base learner at {before_file(config, place, before)}. "
             f"Train it with `ARCH={before} NET={place.net} sh train.sh {place.command} GPUS`, or point Method.pre_weight to "
             "a published one")
+
+
+def start_file(config: Config, place: Experiment) -> Path | None:
+    """The checkpoint that the trained part starts from (`Train.start_from`); None: from fresh weights."""
+    named = config.Train.start_from
+    if not named or named.endswith(".safetensors"):
+        return Path(named) if named else None
+    exp, slash, stem = named.partition("/")
+    if not (exp and slash and stem) or "/" in stem:
+        raise UserError(f"Train.start_from = {named}: write EXP/STEP (or EXP/last), or name a .safetensors file")
+    return replace(place, exp=exp).snapshot / f"{stem}.safetensors"
+
+
+def missing_start(config: Config, place: Experiment) -> str:
+    """What to do when that file is not there."""
+    named, file = config.Train.start_from, start_file(config, place)
+    exp, _, stem = named.partition("/")
+    remedy = "name another one"
+    if file != Path(named):
+        kept = f" It must keep that step: Train.keep=[{stem}]." if stem.isdigit() else ""
+        remedy = f"train it first: `ARCH={place.arch} NET={place.net} sh train.sh {exp} {place.data_set} GPUS`.{kept}"
+    return f"Train.start_from = {named}: no weights at {file}; {remedy}"
