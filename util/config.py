@@ -145,7 +145,7 @@ def load_config(path: str | Path, arch: str | None = None, overrides: list[str] 
     """Reads a fold's YAML. (`model.configure` knows a system's options; commands about data do without.)
 
     Order, later wins: defaults, the protocol, config/system/ARCH.yaml, the files it extends, `ARCH.yaml` beside it (a system's
-    own recipe for the data set, where there is one), the file itself, `Section.key=value` overrides.
+    own recipe for the data set, where there is one) and `ARCH_EXP.yaml` (for one experiment), the file itself, overrides.
 
     Args:
         options: dataclass of the system's own options; None: section `System` is kept as it is.
@@ -263,9 +263,10 @@ def _layers(path: Path, seen: tuple[Path, ...] = ()) -> list[tuple[Path, dict]]:
 
 
 def _system_layers(path: Path, arch: str | None) -> tuple[list[tuple[Path, dict]], list[tuple[Path, dict]]]:
-    """What a system keeps on every data set, and its recipe beside a fold's file; empty lists where there is none."""
-    files = (SYSTEMS / f"{arch}.yaml", path.parent / f"{arch}.yaml")
-    return tuple([(file, _read(file))] if arch and file.is_file() else [] for file in files)
+    """What a system keeps on every data set, and its recipes beside a fold's file; empty lists where there is none."""
+    exp = path.stem.removeprefix(f"{path.parent.name}_").partition("_")[0]
+    system, recipes = [SYSTEMS / f"{arch}.yaml"], [path.parent / f"{arch}.yaml", path.parent / f"{arch}_{exp}.yaml"]
+    return tuple([(file, _read(file)) for file in files if arch and file.is_file()] for files in (system, recipes))
 
 
 def _read(path: Path) -> dict:

@@ -31,11 +31,11 @@ KEYS = {  # what a protocol fixes, and what it says in a report
                                             "target": "the target alone", "base+target": "base classes and the target",
                                             "all": "all classes"}),
     "System.setting": ("setting", {
-        "inductive": "inductive: names and labels of the seen classes alone; unseen objects stay",
-        "transductive": "transductive: all names, guessed labels for the pixels of unseen classes; which pixels these are is read "
-                        "from the ground truth (a leak, as published)",
-        "transductive-strict": "transductive: all names, guessed labels where no seen class is labelled; no label of an unseen "
-                               "class is read",
+        "inductive": "inductive: names and labels of the seen classes; pixels of unseen objects count as no class",
+        "transductive": "transductive: all names, guessed labels for the pixels of unseen classes; which pixels these are is "
+                        "read from the ground truth (a leak, as published)",
+        "transductive-strict": "transductive: all names, guessed labels where no seen class is labelled; no label of an "
+                               "unseen class is read",
         "full": "full: labels of all classes; seen and unseen are those of the other settings"}),
     "System.inference": ("inference", {"slide": "windows, their scores averaged", "whole": "the whole image at once"}),
     "Data.min_pixels": ("smallest object", {}),

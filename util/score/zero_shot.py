@@ -3,11 +3,14 @@
 Every pixel belongs to a class or does not count; a background (VOC's 0) does not count, so false objects on it cost nothing.
 """
 
+from pathlib import Path
 from typing import ClassVar
 
+from util.config import Config
 from util.data.augment import CropTransform
 from util.data.episodes import Transform
 from util.data.transforms import IGNORE, KeepTransform
+from util.errors import UserError
 from util.score.semantic import BaseTask
 from util.score.task import Test
 
@@ -27,6 +30,15 @@ class ZeroShotTask(BaseTask):
         "CLIP.vocabulary": "all classes",
         "Data.min_pixels": "", "Test_Finetune.ann_type": "", "Test_Finetune.test_num": "", "Test_Finetune.seeds": "",
     }  # fmt: skip
+
+    def __init__(self, config: Config, cache: Path | None = None) -> None:
+        super().__init__(config, cache)
+        if config.Train.batch_size_val != 1:
+            raise UserError(f"Train.batch_size_val = {config.Train.batch_size_val}: images differ in size, so a batch holds one")
+
+    @property
+    def setting(self) -> str:
+        return f"{self.config.System.setting}, {len(self.fold.base)} + {len(self.fold.novel)} classes"
 
     @property
     def headline(self) -> str:
