@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from model import System, configure, content_hash, load_frozen, needs_clip, open_system, system_class
+from model import System, configure, content_hash, load_frozen, load_start, needs_clip, open_system, system_class
 from util import cli
 from util.cache import open_cache
 from util.config import Config, Method
@@ -52,7 +52,8 @@ def main() -> None:
             cls = system_class(place.arch)
             if not cls.facts.trained:
                 raise UserError(f"{place.arch} trains nothing. Test it: `ARCH={place.arch} sh test.sh {place.command} GPUS`")
-            preflight.require(preflight.Start(config, place, cls.facts, cls.task, needs_clip(place.arch, config), lists))
+            stages = [] if arguments.dry_run else preflight.start_weights(config, place, cls.facts)
+            preflight.require(preflight.Start(config, place, cls.facts, cls.task, needs_clip(place.arch, config), lists), stages)
         context.barrier()
         run = dry_run if arguments.dry_run else train
         before = system_class(place.arch).facts.before
@@ -213,11 +214,13 @@ def build(config: Config, place: Experiment, context: Context, log: RunLog, weig
     system, task = open_system(place.arch, config)
     if weights:
         load_frozen(system, config, place, training=True)
+    first = load_start(system, config, place) if weights else {}
     for warning in system.warnings:
         log.warning(warning)
     system.to(context.device)
     meta = identity(place.arch, system.facts, config) | {"frozen": system.frozen_hashes()}
-    meta["vocabulary"] = config.CLIP.vocabulary
+    meta["vocabulary"] = system.vocabulary or config.CLIP.vocabulary
+    meta |= first
     meta["config"] = dataclasses.asdict(config)
     validation = task.validation() if validates(config) else None
     meta["selection"] = config.Train.selection
@@ -246,6 +249,8 @@ def start(config: Config, place: Experiment, context: Context, log: RunLog) -> R
     """A run where an earlier one of the same command stopped, or at its start."""
     run = build(config, place, context, log)
     system, task = run.system, run.task
+    if "start" in run.meta:
+        log.info(f"starts from the weights of {run.meta['start']}, with a fresh optimizer")
     torch.manual_seed(config.Train.manual_seed)  # the same in all processes, see model.ops.Dropout
     if config.Train.resume == "auto":
         resume(run)

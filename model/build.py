@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -19,23 +20,27 @@ from model.few_shot.imr_hsnet import IMRHSNet
 from model.few_shot.pfenet import PFENet
 from model.few_shot.prior import CosinePrior, Prior, SimilarityPrior, TextPrior, VisualPrior, check_priors
 from model.few_shot.system import FewShot
-from model.system import Frozen, System, load_exactly
+from model.system import Frozen, System, content_hash, load_exactly
 from model.weak.clip_es import CLIPES
 from model.weak.maps import text_bank as class_texts
 from model.weak.system import Weak
 from model.weak.weclip import WeCLIP
+from model.zero_shot.clip_rc import CLIP_RC
+from model.zero_shot.zegclip import ZegCLIP
+from model.zero_shot.zegclip import text_bank as class_bank
 from util.cache import CACHE
 from util.config import Config, Method, load_config, options_of
 from util.data.folds import ClassNames, Fold
 from util.errors import UserError
 from util.files import load_state, load_tensors
 from util.run.checkpoint import EXPORT, check_frozen, check_identity, read_meta
-from util.run.identity import identity
-from util.run.place import Experiment, before_file, missing_before, recorded_config
+from util.run.identity import identity, start_identity
+from util.run.place import Experiment, before_file, missing_before, missing_start, recorded_config, start_file
 from util.score.task import Task
 
 SYSTEMS: dict[str, type[System]] = {"PI_CLIP": PICLIP, "HDMNet": HDMNet, "BAM": BAM, "PFENet": PFENet, "HSNet": HSNet,
-                                    "IMR_HSNet": IMRHSNet, "PSPNet": PSPNet, "WeCLIP": WeCLIP, "CLIP_ES": CLIPES}  # fmt: skip
+                                    "IMR_HSNet": IMRHSNet, "PSPNet": PSPNet, "WeCLIP": WeCLIP, "CLIP_ES": CLIPES,
+                                    "CLIP_RC": CLIP_RC, "ZegCLIP": ZegCLIP}  # fmt: skip
 READ_CLIP = {"vtp", "vvp", "cam"}  # priors that need a CLIP
 
 
@@ -120,7 +125,16 @@ def build_weak(cls: type[Weak], arch: str, config: Config, fold: Fold, names: Cl
     return cls(Frozen(clip), class_texts(clip.text, names.texts, options, cache), options)
 
 
-FAMILIES: dict[type[System], Callable[..., System]] = {FewShot: build_few_shot, PSPNet: build_base_learner, Weak: build_weak}
+def build_zero_shot(cls: type[ZegCLIP], arch: str, config: Config, fold: Fold, names: ClassNames, cache: Path | None) -> ZegCLIP:
+    options, clip = options_of(config.Method, cls.Options), load_clip(config.CLIP.clip_path, activation=config.CLIP.activation)
+    if not isinstance(clip.visual, ClipTrunk):
+        raise UserError(f"CLIP.clip_path = {config.CLIP.clip_path} is a ResNet; {arch} puts tokens into a ViT: take ViT-B-16")
+    clip, seen = Frozen(clip), [c - 1 for c in fold.base]
+    return cls(clip, names.names, class_bank(clip, names.texts, options, cache), seen, options)
+
+
+FAMILIES: dict[type[System], Callable[..., System]] = {FewShot: build_few_shot, PSPNet: build_base_learner, Weak: build_weak,
+                                                      ZegCLIP: build_zero_shot}  # fmt: skip
 
 
 def cam_source(clip: Clip) -> CamSource:
@@ -191,6 +205,20 @@ def load_frozen(system: System, config: Config, place: Experiment, training: boo
             system.warnings += (f"the base learner {path} was chosen where novel objects of the validation images count as "
                                 "background, a leak; train it with Test_Finetune.protocol=strict too",)  # fmt: skip
     system.load_before(load_state(path), str(path))
+
+
+def load_start(system: System, config: Config, place: Experiment) -> dict[str, Any]:
+    """Gives the trained part the weights that `Train.start_from` names; what checkpoints of the run record of them."""
+    file = start_file(config, place)
+    if file is None:
+        return {}
+    if not file.is_file():
+        raise UserError(missing_start(config, place))
+    meta, state = read_meta(file), load_tensors(file)
+    check_identity(file, meta, start_identity(place.arch, system.facts, config))
+    check_frozen(file, meta, system.frozen_hashes())
+    system.load_trained(state, str(file))
+    return {"start": f"{file}" + (f", step {meta['step']}" if "step" in meta else "") + f" ({content_hash(system.trained)})"}
 
 
 def initialise(encoder: Encoder, source: str) -> None:

@@ -76,6 +76,7 @@ class System(nn.Module):
     head: nn.Module
     prior_names: list[str] | None = None
     clip_patch: int | None = None  # where the system reads images for CLIP: CLIP's patch side (the image's, for a CAM)
+    vocabulary: str = ""  # texts that it trains with, where CLIP.vocabulary does not say it
     warnings: tuple[str, ...] = ()  # what disqualifies its scores
     mark: str = ""  # short form of it, put on every line with a score
 

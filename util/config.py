@@ -91,6 +91,7 @@ class Train:
     batch_size_val: int = 1
     print_freq: int = 10  # iterations between points of the TensorBoard curves
     save_minutes: float = 10.0  # between resume points within an epoch; its end is always one
+    start_from: str = ""  # weights to start from: EXP/STEP of the same system and network (or EXP/last), or a file
     resume: Literal["auto", "none"] = "auto"  # auto: the same command goes on where the last run stopped
 
 
@@ -153,7 +154,7 @@ def load_config(path: str | Path, arch: str | None = None, overrides: list[str] 
     """Reads a fold's YAML. (`model.configure` knows a system's options.)
 
     Order, later wins: defaults, the protocol, config/system/ARCH.yaml, the files it extends, `ARCH.yaml` beside it (a system's
-    own recipe for the data set, where there is one), the file itself, `Section.key=value` overrides.
+    own recipe for the data set, where there is one) and `ARCH_EXP.yaml` (for one experiment), the file itself, overrides.
 
     Args:
         options: section Method with the system's own options; None: keys of Method that not all systems share are passed over.
@@ -265,9 +266,10 @@ def _layers(path: Path, seen: tuple[Path, ...] = ()) -> list[tuple[Path, dict]]:
 
 
 def _system_layers(path: Path, arch: str | None) -> tuple[list[tuple[Path, dict]], list[tuple[Path, dict]]]:
-    """What a system keeps on every data set, and its recipe beside a fold's file; empty lists where there is none."""
-    files = (SYSTEMS / f"{arch}.yaml", path.parent / f"{arch}.yaml")
-    return tuple([(file, _read(file))] if arch and file.is_file() else [] for file in files)
+    """What a system keeps on every data set, and its recipes beside a fold's file; empty lists where there is none."""
+    exp = path.stem.removeprefix(f"{path.parent.name}_").partition("_")[0]
+    system, recipes = [SYSTEMS / f"{arch}.yaml"], [path.parent / f"{arch}.yaml", path.parent / f"{arch}_{exp}.yaml"]
+    return tuple([(file, _read(file)) for file in files if arch and file.is_file()] for files in (system, recipes))
 
 
 def _read(path: Path) -> dict:

@@ -32,6 +32,14 @@ KEYS = {  # what a protocol fixes, and what it says in a report
                                             "all": "all classes"}),
     "Method.static_steps": ("steps before attention is filtered (RFM)", {}),
     "Method.statistics": ("pixel statistics", {"clip": "CLIP's", "imagenet": "ImageNet's (not CLIP's, as published)"}),
+    "Method.setting": ("setting", {
+        "inductive": "inductive: names and labels of the seen classes; pixels of unseen objects count as no class",
+        "transductive": "transductive: all names, guessed labels for the pixels of unseen classes; which pixels these are is "
+                        "read from the ground truth (a leak, as published)",
+        "transductive-strict": "transductive: all names, guessed labels where no seen class is labelled; no label of an "
+                               "unseen class is read",
+        "full": "full: labels of all classes; seen and unseen are those of the other settings"}),
+    "Method.inference": ("inference", {"slide": "windows, their scores averaged", "whole": "the whole image at once"}),
     "Data.min_pixels": ("smallest object", {}),
     "Test_Finetune.ann_type": ("support annotation", {}),
     "Test_Finetune.test_num": ("episodes per seed", {}),

@@ -24,6 +24,8 @@ from model.zero_shot.losses import IGNORE, focal_and_dice, pseudo_labels
 from model.zero_shot.tower import Prompts
 from util.config import Method, Train
 from util.errors import UserError
+from util.run.identity import Facts
+from util.score.zero_shot import ZeroShotTask
 
 DEPTH = 3  # decoder layers
 OFFSET = 0.1  # taken from the scores of seen classes in the inductive setting
@@ -119,6 +121,10 @@ class ZegCLIP(System):
         seen: 0-based numbers of the classes with labels.
     """
 
+    task = ZeroShotTask
+    facts = Facts(identity=("Method.setting", "Method.prompts", "Method.templates"), frozen=False, clip=True,
+                  stages=("Method.setting",))  # fmt: skip
+    optimizer_name = "adamw"
     Options: ClassVar[type] = Options
     Head: ClassVar[type[nn.Module]] = Head
     official: ClassVar[tuple[tuple[str, str], ...]] = (  # ours -> published, the first match wins
@@ -132,9 +138,14 @@ class ZegCLIP(System):
         for name in ("texts", "seen", "unseen", "table"):
             self.register_buffer(name, None, persistent=False)
         self.use(names, texts, seen)
+        self.vocabulary = "seen classes" if options.setting == "inductive" else "all classes"
         if clip.module.random:
             self.mark = "[random CLIP]"
             self.warnings = ("CLIP has random weights (CLIP.clip_path=random): every score means nothing.",)
+
+    @property
+    def reads_text(self) -> bool:
+        return True
 
     @property
     def trunk(self) -> ClipTrunk:

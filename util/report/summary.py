@@ -14,6 +14,7 @@ SCORES = {
     "meta_miou": ("Meta branch mIoU", "before the ensemble"),
     "base_miou": ("Base-class mIoU", "of the base learner, base classes"),
     "foreground_miou": ("mIoU without background", "mean over the classes of objects"),
+    "pixel_accuracy": ("pixel accuracy", "share of the counted pixels that are right"),
     "background_miou": ("mIoU with background", "the background counts as a class"),
     "seen_miou": ("seen mIoU", "mean over the seen classes"),
     "unseen_miou": ("unseen mIoU", "mean over the unseen classes"),
@@ -46,7 +47,7 @@ def summarise(seeds: Sequence[Mapping]) -> tuple[dict[str, float], dict[str, flo
     if not seeds:
         raise ValueError("no seed was evaluated: there is nothing to summarise")
     seeds = plain(seeds)
-    keys = [k for k in seeds[0] if k.endswith("iou") and all(isinstance(s.get(k), int | float) for s in seeds)]
+    keys = [k for k in seeds[0] if (k.endswith("iou") or k in SCORES) and all(isinstance(s.get(k), int | float) for s in seeds)]
     pairs = {k: mean_sd([s[k] for s in seeds]) for k in keys}
     return {k: mean for k, (mean, _) in pairs.items()}, {k: sd for k, (_, sd) in pairs.items()}
 

@@ -33,6 +33,7 @@ class Facts:
         frozen: whether it has frozen parts besides CLIP, which its checkpoints leave to their own files.
         clip: whether it is built on a CLIP, whatever its priors.
         trained: whether it has anything to train; else it is tested without a checkpoint.
+        stages: keys of `identity` in which the run that it starts from (Train.start_from) may differ.
     """
 
     identity: tuple[str, ...] = ()
@@ -41,6 +42,7 @@ class Facts:
     frozen: bool = True
     clip: bool = False
     trained: bool = True
+    stages: tuple[str, ...] = ()
 
 
 def identity(arch: str, facts: Facts, config: Config) -> dict[str, Any]:
@@ -60,6 +62,12 @@ def identity(arch: str, facts: Facts, config: Config) -> dict[str, Any]:
     if "priors" in found and found["priors"] is None:
         found["priors"] = list(facts.priors)
     return found
+
+
+def start_identity(arch: str, facts: Facts, config: Config) -> dict[str, Any]:
+    """What the checkpoint is for that a run may start from (Train.start_from)."""
+    free = {key.split(".")[1] for key in facts.stages}
+    return {key: value for key, value in identity(arch, facts, config).items() if key not in free}
 
 
 def fingerprint(config: Config, records: Sequence[Record]) -> dict[str, str]:

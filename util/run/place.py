@@ -7,7 +7,7 @@ import re
 import socket
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from util.config import Config, Method, config_of, names_of
@@ -149,3 +149,25 @@ def owned(folder: Path, main: bool = True) -> Iterator[None]:
             if TEMPORARY.fullmatch(file.name):
                 file.unlink(missing_ok=True)
         yield
+
+
+def start_file(config: Config, place: Experiment) -> Path | None:
+    """The checkpoint that the trained part starts from (`Train.start_from`); None: from fresh weights."""
+    named = config.Train.start_from
+    if not named or named.endswith(".safetensors"):
+        return Path(named) if named else None
+    exp, slash, stem = named.partition("/")
+    if not (exp and slash and stem) or "/" in stem:
+        raise UserError(f"Train.start_from = {named}: write EXP/STEP (or EXP/last), or name a .safetensors file")
+    return replace(place, exp=exp).snapshot / f"{stem}.safetensors"
+
+
+def missing_start(config: Config, place: Experiment) -> str:
+    """What to do when that file is not there."""
+    named, file = config.Train.start_from, start_file(config, place)
+    exp, _, stem = named.partition("/")
+    remedy = "name another one"
+    if file != Path(named):
+        kept = f" It must keep that step: Train.keep=[{stem}]." if stem.isdigit() else ""
+        remedy = f"train it first: `ARCH={place.arch} NET={place.net} sh train.sh {exp} {place.data_set} GPUS`.{kept}"
+    return f"Train.start_from = {named}: no weights at {file}; {remedy}"

@@ -21,8 +21,8 @@ from util.errors import BrokenFile, UserError
 from util.files import ROOT, local_path
 from util.run.checkpoint import check_identity, read_meta
 from util.run.distributed import Context
-from util.run.identity import Facts, identity
-from util.run.place import Experiment, before_file, missing_before
+from util.run.identity import Facts, identity, start_identity
+from util.run.place import Experiment, before_file, missing_before, missing_start, start_file
 
 SAMPLE = 16  # image and label pairs that are opened
 SPARE = 2**28  # bytes that should be free where runs are written
@@ -131,6 +131,21 @@ def before(config: Config, place: Experiment, arch: str) -> Finding:
     if file.is_file() or (config.Train.before == "run" and config.Method.pre_weight == "auto"):
         return Finding("base learner", True, str(file) if file.is_file() else "trained first, on the way")
     return Finding("base learner", False, missing_before(config, place, arch))
+
+
+def start_weights(config: Config, place: Experiment, facts: Facts) -> list[Finding]:
+    """The checkpoint that a training starts from is there and fits; [] where it starts from fresh weights."""
+    if not config.Train.start_from:
+        return []
+
+    def look() -> str:
+        file = start_file(config, place)
+        if not file.is_file():
+            raise UserError(missing_start(config, place))
+        check_identity(file, read_meta(file), start_identity(place.arch, facts, config))
+        return str(file)
+
+    return [attempt("first weights", look)]
 
 
 def clip(config: Config) -> Finding:
