@@ -14,16 +14,16 @@ from tests.make.folders import COLOURS, NAMES, REPO, SIDE, add, label_of, pictur
 from util import protocol
 from util.data.folds import fold_of, read_class_names, read_folds
 from util.data.index import Record, read_list
-from util.data.source import EpisodeSource
 from util.data.transforms import read_label
 from util.errors import UserError
 from util.prepare.custom import check
 from util.prepare.custom.__main__ import following, main
+from util.score.episodes import FewShotTask
 
 
-def source(split: int = 0, name: str = "mine", net: str = "resnet50") -> EpisodeSource:
+def source(split: int = 0, name: str = "mine", net: str = "resnet50") -> FewShotTask:
     config = configure(f"config/{name}/{name}_split{split}_{net}.yaml", "HDMNet")
-    return EpisodeSource(config, Path("cache"))
+    return FewShotTask(config, Path("cache"))
 
 
 def files() -> dict[str, int]:
@@ -46,7 +46,7 @@ def test_a_folder_becomes_a_data_set(own: Path, capsys: pytest.CaptureFixture) -
             for record in data.records(f"{part}_list"):
                 label = label_of(int(Path(record.image).stem[2:]))
                 assert record.pixels == {int(c): int((label == c).sum()) for c in np.unique(label) if c not in (0, 255)}
-        sample = data.validation()[0]
+        sample = data.validation().data[0]
         assert int(sample.cls) == split + 1 and (sample.query_mask == 1).any()
         assert data.training()[0].query.shape == (1, 3, 473, 473)
     assert source(0, net="efficientnet_lite0").config.Train.train_h == 225
@@ -153,7 +153,7 @@ def test_masks_of_colours(own: Path) -> None:
     prepare(own)
     assert files() == before
     assert all(np.array_equal(read_label(f"data/mine/converted/im{i:02}.png"), label_of(i)) for i in range(32))
-    assert not Path("data/mine/masks").exists() and source(2).validation()[0].cls == 3
+    assert not Path("data/mine/masks").exists() and source(2).validation().data[0].cls == 3
 
     Image.new("RGB", (SIDE, SIDE), (5, 5, 5)).save(own / "masks/im07.png")
     with pytest.raises(UserError, match=r"im07\.png: 1 colours are not in labelmap\.txt, 5,5,5"):
@@ -209,7 +209,7 @@ def test_coco_with_chosen_categories(own: Path, text: bool, capsys: pytest.Captu
         assert np.array_equal(read_label(Path("data/mine") / label), expected), image
     before = files()
     coco(own, file)  # the classes of the earlier run
-    assert files() == before and source(1).names.texts[1] == "tall tree" and source(1).validation()[0].cls == 2
+    assert files() == before and source(1).names.texts[1] == "tall tree" and source(1).validation().data[0].cls == 2
 
 
 def test_coco_in_two_files(own: Path) -> None:

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from model import SYSTEMS, configure
 from model.system import Frozen
-from util.config import Config, load_config
+from util.config import Config
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -88,12 +89,13 @@ def wrong_keys(text: str) -> list[str]:
     """`Section.key` or `Section.key=value` that the config has not or refuses. Values in capitals or ... stand for anything."""
     wrong = []
     for section, key, value in KEY.findall(text):
-        known = [f.name for f in dataclasses.fields(getattr(Config(), section))]
-        if key not in known:
+        owners = {arch: cls.Options if section == "Method" else type(getattr(Config(), section)) for arch, cls in SYSTEMS.items()}
+        archs = [arch for arch, owner in owners.items() if key in {f.name for f in dataclasses.fields(owner)}]
+        if not archs:
             wrong.append(f"{section}.{key}")
         elif value and not re.fullmatch(r"=[A-Z_.]+", value):
             try:
-                load_config(ROOT / "config/demo/demo_split0_resnet50.yaml", "PI_CLIP", [f"{section}.{key}{value}"])
+                configure(ROOT / "config/demo/demo_split0_resnet50.yaml", archs[0], [f"{section}.{key}{value}"])
             except ValueError:
                 wrong.append(f"{section}.{key}{value}")
     return wrong
@@ -105,8 +107,9 @@ def test_the_checks_find_mistakes() -> None:
     assert not wrong_spans(good, DOCS) and len(wrong_spans(bad, DOCS)) == 4
     good, bad = "[a](data.md) [b](protocols.md#leaks) [c](../README.md)", "[a](date.md) [b](protocols.md#leeks) [c](README.md)"
     assert not wrong_links(good, DOCS / "index.md") and len(wrong_links(bad, DOCS / "index.md")) == 3
-    good, bad = "Train.shot Train.shot=5 Train.selection=RULE", "Train.short Train.shot=five Train.selection=lst"
-    assert not wrong_keys(good) and len(wrong_keys(bad)) == 3
+    good = "Train.shot Train.shot=5 Train.selection=RULE Method.stages=3"
+    bad = "Train.short Train.shot=five Train.selection=lst Method.stage Method.stages=0"
+    assert not wrong_keys(good) and len(wrong_keys(bad)) == 5
 
 
 @pytest.mark.parametrize("page", TEXTS, ids=ids)
@@ -127,7 +130,7 @@ def test_recipes_are_those_of_the_configs() -> None:
     for page in ABOUT_CODE:
         for arch, heads, body in re.findall(r"^\| `ARCH=(\w+)` \|(.+)\|\n\|[-|]+\n((?:\|.+\n)+)", page.read_text(), re.MULTILINE):
             sets = [head.strip() for head in heads.split("|")]
-            configs = [load_config(ROOT / f"config/{name}/{name}_split0_resnet50.yaml", arch) for name in sets]
+            configs = [configure(ROOT / f"config/{name}/{name}_split0_resnet50.yaml", arch) for name in sets]
             for row in body.splitlines():
                 key, *values = [cell.strip(" `") for cell in row.strip("|").split("|")]
                 section, name = key.split(".")
