@@ -145,11 +145,16 @@ class WeCLIP(Weak):
         return Prediction(mean, variants=variants, crf=crf.WECLIP)
 
     def without_training(self, images: Tensor, pairs: Pairs) -> dict[str, Tensor]:
-        """Scores B C H W of the class activation maps of the given labels, as they are and spread by CLIP's attention."""
+        """Scores B C H W of class activation maps of the given labels (as they are, spread by CLIP's attention, and then moved by
+        colours as in training) and of an answer that is right for most pixels."""
         x, o = next(self.scaled(images)), self.options
         maps = refined_maps(self.vision, self.bank, see(self.vision.visual, x, o.layers), pairs, o.box, o.layers)
-        named = {"CAM of the given labels": maps.cam, "refined CAM of the given labels": maps.spread}
-        return {name: class_scores(with_background(m, images.shape[2:]), pairs, self.classes) for name, m in named.items()}
+        cam, refined = (with_background(m, images.shape[2:]) for m in (maps.cam, maps.spread))
+        named = {"CAM": cam, "refined CAM": refined, "pseudo label": refine_by_colour(images, refined)}
+        found = {f"{name} of the given labels": class_scores(m, pairs, self.classes) for name, m in named.items()}
+        nothing = images.new_zeros(len(images), 1 + self.classes, 1, 1)
+        nothing[:, 0] = 1
+        return found | {"everything background": nothing}
 
     # Published checkpoints.
 
