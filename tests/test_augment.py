@@ -46,8 +46,8 @@ def test_what_is_cut_out_and_filled_up() -> None:
         straight = plain(generator(2, i), image, [label])[1]
         turned = cv2.flip(straight, 1)
         small = cv2.resize(image.astype(np.uint8), resized((130, 90), 1, 64))
-        places = range(small.shape[1] - 63)
-        found = [np.array_equal(x, small[:64, left : left + 64]) for x in (straight, turned) for left in places]
+        lefts = range(small.shape[1] - 63)
+        found = [np.array_equal(x, small[:64, left : left + 64]) for x in (straight, turned) for left in lefts]
         assert any(found)
         mirrored += any(found[len(found) // 2 :])
     assert 5 < filled_up < 35 and 8 < mirrored < 32

@@ -152,10 +152,9 @@ def clean_name(where: str, name: object) -> str:
 
 
 def read_label_table(path: str | Path, classes: int) -> np.ndarray:
-    """256 uint8, label value -> class: 1..C, 0 background or 255 ignore, from YAML `VALUE: CLASS`. 255 needs no line.
+    """256 uint8, label value -> class 1..C, 0 background or 255 ignore, from YAML `VALUE: CLASS` (255 needs no line).
 
-    Other values without a line become no class (their own number, or 254 where that is a class), and reading such a label is an
-    error.
+    Values without a line become what is no class (their own number, or 254 where that is one): reading such a label is an error.
 
     Raises:
         UserError: no such file, or something else than whole numbers in these ranges.
