@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from model import SYSTEMS, configure
+from model.build import FAMILIES
 from model.system import Frozen
-from util.config import Config, load_config
+from util.config import Config
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -25,7 +27,7 @@ FENCE = re.compile(r"^```(\w*)(?: title=\"[^\"]+\")?\n(.*?)^```", re.MULTILINE |
 TITLED = re.compile(r"^```\w* title=\"([^\"]+)\"\n(.*?)^```", re.MULTILINE | re.DOTALL)
 SPAN = re.compile(r"`([^`\n]+)`")
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
-KEY = re.compile(r"(?<![\w./])(Data|CLIP|Train|Method|Test_Finetune|Runtime)\.([A-Za-z_]\w*)(=\[[^\]]*\]|=[^\s`|,;)\"]+)?")
+KEY = re.compile(r"(?<![\w./])(Data|CLIP|Train|Method|System|Test_Finetune|Runtime)\.([A-Za-z_]\w*)(=\[[^\]]*\]|=[^\s`|,;)\"]+)?")
 SCORE = re.compile(r"\d+\.\d+ ± +\d+\.\d+")
 
 ids = lambda page: str(page.relative_to(ROOT))  # noqa: E731
@@ -84,16 +86,36 @@ def wrong_links(text: str, page: Path) -> list[str]:
     return wrong
 
 
+def names_of_fields(options: type) -> set[str]:
+    return {f.name for f in dataclasses.fields(options)}
+
+
+def wrong_commands(text: str) -> list[str]:
+    """`python -m MODULE [COMMAND]` of ours where there is no such module, or no such word in it."""
+    wrong = []
+    for module, word in re.findall(r"python -m ((?:bench|demo|model|tests|util)[\w.]*)(?: ([a-z]\w+))?", text):
+        path = ROOT.joinpath(*module.split("."))
+        file = next((f for f in (path.with_suffix(".py"), path / "__main__.py") if f.exists()), None)
+        commands = "" if file is None else file.read_text()
+        if file is None or (word and "add_parser" in commands and f'"{word}"' not in commands):
+            wrong.append(f"{module} {word}".strip())
+    return wrong
+
+
 def wrong_keys(text: str) -> list[str]:
     """`Section.key` or `Section.key=value` that the config has not or refuses. Values in capitals or ... stand for anything."""
     wrong = []
     for section, key, value in KEY.findall(text):
-        known = [f.name for f in dataclasses.fields(getattr(Config(), section))]
+        classes = [cls.Options for cls in SYSTEMS.values()] if section == "System" else [getattr(Config(), section)]
+        owners = [arch for arch, cls in SYSTEMS.items() if section != "System" or key in names_of_fields(cls.Options)]
+        known = {name for cls in classes for name in names_of_fields(cls)}
+        if section == "System" and re.search(rf"^    {key}: ", text, re.MULTILINE):  # an option that the page defines
+            continue
         if key not in known:
             wrong.append(f"{section}.{key}")
         elif value and not re.fullmatch(r"=[A-Z_.]+", value):
             try:
-                load_config(ROOT / "config/demo/demo_split0_resnet50.yaml", "PI_CLIP", [f"{section}.{key}{value}"])
+                configure(ROOT / "config/demo/demo_split0_resnet50.yaml", owners[0], [f"{section}.{key}{value}"])
             except ValueError:
                 wrong.append(f"{section}.{key}{value}")
     return wrong
@@ -105,8 +127,12 @@ def test_the_checks_find_mistakes() -> None:
     assert not wrong_spans(good, DOCS) and len(wrong_spans(bad, DOCS)) == 4
     good, bad = "[a](data.md) [b](protocols.md#leaks) [c](../README.md)", "[a](date.md) [b](protocols.md#leeks) [c](README.md)"
     assert not wrong_links(good, DOCS / "index.md") and len(wrong_links(bad, DOCS / "index.md")) == 3
-    good, bad = "Train.shot Train.shot=5 Train.selection=RULE", "Train.short Train.shot=five Train.selection=lst"
-    assert not wrong_keys(good) and len(wrong_keys(bad)) == 3
+    good = "Train.shot=5 Train.selection=RULE System.stages=3"
+    bad = "Train.short Train.shot=five Train.selection=lst System.stage"
+    assert not wrong_keys(good) and len(wrong_keys(bad)) == 4
+    good = "`python -m util.data index`, `python -m demo.web --clip`"
+    bad = "`python -m util.episodes`, `python -m util.prepare custom`"
+    assert not wrong_commands(good) and len(wrong_commands(bad)) == 2
 
 
 @pytest.mark.parametrize("page", TEXTS, ids=ids)
@@ -114,6 +140,7 @@ def test_named_files_functions_and_keys_exist(page: Path) -> None:
     written = {file for file, _ in TITLED.findall(page.read_text())}  # by the page itself
     assert not {*wrong_spans(prose(page), page.parent, page in ABOUT_CODE)} - written
     assert not wrong_keys(page.read_text())
+    assert not wrong_commands(page.read_text())
 
 
 @pytest.mark.parametrize("page", TEXTS, ids=ids)
@@ -127,7 +154,7 @@ def test_recipes_are_those_of_the_configs() -> None:
     for page in ABOUT_CODE:
         for arch, heads, body in re.findall(r"^\| `ARCH=(\w+)` \|(.+)\|\n\|[-|]+\n((?:\|.+\n)+)", page.read_text(), re.MULTILINE):
             sets = [head.strip() for head in heads.split("|")]
-            configs = [load_config(ROOT / f"config/{name}/{name}_split0_resnet50.yaml", arch) for name in sets]
+            configs = [configure(ROOT / f"config/{name}/{name}_split0_resnet50.yaml", arch) for name in sets]
             for row in body.splitlines():
                 key, *values = [cell.strip(" `") for cell in row.strip("|").split("|")]
                 section, name = key.split(".")
@@ -148,8 +175,6 @@ def test_measured_numbers_stand_in_the_results() -> None:
 
 def test_extending_runs(small_clone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The page's files are written, its blocks run in order; both systems learn, predict and take part in a whole evaluation."""
-    from model.build import FAMILIES, SYSTEMS
-
     monkeypatch.chdir(small_clone)
     monkeypatch.setattr("model.build.FAMILIES", dict(FAMILIES))
     for name in ("Tiny", "LinearProbe"):
