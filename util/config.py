@@ -19,7 +19,7 @@ from util.errors import UserError
 from util.yaml_text import parse_yaml, short
 
 CONFIGS = Path(__file__).parents[1] / "config"
-PROTOCOLS, SYSTEMS = CONFIGS / "protocol", CONFIGS / "system"  # one file per protocol; what a system keeps on every data set
+PROTOCOLS, SYSTEMS = CONFIGS / "protocol", CONFIGS / "system"  # one file per protocol; per system, its keys on every data set
 STRICT = "strict"  # the protocol of a system that no paper has one for
 
 
@@ -29,7 +29,7 @@ class Data:
     train_list: str = ""  # text file, one `image_path label_path` per line
     val_list: str = ""
     class_names: str = ""  # text file, one `NAME | text for CLIP` per line
-    on_error: Literal["stop", "skip"] = "stop"  # a broken image or label: stop, or go on without it and count it in the report
+    on_error: Literal["stop", "skip"] = "stop"  # a broken image or label: stop, or leave it out and count it in the report
     label_table: str = ""  # YAML file `VALUE: CLASS`, where label values are no class ids (0 background, 255 ignore)
     folds: str = ""  # YAML file, `split0: [class names]` and so on; without one the data set's published rule holds
     maker: str = ""  # module that draws the data root where it is missing: `python -m MAKER DATA_ROOT`
@@ -40,7 +40,7 @@ class Data:
 @dataclass
 class CLIP:
     clip_path: str = "initmodel/ViT-B-16.pt"  # file, folder, hub name MODEL/PRETRAINED, or `random` (no meaning, full path)
-    activation: Literal["auto", "quick_gelu", "gelu"] = "auto"  # of a file of weights that nothing else tells it of
+    activation: Literal["auto", "quick_gelu", "gelu"] = "auto"  # for a file of weights whose activation is not known otherwise
     # VTP's image: undo the squash (PASCAL) or keep the network side (COCO). IMR-HSNet's: all of the image, or a centre square
     clip_size: Literal["original", "train", "whole", "crop"] = "original"
     vocabulary: Literal["present", "target", "base+target", "all"] = "present"  # texts that compete; `present` reads ground truth
@@ -56,7 +56,7 @@ class Train:
     # images
     train_h: int = 473  # side of the square network input
     val_size: int = 473
-    draw: Literal["image", "pair", "class"] = "image"  # what an episode starts from; the latter two: supports may repeat (HSNet)
+    draw: Literal["image", "pair", "class"] = "image"  # what an episode starts from; pair, class: supports may repeat (HSNet)
     augment: bool = True  # False: training images are only resized (HSNet)
     antialias: bool = False  # squash with Pillow's antialiased bilinear (HSNet) instead of OpenCV's plain one
     crop: bool = False  # random crop (BAM, PFENet, base learner) instead of squashing the aspect ratio
@@ -86,9 +86,9 @@ class Train:
     before: Literal["ask", "run"] = "ask"  # the run that must come first (a base learner): ask for it, or train it on the way
     val_episodes: int = 1000
     batch_size_val: int = 1
-    print_freq: int = 10  # iterations between points of the TensorBoard curves
+    print_freq: int = 10  # steps between points of the TensorBoard curves
     save_minutes: float = 10.0  # between resume points within an epoch; its end is always one
-    resume: Literal["auto", "none"] = "auto"  # auto: the same command goes on where the last run stopped
+    resume: Literal["auto", "none"] = "auto"  # auto: the same command continues where the last run stopped
 
 
 @dataclass
@@ -141,7 +141,7 @@ class Config:
 
 def load_config(path: str | Path, arch: str | None = None, overrides: list[str] | None = None,
                 options: type | None = None) -> Config:  # fmt: skip
-    """Reads a fold's YAML. (`model.configure` knows a system's options; commands about data do without.)
+    """Read a fold's YAML. (`model.configure` adds the system's options; commands about data do not need them.)
 
     Order, later wins: defaults, the protocol, config/system/ARCH.yaml, the files it extends, `ARCH.yaml` beside it (a system's
     own recipe for the data set, where there is one), the file itself, `Section.key=value` overrides.
@@ -158,7 +158,7 @@ def load_config(path: str | Path, arch: str | None = None, overrides: list[str] 
     layers = [*system, *bases, *recipe, fold, *((Path("command line"), _override(text)) for text in overrides or [])]
     named = [(content.get("Test_Finetune") or {}).get("protocol") for _, content in [*recipe, *system]]
     paper = next(filter(None, named), STRICT)
-    _apply(config, layers)  # first without the protocol: which one, and of which data set?
+    _apply(config, layers)  # first without the protocol, to learn its name and the data set
     name = paper if config.Test_Finetune.protocol == "auto" else config.Test_Finetune.protocol
     _apply(config, [(PROTOCOLS / f"{name}.yaml", protocol_layer(name, config.Train.data_set)), *layers])
     config.Test_Finetune.protocol = name
@@ -167,7 +167,7 @@ def load_config(path: str | Path, arch: str | None = None, overrides: list[str] 
 
 
 def config_of(content: dict, source: str, overrides: list[str] | None = None, options: type | None = None) -> Config:
-    """A config as a checkpoint or config.yaml of a run keeps it (`dataclasses.asdict`), with `Section.key=value` overrides.
+    """Build a config from a record (`dataclasses.asdict`; in a checkpoint or config.yaml) and `Section.key=value` overrides.
 
     Raises:
         UserError: as `load_config`.
@@ -181,7 +181,7 @@ def config_of(content: dict, source: str, overrides: list[str] | None = None, op
 
 
 def renewed(content: dict, options: set[str] | None) -> dict:
-    """A recorded config under the names of today. Records of before had the options of all systems in one section.
+    """Return a recorded config under today's names. Older records have the options of all systems in section Method.
 
     Args:
         options: names of the system's own options; None: keep all.
@@ -200,10 +200,10 @@ def renewed(content: dict, options: set[str] | None) -> dict:
 
 
 def names_of(path: str | Path) -> tuple[str, str, str]:
-    """(DATASET, EXP, NET) of config/DATASET/DATASET_EXP_NET.yaml.
+    """Return (DATASET, EXP, NET) of config/DATASET/DATASET_EXP_NET.yaml.
 
     Raises:
-        UserError: the file is not called like this.
+        UserError: the file has another kind of name.
     """
     path = Path(path)
     data_set = path.parent.name
@@ -219,7 +219,7 @@ def protocol_names() -> list[str]:
 
 
 def protocol_layer(name: str, data_set: str) -> dict[str, dict]:
-    """Sections and keys that a protocol fixes for a data set.
+    """Return the sections and keys that a protocol fixes for a data set.
 
     Raises:
         UserError: no such protocol.
@@ -233,7 +233,7 @@ def protocol_layer(name: str, data_set: str) -> dict[str, dict]:
 
 
 def _override(text: str) -> dict[str, dict]:
-    """`Section.key=value` -> {section: {key: value}}."""
+    """Parse `Section.key=value` into {section: {key: value}}."""
     name, equals, value = text.partition("=")
     section, dot, key = name.partition(".")
     if not equals or not dot:
@@ -249,7 +249,7 @@ def _apply(config: Config, layers: list[tuple[Path, dict]]) -> None:
 
 
 def _layers(path: Path, seen: tuple[Path, ...] = ()) -> list[tuple[Path, dict]]:
-    """The file and what it extends, base first."""
+    """Return the file and all files that it extends, base first."""
     content = _read(path)
     if path.resolve() in seen:
         raise UserError(f"{path}: `extends` runs in a circle")
@@ -262,7 +262,7 @@ def _layers(path: Path, seen: tuple[Path, ...] = ()) -> list[tuple[Path, dict]]:
 
 
 def _system_layers(path: Path, arch: str | None) -> tuple[list[tuple[Path, dict]], list[tuple[Path, dict]]]:
-    """What a system keeps on every data set, and its recipe beside a fold's file; empty lists where there is none."""
+    """Read config/system/ARCH.yaml, and ARCH.yaml beside the fold's file; an empty list where a file does not exist."""
     files = (SYSTEMS / f"{arch}.yaml", path.parent / f"{arch}.yaml")
     return tuple([(file, _read(file))] if arch and file.is_file() else [] for file in files)
 
@@ -307,7 +307,7 @@ def _named(owner: Any, name: str, complaint: str) -> Any:
 
 
 def _convert(value: Any, expected: Any, where: str) -> Any:
-    """Checks a YAML value against a type hint; an integer may stand for a float, '1e-4' (a string in YAML 1.1) too."""
+    """Check a YAML value against a type hint; an integer may stand for a float, '1e-4' (a string in YAML 1.1) too."""
     origin, arguments = typing.get_origin(expected), typing.get_args(expected)
     if origin is Literal:
         if value in arguments:
@@ -342,7 +342,7 @@ def _convert(value: Any, expected: Any, where: str) -> Any:
 
 
 def options_of(content: Any, options: type) -> Any:
-    """Section `System` as the options of a system, checked by type and by their own `check`.
+    """Return section `System` as the options of a system, checked by type and by their own `check`.
 
     Raises:
         UserError: unknown key, wrong type or value.

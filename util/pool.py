@@ -1,4 +1,4 @@
-"""A function of many jobs on all cores."""
+"""Run a function over many jobs on all cores."""
 
 import contextlib
 import signal
@@ -12,17 +12,17 @@ from util.errors import UserError
 
 
 def parallel(function: Callable[[Any], Any], jobs: Collection[Any], workers: int, chunk: int) -> Iterator[Any]:
-    """The results in order. What `function` raises is raised here.
+    """Return the results in order. An error of `function` is raised here.
 
     Raises:
-        UserError: a worker died. (multiprocessing.Pool would wait for it for ever.)
+        UserError: a worker died. (multiprocessing.Pool would wait for ever.)
     """
     with _pool(workers) as pool:
         yield from pool.map(function, jobs, chunksize=chunk)
 
 
 def stream(function: Callable[..., Any], jobs: Iterable[tuple], workers: int) -> Iterator[Any]:
-    """The same where jobs are large: their arguments are taken one by one, and at most two a worker wait in memory."""
+    """Yield the results of large jobs in order: arguments are taken one by one, at most two per worker wait in memory."""
     with _pool(workers) as pool:
         waiting = deque()
         for arguments in jobs:
@@ -44,6 +44,6 @@ def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
 
 
 def _signals() -> None:
-    """Ctrl-C is the parent's affair, and a handler for SIGTERM, inherited from a training, would keep workers from ending."""
+    """Ignore Ctrl-C, which the parent handles, and let SIGTERM end a worker. (A training's handler would be inherited.)"""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
