@@ -89,8 +89,8 @@ def fold(data_set: str, split: int, use_split_coco: bool = True) -> Fold:
 def read_folds(path: str | Path, names: ClassNames) -> list[tuple[int, ...]]:
     """Read the novel classes of each fold, ascending, from YAML: `split0: [name, name]`, `split1: ...`.
 
-    A class in no fold is a base class of all; a fold without names has only base classes. Raises UserError, naming the fold, where
-    a name does not exist or is in two folds, or a fold leaves no base class.
+    A class in no fold is a base class of all; a fold without names has only base classes. Raises UserError, naming the fold,
+    where a name does not exist or is in two folds, or a fold leaves no base class.
     """
     path = Path(path)
     try:

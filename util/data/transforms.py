@@ -32,7 +32,7 @@ def worker_init(worker_id: int) -> None:
     """Prepare a DataLoader's worker (`worker_init_fn`).
 
     It runs OpenCV in one thread, since the workers are the parallelism. SIGTERM ends it: the parent's handler is not inherited.
-"""
+    """
     cv2.setNumThreads(0)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
@@ -40,7 +40,7 @@ def worker_init(worker_id: int) -> None:
 def open_image(source: str | Path | BinaryIO) -> Image.Image:
     """Open a picture with Pillow; its pixels are read later. All pictures are opened here.
 
-    Only `FORMATS` are opened. Pillow looks at the content, not at the name, and would start Ghostscript for an EPS (it runs code).
+    Only `FORMATS` are opened. Pillow looks at the content, not the name, and would start Ghostscript for an EPS (it runs code).
     Raises what Pillow raises; UnidentifiedImageError for every other kind of file.
     """
     Image.init()

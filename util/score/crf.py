@@ -23,7 +23,7 @@ class Crf:
     def __call__(self, image: np.ndarray, probability: np.ndarray) -> np.ndarray:
         """Refine class probabilities C H W with an image H W 3 uint8 RGB: C H W float32.
 
-        Classes that are nowhere likely are left out, then put back at 0: time grows with the classes.
+        Classes that are likely nowhere are left out, since time grows with the classes, and get 0.
 
         Raises:
             UserError: pydensecrf2 is not installed.
@@ -49,7 +49,7 @@ CLIP_ES = Crf(1, 3, 67, 3, 4)  # of pseudo labels
 
 
 def load():
-    """The module `pydensecrf.densecrf`, or a UserError with the line that installs it."""
+    """Import `pydensecrf.densecrf`, or raise a UserError with the line that installs it."""
     try:
         import pydensecrf.densecrf
     except ImportError as error:
@@ -59,11 +59,11 @@ def load():
 
 
 def many(crf: Crf, jobs: Iterable[tuple[np.ndarray, np.ndarray]], workers: int) -> Iterator[np.ndarray]:
-    """`crf` of every (image, probability), in order, by so many processes, with few jobs in memory at a time."""
+    """Yield `crf` of every (image, probability), in order, from several processes, with few jobs in memory at a time."""
     load()
     return stream(crf, jobs, workers)
 
 
 def confident(probability: np.ndarray, least: float = 0.95) -> np.ndarray:
-    """Label map H W uint8 of C H W probabilities, 255 where the best is below `least`: CLIP-ES's pseudo labels."""
+    """Return the label map, H W uint8, of C H W probabilities, 255 where the best is below `least`: CLIP-ES's pseudo labels."""
     return np.where(probability.max(0) < least, 255, probability.argmax(0)).astype(np.uint8)
