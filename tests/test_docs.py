@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from model import SYSTEMS, configure
+from model.build import FAMILIES
 from model.system import Frozen
 from util.config import Config
 
@@ -26,7 +27,7 @@ FENCE = re.compile(r"^```(\w*)(?: title=\"[^\"]+\")?\n(.*?)^```", re.MULTILINE |
 TITLED = re.compile(r"^```\w* title=\"([^\"]+)\"\n(.*?)^```", re.MULTILINE | re.DOTALL)
 SPAN = re.compile(r"`([^`\n]+)`")
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
-KEY = re.compile(r"(?<![\w./])(Data|CLIP|Train|Method|Test_Finetune|Runtime)\.([A-Za-z_]\w*)(=\[[^\]]*\]|=[^\s`|,;)\"]+)?")
+KEY = re.compile(r"(?<![\w./])(Data|CLIP|Train|Method|System|Test_Finetune|Runtime)\.([A-Za-z_]\w*)(=\[[^\]]*\]|=[^\s`|,;)\"]+)?")
 SCORE = re.compile(r"\d+\.\d+ ± +\d+\.\d+")
 
 ids = lambda page: str(page.relative_to(ROOT))  # noqa: E731
@@ -85,12 +86,30 @@ def wrong_links(text: str, page: Path) -> list[str]:
     return wrong
 
 
+def names_of_fields(options: type) -> set[str]:
+    return {f.name for f in dataclasses.fields(options)}
+
+
+def wrong_commands(text: str) -> list[str]:
+    """`python -m MODULE [COMMAND]` of ours where there is no such module, or no such word in it."""
+    wrong = []
+    for module, word in re.findall(r"python -m ((?:bench|demo|model|tests|util)[\w.]*)(?: ([a-z]\w+))?", text):
+        path = ROOT.joinpath(*module.split("."))
+        file = next((f for f in (path.with_suffix(".py"), path / "__main__.py") if f.exists()), None)
+        commands = "" if file is None else file.read_text()
+        if file is None or (word and "add_parser" in commands and f'"{word}"' not in commands):
+            wrong.append(f"{module} {word}".strip())
+    return wrong
+
+
 def wrong_keys(text: str) -> list[str]:
     """`Section.key` or `Section.key=value` that the config has not or refuses. Values in capitals or ... stand for anything."""
     wrong = []
     for section, key, value in KEY.findall(text):
         owners = {arch: cls.Options if section == "Method" else type(getattr(Config(), section)) for arch, cls in SYSTEMS.items()}
         archs = [arch for arch, owner in owners.items() if key in {f.name for f in dataclasses.fields(owner)}]
+        if section == "Method" and re.search(rf"^    {key}: ", text, re.MULTILINE):  # an option that the page defines
+            continue
         if not archs:
             wrong.append(f"{section}.{key}")
         elif value and not re.fullmatch(r"=[A-Z_.]+", value):
@@ -110,6 +129,9 @@ def test_the_checks_find_mistakes() -> None:
     good = "Train.shot Train.shot=5 Train.selection=RULE Method.stages=3"
     bad = "Train.short Train.shot=five Train.selection=lst Method.stage Method.stages=0"
     assert not wrong_keys(good) and len(wrong_keys(bad)) == 5
+    good = "`python -m util.data index`, `python -m demo.web --clip`"
+    bad = "`python -m util.episodes`, `python -m util.prepare custom`"
+    assert not wrong_commands(good) and len(wrong_commands(bad)) == 2
 
 
 @pytest.mark.parametrize("page", TEXTS, ids=ids)
@@ -117,6 +139,7 @@ def test_named_files_functions_and_keys_exist(page: Path) -> None:
     written = {file for file, _ in TITLED.findall(page.read_text())}  # by the page itself
     assert not {*wrong_spans(prose(page), page.parent, page in ABOUT_CODE)} - written
     assert not wrong_keys(page.read_text())
+    assert not wrong_commands(page.read_text())
 
 
 @pytest.mark.parametrize("page", TEXTS, ids=ids)
@@ -151,8 +174,6 @@ def test_measured_numbers_stand_in_the_results() -> None:
 
 def test_extending_runs(small_clone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The page's files are written, its blocks run in order; both systems learn, predict and take part in a whole evaluation."""
-    from model.build import FAMILIES, SYSTEMS
-
     monkeypatch.chdir(small_clone)
     monkeypatch.setattr("model.build.FAMILIES", dict(FAMILIES))
     for name in ("Tiny", "LinearProbe"):

@@ -19,7 +19,7 @@ from util.errors import UserError
 from util.yaml_text import parse_yaml, short
 
 CONFIGS = Path(__file__).parents[1] / "config"
-PROTOCOLS, SYSTEMS = CONFIGS / "protocol", CONFIGS / "system"  # one file per protocol; what a system keeps on every data set
+PROTOCOLS, SYSTEMS = CONFIGS / "protocol", CONFIGS / "system"  # one file per protocol; per system, its keys on every data set
 STRICT = "strict"  # the protocol of a system that no paper has one for
 
 
@@ -42,7 +42,7 @@ class Data:
 @dataclass
 class CLIP:
     clip_path: str = "initmodel/ViT-B-16.pt"  # file, folder, hub name MODEL/PRETRAINED, or `random` (no meaning, full path)
-    activation: Literal["auto", "quick_gelu", "gelu"] = "auto"  # of a file of weights that nothing else tells it of
+    activation: Literal["auto", "quick_gelu", "gelu"] = "auto"  # for a file of weights whose activation is not known otherwise
     # VTP's image: undo the squash (PASCAL) or keep the network side (COCO). IMR-HSNet's: all of the image, or a centre square
     clip_size: Literal["original", "train", "whole", "crop"] = "original"
     vocabulary: Literal["present", "target", "base+target", "all"] = "present"  # texts that compete; `present` reads ground truth
@@ -58,7 +58,7 @@ class Train:
     # images
     train_h: int = 473  # side of the square network input
     val_size: int = 473
-    draw: Literal["image", "pair", "class"] = "image"  # what an episode starts from; the latter two: supports may repeat (HSNet)
+    draw: Literal["image", "pair", "class"] = "image"  # what an episode starts from; pair, class: supports may repeat (HSNet)
     augment: bool = True  # False: training images are only resized (HSNet)
     antialias: bool = False  # squash with Pillow's antialiased bilinear (HSNet) instead of OpenCV's plain one
     crop: bool = False  # random crop (BAM, PFENet, base learner) instead of squashing the aspect ratio
@@ -89,7 +89,7 @@ class Train:
     before: Literal["ask", "run"] = "ask"  # the run that must come first (a base learner): ask for it, or train it on the way
     val_episodes: int = 1000
     batch_size_val: int = 1
-    print_freq: int = 10  # iterations between points of the TensorBoard curves
+    print_freq: int = 10  # steps between points of the TensorBoard curves
     save_minutes: float = 10.0  # between resume points within an epoch; its end is always one
     start_from: str = ""  # weights to start from: EXP/STEP of the same system and network (or EXP/last), or a file
     resume: Literal["auto", "none"] = "auto"  # auto: the same command goes on where the last run stopped
@@ -202,10 +202,10 @@ def renewed(content: dict, options: type[Method]) -> dict:
 
 
 def names_of(path: str | Path) -> tuple[str, str, str]:
-    """(DATASET, EXP, NET) of config/DATASET/DATASET_EXP_NET.yaml.
+    """Return (DATASET, EXP, NET) of config/DATASET/DATASET_EXP_NET.yaml.
 
     Raises:
-        UserError: the file is not called like this.
+        UserError: the file has another kind of name.
     """
     path = Path(path)
     data_set = path.parent.name
@@ -221,7 +221,7 @@ def protocol_names() -> list[str]:
 
 
 def protocol_layer(name: str, data_set: str) -> dict[str, dict]:
-    """Sections and keys that a protocol fixes for a data set.
+    """Return the sections and keys that a protocol fixes for a data set.
 
     Raises:
         UserError: no such protocol.
@@ -235,7 +235,7 @@ def protocol_layer(name: str, data_set: str) -> dict[str, dict]:
 
 
 def _override(text: str) -> dict[str, dict]:
-    """`Section.key=value` -> {section: {key: value}}."""
+    """Parse `Section.key=value` into {section: {key: value}}."""
     name, equals, value = text.partition("=")
     section, dot, key = name.partition(".")
     if not equals or not dot:
@@ -253,7 +253,7 @@ def _apply(config: Config, layers: list[tuple[Path, dict]], loose: bool = False)
 
 
 def _layers(path: Path, seen: tuple[Path, ...] = ()) -> list[tuple[Path, dict]]:
-    """The file and what it extends, base first."""
+    """Return the file and all files that it extends, base first."""
     content = _read(path)
     if path.resolve() in seen:
         raise UserError(f"{path}: `extends` runs in a circle")
@@ -307,7 +307,7 @@ def _named(owner: Any, name: str, complaint: str) -> Any:
 
 
 def _convert(value: Any, expected: Any, where: str) -> Any:
-    """Checks a YAML value against a type hint; an integer may stand for a float, '1e-4' (a string in YAML 1.1) too."""
+    """Check a YAML value against a type hint; an integer may stand for a float, '1e-4' (a string in YAML 1.1) too."""
     origin, arguments = typing.get_origin(expected), typing.get_args(expected)
     if origin is Literal:
         if value in arguments:

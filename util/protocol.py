@@ -16,7 +16,7 @@ from typing import Any
 from util.config import STRICT, Config, protocol_layer
 from util.errors import UserError
 
-KEYS = {  # what a protocol fixes, and what it says in a report
+KEYS = {  # key -> its words in a report, and those of its values
     "Train.use_split_coco": ("folds", {True: "interleaved", False: "contiguous"}),
     "Train.filter_novel": ("training images", {True: "without novel objects (BAM)", False: "novel objects are background"}),
     "Train.draw": ("episodes start from", {"image": "an image", "pair": "an (image, class) pair; supports may repeat",
@@ -48,7 +48,7 @@ KEYS = {  # what a protocol fixes, and what it says in a report
 }  # fmt: skip
 
 
-# Keys that came later, with the values that all protocols had before: a hash counts them only where they differ.
+# Keys added later, with the values that all protocols had before: a hash counts them only where they differ.
 LATER = {"Train.draw": "image", "Train.augment": True, "Train.antialias": False}
 
 
@@ -64,7 +64,7 @@ class Protocol:
         return hashlib.sha256(json.dumps(self.values, sort_keys=True).encode()).hexdigest()[:12]
 
     def describe(self, text_prior: bool = True, says: Mapping[str, str] = MappingProxyType({})) -> dict[str, str]:
-        """Lines for people; a leak is called one.
+        """Describe the protocol in lines for people; a leak is named as one.
 
         Args:
             text_prior: whether the system reads class texts.
@@ -84,7 +84,7 @@ class Protocol:
 
 
 def of(config: Config) -> Protocol:
-    """The protocol that a config amounts to."""
+    """Return the protocol of a config: its effective values and their name."""
     coco = config.Train.data_set == "coco"  # which alone has two styles of folds
     values = {key: lookup(config, key) for key in KEYS if key != "Test_Finetune.episodes"}
     values["Train.use_split_coco"] = values["Train.use_split_coco"] and coco
@@ -116,11 +116,11 @@ def lookup(config: Config, key: str) -> Any:
 
 
 def without_leaks(config: Config, text_prior: bool, last_epoch: bool) -> tuple[Config, list[str]]:
-    """The same episodes without what a paper's protocol leaks, and what differs in words (nothing where nothing leaks).
+    """Return the config without the leaks of a paper's protocol, and the differences as texts (none where nothing leaks).
 
     Args:
         text_prior: whether the system reads class texts.
-        last_epoch: whether the weights of the last epoch are at hand (of published checkpoints only the best is).
+        last_epoch: whether the weights of the last epoch are available (a published checkpoint is the best epoch).
     """
     train, clip, differences = config.Train, config.CLIP, []
     if text_prior and clip.vocabulary == "present":

@@ -1,4 +1,4 @@
-"""Where a run lives: its folders, its recorded config, and the weights that come before it."""
+"""The place of a run: its folders, its recorded config, and the checkpoint of the run before it."""
 
 import contextlib
 import fcntl
@@ -32,13 +32,13 @@ class Experiment:
 
     @classmethod
     def from_config_path(cls, arch: str, path: str | Path, root: str) -> "Experiment":
-        """config/DATASET/DATASET_EXP_NET.yaml names data set, experiment and network."""
+        """Take data set, experiment and network from the name config/DATASET/DATASET_EXP_NET.yaml."""
         data_set, exp, net = names_of(path)
         return cls(arch, data_set, exp, net, Path(root))
 
     @classmethod
     def of_checkpoint(cls, path: Path, arch: str, config: Config) -> "Experiment":
-        """The run that a checkpoint lies in, ROOT/DATASET/ARCH/EXP/NET/snapshot/FILE; by the config's names when elsewhere."""
+        """Return the run of a checkpoint ROOT/DATASET/ARCH/EXP/NET/snapshot/FILE; elsewhere the run of the config's names."""
         parts = path.resolve().parts
         if parts[-5:-4] == (arch,) and parts[-2] == "snapshot":
             return cls(arch, parts[-6], parts[-4], parts[-3], Path(*parts[:-6]))
@@ -65,24 +65,24 @@ class Experiment:
         return self.snapshot / "last.safetensors"
 
     def of(self, arch: str) -> "Experiment":
-        """The same fold and network with another system."""
+        """Return the same fold and network with another system."""
         return Experiment(arch, self.data_set, self.exp, self.net, self.root)
 
     @property
     def command(self) -> str:
-        """What a user types for it, without `train.sh` or `test.sh`."""
+        """Return the arguments of `train.sh` and `test.sh` for it."""
         return f"{self.exp} {self.data_set}"
 
 
 def recorded_config(path: Path, overrides: list[str] | None = None, options: type[Method] = Method) -> Config:
     """The config that a checkpoint of ours was trained with: from its metadata, or of the run that it lies in.
 
-    Relative paths in it that lead nowhere from here are taken from the repository.
+    Relative paths that do not exist from here are taken from the repository.
 
     Args:
         options: dataclass of the system's own options.
     Raises:
-        UserError: there is none, or an override is wrong.
+        UserError: no config is recorded, or an override is wrong.
     """
     meta = read_meta(path)
     content, source = meta.get("config"), path
@@ -103,12 +103,12 @@ def recorded_config(path: Path, overrides: list[str] | None = None, options: typ
 
 
 def before_file(config: Config, place: Experiment, before: str) -> Path:
-    """The checkpoint of the run that must come first (`Method.pre_weight`; auto: that run of this fold and network)."""
+    """Return the checkpoint of the run that must come first (`Method.pre_weight`; auto: that run of this fold and network)."""
     return place.of(before).best if config.Method.pre_weight == "auto" else Path(config.Method.pre_weight)
 
 
 def missing_before(config: Config, place: Experiment, before: str) -> str:
-    """What to do when that file is not there."""
+    """Say what to do when that file does not exist."""
     return (f"Method.pre_weight = {config.Method.pre_weight}: no base learner at {before_file(config, place, before)}. "
             f"Train it with `ARCH={before} NET={place.net} sh train.sh {place.command} GPUS`, or point Method.pre_weight to "
             "a published one")
