@@ -369,5 +369,5 @@ def test_home_is_expanded_alike_by_check_and_loading(tmp_path: Path, monkeypatch
 def test_a_text_bank_of_another_activation_is_not_taken(tmp_path: Path, reference: CLIP) -> None:
     state = reference.state_dict()
     quick, plain = clip_from_state(state), clip_from_state(state, origin=replace(OPENAI, quick_gelu=False))
-    assert not torch.equal(quick.text.bank(["a cat"], tmp_path), plain.text.bank(["a cat"], tmp_path))
+    assert not torch.equal(quick.text.bank(["a cat"], cache=tmp_path), plain.text.bank(["a cat"], cache=tmp_path))
     assert quick.settings != plain.settings

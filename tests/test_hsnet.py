@@ -10,7 +10,7 @@ from PIL import Image
 from model.backbone import build_encoder
 from model.few_shot import imr_hsnet
 from model.few_shot.hsnet import Encoder4d, Head, HSNet
-from model.system import Frozen, NoOptions
+from model.system import Frozen
 from tests.golden.check_hsnet import check_units, load
 from tests.make import abstract_index, random_episode
 from util.data.episodes import EpisodeList
@@ -23,7 +23,7 @@ GOLDEN = Path(__file__).parent / "golden/hsnet_r50.npz"
 
 def hsnet(shot: int = 1, backbone: str = "resnet50", stem: str = "plain") -> HSNet:
     torch.manual_seed(0)
-    return HSNet(Frozen(build_encoder(backbone, 8, stem, dilated=False)), [], shot, NoOptions()).eval()
+    return HSNet(Frozen(build_encoder(backbone, 8, stem, dilated=False)), [], shot, HSNet.Options()).eval()
 
 
 def test_published_unit_cases() -> None:

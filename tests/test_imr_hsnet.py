@@ -150,7 +150,7 @@ def test_the_square_image_for_clip() -> None:
     ("CLIP.vocabulary=present", "choose all"),
     ("CLIP.vocabulary=target", "choose all"),
     ("Method.priors=[cosine]", "no other prior"),
-    ("System.stages=0", "at least 1"),
+    ("Method.stages=0", "at least 1"),
 ])  # fmt: skip
 def test_what_it_refuses(override: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
@@ -172,8 +172,8 @@ def test_a_resnet_clip_is_refused_where_tokens_are_needed(monkeypatch: pytest.Mo
 def test_a_checkpoint_is_not_tested_with_other_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     made, asked = (configure("config/demo/demo_split0_resnet50.yaml", "IMR_HSNet", given)
-                   for given in ([], ["System.stages=3", "CLIP.clip_size=crop", "Train.shot=5"]))  # fmt: skip
+                   for given in ([], ["Method.stages=3", "CLIP.clip_size=crop", "Train.shot=5"]))  # fmt: skip
     with pytest.raises(UserError) as found:
         check_identity(tmp_path, *(identity("IMR_HSNet", IMRHSNet.facts, config) for config in (made, asked)))
-    assert "System.stages: the checkpoint has 2, the config 3" in str(found.value) and "CLIP.clip_size" in str(found.value)
+    assert "Method.stages: the checkpoint has 2, the config 3" in str(found.value) and "CLIP.clip_size" in str(found.value)
     assert "Train.shot" not in str(found.value)  # shots vote: any number will do

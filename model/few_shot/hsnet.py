@@ -14,7 +14,7 @@ from model.few_shot.prior import Features
 from model.few_shot.system import IDENTITY, Decoded, FewShot
 from model.losses import segmentation_loss
 from model.ops import full, resize
-from model.system import NoOptions
+from util.config import Method
 from util.data.episodes import Episode
 from util.errors import UserError
 from util.run.identity import Facts
@@ -141,7 +141,7 @@ class HSNet(FewShot):
     """HSNet. It is trained with one shot; several vote. Its backbone keeps the ImageNet weights and its strides."""
 
     facts = Facts(identity=IDENTITY)  # without the shots: a checkpoint serves any number of them
-    Options = NoOptions
+    Options = Method
     dilated = False
     optimizer_name = "adam"  # its rate is constant where Train.power is 0, as published
     official = (("head.encoder.", "hpn_learner."), ("head.decoder.", "hpn_learner."))

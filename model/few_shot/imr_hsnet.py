@@ -18,6 +18,7 @@ from model.few_shot.prior import Features
 from model.few_shot.system import IDENTITY, Decoded
 from model.losses import segmentation_loss
 from model.ops import resize
+from util.config import Method
 from util.data.episodes import Episode
 from util.errors import UserError
 from util.run.identity import Facts
@@ -104,7 +105,7 @@ class Head(nn.Module):
 
 
 @dataclass
-class Options:
+class Options(Method):
     """IMR-HSNet's own options."""
 
     stages: int = 2  # how often the masks are refined; 3 on COCO
@@ -112,13 +113,13 @@ class Options:
 
     def check(self) -> None:
         if self.stages < 1:
-            raise UserError(f"System.stages = {self.stages}: must be at least 1")
+            raise UserError(f"Method.stages = {self.stages}: must be at least 1")
 
 
 class IMRHSNet(HSNet):
     """IMR-HSNet: reads the supports' class, not their masks; those only teach it. It needs CLIP for the activation maps."""
 
-    facts = Facts(identity=(*IDENTITY, "System.stages", "System.mask_mode", "CLIP.clip_size"), priors=("cam",))
+    facts = Facts(identity=(*IDENTITY, "Method.stages", "Method.mask_mode", "CLIP.clip_size"), priors=("cam",))
     Options = Options
     official = (
         ("head.encoder.", "hpn_learner."), ("head.decoder.", ""), ("head.state", "state"), ("head.adapter.", "conv1024_512."),
