@@ -5,7 +5,7 @@ Data is a hundred scenes of the demo, batches come from the system's own task, w
 
 import copy
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -37,15 +37,19 @@ from util.run.preflight import Start, inspect
 from util.score.episodes import FewShotTask
 from util.score.table import read_episodes
 from util.score.task import How, Task
+from util.score.weak import WeakTask
+from util.score.zero_shot import ZeroShotTask
 
 CPU = torch.device("cpu")
 SIDE = 65
 FEW, SOME = 6, 8  # episodes that are evaluated, images of a dense task's list
-SMALL = ["Method.width=8", "Method.backbone_weight=none", "Test_Finetune.test_num=30", "Test_Finetune.seeds=[321]",
+SMALL = ["Method.backbone_weight=none", "Test_Finetune.test_num=30", "Test_Finetune.seeds=[321]",
          "Data.min_pixels=100", "Train.workers=0"]  # fmt: skip
-# What a system needs beyond, to be small.
-OWN: dict[str, list[str]] = {}
-
+# Where a task other than few-shot segmentation finds its config, and what is small there. A family of systems adds its line.
+KINDS: dict[type, tuple[str, list[str]]] = {
+    WeakTask: ("config/demo/demo_weak_vit8.yaml", ["Method.long_side=64", "Method.static_steps=1"]),
+    ZeroShotTask: ("config/demo/demo_inductive_vit8.yaml", ["Method.crop=64", "Method.stride=48", "Method.prompts=2"]),
+}
 FEW_SHOT = [arch for arch, cls in SYSTEMS.items() if issubclass(cls.task, FewShotTask)]
 
 
@@ -56,12 +60,19 @@ class World:
         self.scenes, self.short, self.build = scenes, folder / "short.txt", cache(self._build)
         self.short.write_text("".join((scenes / "list.txt").read_text().splitlines(keepends=True)[:SOME]))
 
+    def file(self, arch: str) -> tuple[str, list[str]]:
+        """The config of a system, and what is small there."""
+        return KINDS.get(system_class(arch).task, (CONFIG, ["Method.width=8"]))
+
     def config(self, arch: str, *more: str, side: int = SIDE) -> Config:
         whole = self.scenes / "list.txt"
         data = [f"Data.data_root={self.scenes}", f"Data.train_list={whole}",
                 f"Data.val_list={whole if issubclass(system_class(arch).task, FewShotTask) else self.short}"]  # fmt: skip
         sides = [f"Train.train_h={side}", f"Train.val_size={side}"]
-        return configure(CONFIG, arch, [*SMALL, *data, *sides, *OWN.get(arch, []), *more])
+        file, small = self.file(arch)
+        known = {f.name for f in fields(system_class(arch).Options)}
+        own = [text for text in small if text[: text.index("=")].removeprefix("Method.") in known]
+        return configure(file, arch, [*SMALL, *data, *sides, *own, *more])
 
     def test(self, task: Task, count: int) -> tuple[int, Any]:
         """Seed and the first samples of it; a dense task takes all of its list."""
@@ -248,9 +259,9 @@ def test_saved_weights_are_loaded_whole_or_not_at_all(world: World, arch: str, t
 def test_published_names(world: World, arch: str) -> None:
     """Each tensor has a name of its own in the published checkpoint, which goes in whole or not at all."""
     system, _ = world(arch)
-    own = {ours: name for ours in system.state_dict() if (name := system.official_name(ours)) is not None}
-    if not own:
+    if not trains(system):
         return
+    own = {ours: name for ours in system.state_dict() if (name := system.official_name(ours)) is not None}
     assert len(set(own.values())) == len(own)
     state = {own[k]: v + 1 if v.is_floating_point() else v for k, v in system.state_dict().items() if k in own}
     wanted = {ours: state[name].clone() for ours, name in own.items()}
@@ -338,8 +349,8 @@ def test_a_line_in_the_table_is_all_that_a_check_before_the_start_asks_for(
 ) -> None:
     """Nothing but the table knows a system by its name: under another one it passes too."""
     monkeypatch.setitem(SYSTEMS, "Another", SYSTEMS[arch])
-    made = world.config(arch, "Train.before=run")
-    config = world.config("Another", "Train.before=run", f"CLIP.clip_size={made.CLIP.clip_size}", *OWN.get(arch, []))
-    cls, place = system_class("Another"), Experiment.from_config_path("Another", CONFIG, config.Runtime.output)
+    cls, made = SYSTEMS[arch], world.config(arch)
+    config = world.config("Another", "Train.before=run", f"CLIP.clip_size={made.CLIP.clip_size}", "Train.batch_size_val=1")
+    place = Experiment.from_config_path("Another", world.file("Another")[0], config.Runtime.output)
     start = Start(config, place, cls.facts, cls.task, needs_clip("Another", config))
     assert [finding for finding in inspect(start, read=True) if not finding.ok] == []

@@ -14,8 +14,7 @@ import test as tester
 import train as trainer
 from model import build_system, configure
 from model.verify import read, verify
-from tests.make import NUMBERS, ROOT
-from tests.test_zero_shot import published
+from tests.make import NUMBERS, ROOT, published
 from util import protocol
 from util.config import Config
 from util.data.folds import fold_of, read_class_names, read_label_table

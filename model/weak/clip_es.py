@@ -43,7 +43,7 @@ class CLIPES(Weak):
     def groups(self, train: Train) -> list[dict[str, Any]]:
         return []
 
-    def losses(self, batch: Any, step: int) -> dict[str, Tensor]:
+    def losses(self, batch: Any, step: int = 0) -> dict[str, Tensor]:
         raise UserError("CLIP_ES trains nothing: test it, or write its label maps")
 
     @torch.no_grad()

@@ -77,7 +77,7 @@ class WeCLIP(Weak):
 
     # Training.
 
-    def losses(self, batch: Any, step: int) -> dict[str, Tensor]:
+    def losses(self, batch: Any, step: int = 0) -> dict[str, Tensor]:
         """Weighted terms. From `static_steps` finished steps on, RFM makes the pseudo labels."""
         images = self.normalise(batch.image)
         pairs = self.pairs(batch.present, images.device)

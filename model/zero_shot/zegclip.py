@@ -179,7 +179,7 @@ class ZegCLIP(System):
 
     # Training.
 
-    def losses(self, batch: Any, step: int) -> dict[str, Tensor]:
+    def losses(self, batch: Any, step: int = 0) -> dict[str, Tensor]:
         self._check(batch)
         texts = self.texts[self.seen] if self.options.setting == "inductive" else self.texts
         scored = self.head(self.trunk, self.pixels(batch.image, batch.valid), texts)
