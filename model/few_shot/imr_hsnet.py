@@ -4,18 +4,19 @@ refines the masks of query and support together, stage by stage.
 Shapes as in hsnet.py. Query and support go through the network as one batch of 2N, the queries first.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from model.few_shot.cam import CamPrior
-from model.few_shot.hsnet import WIDTHS, Decoder, Encoder4d, HSNet, correlation, masked, vote_scores
+from model.few_shot.conv4d import Pair, Products, keep, shrink, unit
+from model.few_shot.hsnet import WIDTHS, Decoder, Encoder4d, HSNet, vote_scores
 from model.few_shot.parts import binary_mask
 from model.few_shot.prior import Features
 from model.few_shot.system import Decoded
 from model.losses import segmentation_loss
-from model.ops import resize
+from model.ops import full, resize
 from util.data.episodes import Episode
 from util.errors import UserError
 
@@ -43,7 +44,7 @@ class Head(nn.Module):
         blocks: of the backbone's levels.
         channels: of its stage 3.
         stages: how often the masks are refined.
-        mask_mode: "official" or "paper", see `correlations`.
+        mask_mode: "official" or "paper", see `masks`.
     """
 
     def __init__(self, blocks: Sequence[int], channels: int, stages: int, mask_mode: str):
@@ -65,33 +66,48 @@ class Head(nn.Module):
         size = query[0].shape[3:]
         middle = self.adapter(resize(torch.cat([query[1].sum(1), support[1].sum(1)]), size))
         state = resize(self.state, size).expand(len(middle), -1, -1, -1)
-        maps, swapped, logits = torch.cat([query_cam, support_cam]), self.mask_mode == "official", []
+        kept = [[keep(unit(q), unit(s)) for q, s in zip(*levels, strict=True)] for levels in zip(query, support, strict=True)]
+        norms = [full(torch.cat(levels)).norm(dim=2) for levels in zip(query, support, strict=True)]
+        maps, masks, logits = torch.cat([query_cam, support_cam]), [], []
         for _ in range(self.stages):
-            query, support, pairs = self.correlations(query, support, maps, swapped)
-            encoded = self.encoder(pairs)
+            masks = self.masks(masks, maps, [norm.shape[2:] for norm in norms])
+            encoded = self.encoder(self.pairs(kept, norms, masks))
             shown = resize(maps, size)
             state = self.update(state, shown, encoded, middle)
             decoded = self.decoder(state + encoded)
             logits.append(self.residual(torch.cat([decoded, resize(shown, decoded.shape[2:])], 1)))
-            maps, swapped = logits[-1].softmax(1)[:, 1:], False
+            maps = logits[-1].softmax(1)[:, 1:]
         return logits
 
-    def correlations(self, query: Levels, support: Levels, maps: Tensor, swapped: bool) -> tuple[Levels, Levels, Levels]:
-        """Levels to go on with, and correlations of both directions.
+    def masks(self, before: Sequence[Tensor], maps: Tensor, sizes: Sequence[torch.Size]) -> list[Tensor]:
+        """What multiplies the features in this stage, 2N 1 h w of each level.
 
-        official: maps multiply both sides, stay multiplied in later stages, and the first time each goes to the other image
-            (swapped). This is what the published weights were trained with. One direction is the transposed other.
-        paper: only the side that is compared with is masked, by its own map, each stage anew.
+        official: maps stay multiplied in later stages, and the first time each goes to the other image. They multiply both
+            sides of a correlation. This is what the published weights were trained with.
+        paper: maps of this stage alone; only the side that is compared with is masked (`pairs`).
+
+        Args:
+            before: of the stage before; empty in the first.
         """
-        own, other = maps.chunk(2)
-        if self.mask_mode == "paper":
-            forth = [correlation(q, masked(s, other)) for q, s in zip(query, support, strict=True)]
-            back = [correlation(s, masked(q, own)) for q, s in zip(query, support, strict=True)]
-            return query, support, [torch.cat(pair) for pair in zip(forth, back, strict=True)]
-        own, other = (other, own) if swapped else (own, other)
-        query, support = [masked(q, own) for q in query], [masked(s, other) for s in support]
-        forth = [correlation(q, s) for q, s in zip(query, support, strict=True)]
-        return query, support, [torch.cat([x, x.permute(0, 1, 4, 5, 2, 3)]) for x in forth]
+        if self.mask_mode == "official" and not before:
+            maps = maps.roll(len(maps) // 2, 0)
+        found = [resize(maps, size) for size in sizes]
+        return [a * b for a, b in zip(before, found, strict=True)] if self.mask_mode == "official" and before else found
+
+    def pairs(self, kept: Sequence[Sequence[Tensor]], norms: Sequence[Tensor], masks: Sequence[Tensor]) -> Iterator[list[Pair]]:
+        """Levels of each query with its support, then of each support with its query.
+
+        Args:
+            kept: by level and pair, see `keep`; norms: 2N n h w of the features of each level.
+        """
+        factors = [shrink(norm, mask) for norm, mask in zip(norms, masks, strict=True)]
+        n = len(kept[0])
+        for i in range(2 * n):
+            other, levels = (i + n) % (2 * n), []
+            for dots, factor in zip(kept, factors, strict=True):
+                own = factor[i] if self.mask_mode == "official" else torch.ones_like(factor[i])
+                levels.append(Products(dots[i] if i < n else dots[i - n].permute(2, 3, 0, 1, 4), own, factor[other]))
+            yield levels
 
     def update(self, state: Tensor, shown: Tensor, encoded: Tensor, middle: Tensor) -> Tensor:
         """A convolutional GRU's next state."""
@@ -123,8 +139,10 @@ class IMRHSNet(HSNet):
 
     def decode(self, head: nn.Module, features: Features, maps: Sequence[Tensor], own: Tensor) -> Decoded:
         query_cam, support_cam = maps
-        query, cams = ([x.repeat_interleave(features.shot, 0) for x in xs] for xs in (features.query.levels, [query_cam]))
-        stages = head(query, features.support.levels, cams[0], support_cam.flatten(0, 1))
+        shots = [level.unflatten(0, (-1, features.shot)) for level in features.support.levels]
+        each = [head(features.query.levels, [level[:, k] for level in shots], query_cam, support_cam[:, k])
+                for k in range(features.shot)]  # one by one, as each keeps its cosines  # fmt: skip
+        stages = [torch.stack([x.unflatten(0, (2, -1)) for x in stage], 2).flatten(0, 2) for stage in zip(*each, strict=True)]
         votes = stages[-1].chunk(2)[0].unflatten(0, (-1, features.shot))
         return Decoded(vote_scores(votes), votes=votes, inner=stages)
 

@@ -21,6 +21,7 @@ from model.system import Frozen
 from tests.golden.check_hsnet import Arrays, check_correlations, check_training, close, episode, every, load, official, pixels
 from tests.golden.fill import tensor_for
 from tests.golden.rows import Row, compare
+from tests.oracle import whole
 from util.config import Method
 from util.data.episodes import Episode
 from util.data.transforms import clip_crop
@@ -104,11 +105,11 @@ def record(system: IMRHSNet) -> dict[str, list]:
 
     for part, name in (("adapter", "adapter"), ("encoder", "encoded"), ("decoder", "decoder"), ("residual", "logits")):
         head.get_submodule(part).register_forward_hook(hook(name))
-    correlations, update = head.correlations, head.update
+    pairs, update = head.pairs, head.update
 
-    def kept_correlations(*given):
-        found = correlations(*given)
-        kept["correlations"].append(found[2])
+    def kept_pairs(*given):
+        found = list(pairs(*given))
+        kept["correlations"].append([torch.stack([whole(x) for x in level]) for level in zip(*found, strict=True)])
         return found
 
     def kept_update(state, shown, *rest):
@@ -116,7 +117,7 @@ def record(system: IMRHSNet) -> dict[str, list]:
         kept["state"].append(update(state, shown, *rest))
         return kept["state"][-1]
 
-    head.correlations, head.update = kept_correlations, kept_update
+    head.pairs, head.update = kept_pairs, kept_update
     return kept
 
 
