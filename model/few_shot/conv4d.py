@@ -9,6 +9,7 @@ is not masked out.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -20,7 +21,7 @@ from model.ops import full
 EPSILON = 1e-5  # added to the norms, as published
 CHUNK = {"cpu": 2**20, "cuda": 2**27}  # numbers of a correlation that are computed at a time; on the CPU they stay in its cache
 
-Block = Callable[[slice, int], Tensor]  # positions of the query, step over the support's grid -> q k l n
+Block = Callable[[slice], Tensor]  # positions of the query -> q k l n
 
 
 class Pair(Protocol):
@@ -32,7 +33,7 @@ class Pair(Protocol):
         """k l bool: where the support counts; elsewhere the correlation is 0."""
 
     def within(self, ks: slice, ls: slice) -> Block:
-        """Gives access to the correlation with a part of the support."""
+        """Gives access to the correlation with these rows and columns of the support."""
 
 
 def unit(level: Tensor) -> Tensor:
@@ -63,13 +64,13 @@ class Cosines:
         return self.mask != 0
 
     def within(self, ks: slice, ls: slice) -> Block:
-        query, support = self.query.flatten(1, 2), unit(self.support[:, :, ks, ls] * self.mask[ks, ls])
-
-        def block(rows: slice, step: int) -> Tensor:
-            part = support[:, ::step, ::step]
-            return cosines(query[:, rows], part.flatten(1, 2)).unflatten(1, part.shape[1:3])
-
-        return block
+        mask, query = self.mask[ks, ls], self.query.flatten(1, 2)
+        seen = mask.flatten().nonzero()[:, 0]
+        support = self.support[:, :, ks, ls].flatten(2)[:, :, seen] * mask.flatten()[seen]
+        vectors = F.pad(unit(support[..., None])[:, :, 0], (0, 0, 0, 1))  # n p+1 C: the last one, 0, for all that is masked out
+        place = torch.full((mask.numel(),), len(seen), device=mask.device)
+        place[seen] = torch.arange(len(seen), device=mask.device)
+        return lambda rows: cosines(query[:, rows], vectors).index_select(1, place).unflatten(1, mask.shape)
 
 
 class Products:
@@ -91,11 +92,7 @@ class Products:
     def within(self, ks: slice, ls: slice) -> Block:
         kept, support = self.kept[:, :, ks, ls].flatten(0, 1), self.support[:, ks, ls].permute(1, 2, 0)
         query = self.query.flatten(1).T[:, None, None]  # hw 1 1 n
-
-        def block(rows: slice, step: int) -> Tensor:
-            return query[rows] * support[::step, ::step] * kept[rows, ::step, ::step]
-
-        return block
+        return lambda rows: query[rows] * support * kept[rows]
 
 
 def keep(query: Tensor, support: Tensor) -> Tensor:
@@ -127,9 +124,13 @@ def plane(conv: nn.Module, x: Tensor) -> Tensor:
 
 def on_query_grid(layer: Callable[[Tensor], Tensor], x_NchwKL: Tensor) -> Tensor:
     """Applies a layer of images to the query's grid at every position of the support: N c h w k l -> N c' h' w' k l."""
-    x = x_NchwKL.permute(0, 4, 5, 2, 3, 1)
-    y = plane(layer, x.flatten(0, 2).contiguous()).unflatten(0, x.shape[:3])
-    return y.permute(0, 5, 3, 4, 1, 2)
+    return over_query(layer, x_NchwKL.permute(0, 2, 3, 4, 5, 1)).permute(0, 5, 1, 2, 3, 4)
+
+
+def over_query(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """The same in the order of the memory: N h w k l c -> N h' w' k l c'."""
+    images = x.permute(0, 3, 4, 1, 2, 5)
+    return plane(layer, images.flatten(0, 2).contiguous()).unflatten(0, images.shape[:3]).permute(0, 3, 4, 1, 2, 5)
 
 
 class CenterPivotConv4d(nn.Module):
@@ -146,9 +147,9 @@ class CenterPivotConv4d(nn.Module):
 
     def forward(self, x_NchwKL: Tensor) -> Tensor:
         x = x_NchwKL.permute(0, 2, 3, 4, 5, 1)
-        y = self.over_support(x.flatten(0, 2)).unflatten(0, x.shape[:3]).permute(0, 5, 1, 2, 3, 4)
-        y += on_query_grid(self.conv1, x_NchwKL[..., :: self.stride, :: self.stride])
-        return y
+        y = self.over_support(x.flatten(0, 2)).unflatten(0, x.shape[:3])
+        y = y + over_query(self.conv1, x if self.stride == 1 else x[:, :, :, :: self.stride, :: self.stride])
+        return y.permute(0, 5, 1, 2, 3, 4)
 
     def over_support(self, x: Tensor) -> Tensor:
         """M k l c -> M k' l' c'. On a grid so small that every output reads every input, it is one linear layer."""
@@ -172,15 +173,16 @@ class CorrelationConv4d(CenterPivotConv4d):
         if not seen.any():
             return bias.expand(1, h, w, *cells, -1).contiguous().permute(0, 5, 1, 2, 3, 4)
         (k_cells, ks), (l_cells, ls) = self.reach(seen.any(1)), self.reach(seen.any(0))
-        block = pair.within(ks, ls)
+        on_query = partial(F.conv2d, weight=self.conv1.weight, padding=self.conv1.padding)
+        on_support = partial(F.conv2d, weight=self.conv2.weight, stride=self.stride, padding=self.conv2.padding)
+        around = pair.within(ks, ls)
         step = at_once((ks.stop - ks.start) * (ls.stop - ls.start) * self.conv1.in_channels, bias)
-        y = torch.cat([plane(self.conv2, block(slice(i, i + step), 1)) for i in range(0, h * w, step)]).unflatten(0, (h, w))
-        x = block(slice(None), self.stride).unflatten(0, (h, w))
-        y += plane(self.conv1, x.permute(2, 3, 0, 1, 4).flatten(0, 1)).unflatten(0, x.shape[2:4]).permute(2, 3, 0, 1, 4)
-        if y.shape[2:4] != cells:
-            part, y = y, bias.to(y.dtype).expand(h, w, *cells, -1).contiguous()
-            y[:, :, k_cells, l_cells] = part
-        return y[None].permute(0, 5, 1, 2, 3, 4)
+        y = torch.cat([plane(on_support, around(slice(i, i + step))) for i in range(0, h * w, step)]).unflatten(0, (1, h, w))
+        centres = pair.within(*(slice(part.start, part.stop, self.stride) for part in (ks, ls)))
+        y = y + over_query(on_query, centres(slice(None)).unflatten(0, (1, h, w)))
+        y = F.pad(y, (0, 0, l_cells.start, cells[1] - l_cells.stop, k_cells.start, cells[0] - k_cells.stop))
+        y += bias
+        return y.permute(0, 5, 1, 2, 3, 4)
 
     def reach(self, seen: Tensor) -> tuple[slice, slice]:
         """Of one axis of the support: output cells that see something, and the positions to compute them from.
@@ -194,21 +196,21 @@ class CorrelationConv4d(CenterPivotConv4d):
         return slice(start, stop), slice(stride * start, min(len(seen), stride * stop))
 
 
-class GroupNorm4d(nn.GroupNorm):
-    """Group norm over the channels of a group and all positions of N c h w k l, which lies in memory as said above.
+class NormReLU4d(nn.GroupNorm):
+    """Group norm over the channels of a group and all positions of N c h w k l, which lies in memory as said above; then ReLU.
 
-    torch's own copies such a tensor or, asked for channels last, adds up its squares in fp32 one after the other: over the
+    torch's own norm copies such a tensor or, asked for channels last, adds up its squares in fp32 one after the other: over the
     400,000 positions of level 2 the variance keeps three digits.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         x = full(x).permute(0, 2, 3, 4, 5, 1)
-        rows = x.reshape(len(x), -1, x.shape[5])
-        return Normalise.apply(rows, self.weight, self.bias, self.num_groups, self.eps).view(x.shape).permute(0, 5, 1, 2, 3, 4)
+        y = _NormReLU.apply(x.reshape(len(x), -1, x.shape[5]), self.weight, self.bias, self.num_groups, self.eps)
+        return y.view(x.shape).permute(0, 5, 1, 2, 3, 4)
 
 
-class Normalise(torch.autograd.Function):
-    """Group norm of N m c over m and the channels of a group: partial sums of pieces that fit a cache, joined in fp64."""
+class _NormReLU(torch.autograd.Function):
+    """Of N m c over m and the channels of a group: partial sums of pieces that fit a cache, joined in fp64."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
@@ -218,36 +220,33 @@ class Normalise(torch.autograd.Function):
 
         step = at_once(x.shape[0] * x.shape[2], x)
         first = x[:, :step]
-        shift = per_group(first.sum(1).double() * (x.shape[1] / first.shape[1]))  # near the mean: nothing cancels
+        shift = per_group(first.sum(1).double() * (x.shape[1] / first.shape[1])).to(x)  # near the mean: nothing cancels
         sums = squares = 0
         for piece in x.split(step, 1):
-            piece = piece - shift[:, None].to(x)
+            piece = piece - shift[:, None]
             sums, squares = sums + piece.sum(1).double(), squares + piece.square_().sum(1).double()
-        off = shift.to(x).double()
-        mean, rate = per_group(sums) + off, (per_group(squares) - per_group(sums) ** 2 + eps).rsqrt()
+        off = per_group(sums)
+        mean, rate = shift + off, (per_group(squares) - off**2 + eps).rsqrt()
         scale = rate * weight
-        ctx.save_for_backward(x, weight, mean, rate)
-        ctx.per_group = per_group
         scale, offset = (value[:, None].to(x) for value in (scale, bias - mean * scale))
         y = torch.empty_like(x)
         for i in range(0, x.shape[1], step):
-            torch.addcmul(offset, x[:, i : i + step], scale, out=y[:, i : i + step])
+            torch.addcmul(offset, x[:, i : i + step], scale, out=y[:, i : i + step]).relu_()
+        ctx.save_for_backward(x, y, weight, mean, rate)
+        ctx.per_group, ctx.step = per_group, step
         return y
 
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, mean, rate = ctx.saved_tensors
-        step = at_once(x.shape[0] * x.shape[2], x)
-        sums = products = 0
-        for i in range(0, x.shape[1], step):
-            piece = dy[:, i : i + step]
-            sums, products = sums + piece.sum(1).double(), products + (piece * x[:, i : i + step]).sum(1).double()
+        x, y, weight, mean, rate = ctx.saved_tensors
+        pieces = [slice(i, i + ctx.step) for i in range(0, x.shape[1], ctx.step)]
+        dx, sums, products = torch.empty_like(x), 0, 0  # first keeps what passed the ReLU
+        for rows in pieces:
+            piece = torch.mul(dy[:, rows], y[:, rows] > 0, out=dx[:, rows])
+            sums, products = sums + piece.sum(1).double(), products + (piece * x[:, rows]).sum(1).double()
         products = rate * (products - mean * sums)  # with the normalised x
         along, level = ctx.per_group(products * weight) * rate**2, ctx.per_group(sums * weight) * rate
-        factors = rate * weight, -along, along * mean - level
-        by_dy, by_x, offset = (value[:, None].to(x) for value in factors)
-        dx = torch.empty_like(x)
-        for i in range(0, x.shape[1], step):
-            rows = slice(i, i + step)
-            torch.addcmul(torch.addcmul(offset, x[:, rows], by_x), dy[:, rows], by_dy, out=dx[:, rows])
+        by_dy, by_x, offset = (value[:, None].to(x) for value in (rate * weight, -along, along * mean - level))
+        for rows in pieces:
+            dx[:, rows].mul_(by_dy).add_(offset).addcmul_(x[:, rows], by_x)
         return dx, products.sum(0).to(weight), sums.sum(0).to(weight), None, None

@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from model.few_shot.conv4d import CenterPivotConv4d, CorrelationConv4d, Cosines, GroupNorm4d, Pair, on_query_grid, unit
+from model.few_shot.conv4d import CenterPivotConv4d, CorrelationConv4d, Cosines, NormReLU4d, Pair, on_query_grid, unit
 from model.few_shot.prior import Features
 from model.few_shot.system import Decoded, FewShot
 from model.losses import segmentation_loss
@@ -24,11 +24,11 @@ SQUEEZE = {"4": ((3, 3, 3), (2, 2, 2)), "3": ((5, 3, 3), (4, 2, 2)), "2": ((5, 5
 
 
 def block(widths: Sequence[int], kernels: Sequence[int], strides: Sequence[int], first: type[CenterPivotConv4d]) -> nn.Sequential:
-    """[4-D convolution, group norm, ReLU] x 3; first: class of the first convolution."""
+    """[4-D convolution, group norm, ReLU] x 3, each under its published number; first: class of the first convolution."""
     layers = []
     for inputs, outputs, kernel, stride in zip(widths, widths[1:], kernels, strides, strict=False):
         conv = CenterPivotConv4d if layers else first
-        layers += [conv(inputs, outputs, kernel, stride), GroupNorm4d(GROUPS, outputs), nn.ReLU(inplace=True)]
+        layers += [conv(inputs, outputs, kernel, stride), NormReLU4d(GROUPS, outputs), nn.Identity()]
     return nn.Sequential(*layers)
 
 
