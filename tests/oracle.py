@@ -219,7 +219,7 @@ def masked(level: Tensor, mask: Tensor) -> Tensor:
 def whole(pair: Pair) -> Tensor:
     """n h w k l: what the model computes piece by piece."""
     everywhere = slice(None)
-    return pair.within(everywhere, everywhere)(everywhere, 1).unflatten(0, pair.grid[:2]).permute(4, 0, 1, 2, 3)
+    return pair.within(everywhere, everywhere)(everywhere).unflatten(0, pair.grid[:2]).permute(4, 0, 1, 2, 3)
 
 
 def conv4d(layer: CenterPivotConv4d, x: Tensor) -> Tensor:
@@ -255,6 +255,11 @@ def plain_hsnet(head: hsnet.Head, query: list[Tensor], support: list[Tensor], ma
     return head.decoder(encoder4d(head.encoder, found))
 
 
+def gate(net: imr_hsnet.Gate, *parts: Tensor) -> Tensor:
+    first, second = net.mix(torch.cat(parts, 1)).chunk(2, 1)
+    return torch.cat([net.first(first), net.second(second)], 1)
+
+
 def plain_imr_hsnet(head: imr_hsnet.Head, query: list[Tensor], support: list[Tensor], query_cam: Tensor, support_cam: Tensor
                     ) -> list[Tensor]:  # fmt: skip
     """Logits 2N 2 h w of each stage, from the published masking as it reads: features are masked anew, again and again."""
@@ -273,7 +278,8 @@ def plain_imr_hsnet(head: imr_hsnet.Head, query: list[Tensor], support: list[Ten
             back = [correlation(s, masked(q, q_map)) for q, s in zip(query, support, strict=True)]
         encoded = encoder4d(head.encoder, [torch.cat(pair) for pair in zip(forth, back, strict=True)])
         shown = corners(torch.cat([q_map, s_map]), size)
-        state = head.update(state, shown, encoded, middle)
+        z, r = (gate(net, shown, encoded, middle, state).sigmoid() for net in (head.z, head.r))
+        state = (1 - z) * state + z * gate(head.h, shown, encoded, middle, r * state).tanh()
         decoded = head.decoder(state + encoded)
         logits.append(head.residual(torch.cat([decoded, corners(shown, decoded.shape[2:])], 1)))
         q_map, s_map = logits[-1].softmax(1)[:, 1:].chunk(2)

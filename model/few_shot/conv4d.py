@@ -77,30 +77,29 @@ class Products:
     """Correlation from cosines that are kept, for masks that change: what a mask does to a vector is one factor a position.
 
     Args:
-        kept: h w k l n cosines of the unmasked features, not negative.
+        kept: n h w k l, see `keep`.
         query: n h w and
         support: n k l, see `shrink`.
     """
 
     def __init__(self, kept: Tensor, query: Tensor, support: Tensor):
         self.kept, self.query, self.support = kept, query, support
-        self.grid = tuple(kept.shape[:4])
+        self.grid = tuple(kept.shape[1:])
 
     def seen(self) -> Tensor:
         return (self.support != 0).any(0)
 
     def within(self, ks: slice, ls: slice) -> Block:
-        kept, support = self.kept[:, :, ks, ls].flatten(0, 1), self.support[:, ks, ls].permute(1, 2, 0)
-        query = self.query.flatten(1).T[:, None, None]  # hw 1 1 n
-        return lambda rows: query[rows] * support * kept[rows]
+        kept, query, support = self.kept.flatten(1, 2)[..., ks, ls], self.query.flatten(1), self.support[:, None, ks, ls]
+        return lambda rows: (query[:, rows, None, None] * support * kept[:, rows]).permute(1, 2, 3, 0).contiguous()
 
 
-def keep(query: Tensor, support: Tensor) -> Tensor:
-    """n h w C and n k l C, see `unit` -> h w k l n, see `Products`."""
-    q, s = query.flatten(1, 2), support.flatten(1, 2)
-    step = at_once(s.shape[0] * s.shape[1], s)
-    found = torch.cat([cosines(q[:, i : i + step], s) for i in range(0, q.shape[1], step)])
-    return found.view(*query.shape[1:3], *support.shape[1:3], -1)
+def keep(query: Tensor, support: Tensor) -> tuple[Tensor, Tensor]:
+    """n h w C and n k l C, see `unit` -> cosines n h w k l, negative ones set to 0, and the same as n k l h w."""
+    found = (query.flatten(1, 2) @ support.flatten(1, 2).transpose(1, 2)).clamp_(min=0)
+    back = torch.stack([x.T.contiguous() for x in found])  # faster than the transposed copy of a batch
+    both = (found, query.shape[1:3], support.shape[1:3]), (back, support.shape[1:3], query.shape[1:3])
+    return tuple(x.unflatten(2, last).unflatten(1, first) for x, first, last in both)
 
 
 def shrink(norm: Tensor, mask: Tensor) -> Tensor:

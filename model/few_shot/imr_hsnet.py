@@ -7,6 +7,7 @@ Shapes as in hsnet.py. Query and support go through the network as one batch of 
 from collections.abc import Iterator, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.few_shot.cam import CamPrior
@@ -25,15 +26,27 @@ Levels = Sequence[Tensor]
 
 
 class Gate(nn.Module):
-    """1x1 to 512 channels, then a grouped 3x3 over each half of them."""
+    """1x1 to 512 channels, then a grouped 3x3 over each half of them.
 
-    def __init__(self, inputs: int):
+    The mid feature, most of what the 1x1 reads, stays the same over the stages: its share is computed once (`share`).
+
+    Args:
+        inputs: channels of map, encoded correlation, mid feature and state, in this order.
+    """
+
+    def __init__(self, inputs: Sequence[int]):
         super().__init__()
-        self.mix = nn.Conv2d(inputs, 512, 1)
+        self.inputs = tuple(inputs)
+        self.mix = nn.Conv2d(sum(inputs), 512, 1)
         self.first, self.second = (nn.Conv2d(256, WIDTH // 2, 3, padding=1, groups=8) for _ in range(2))
 
-    def forward(self, *parts: Tensor) -> Tensor:
-        first, second = self.mix(torch.cat(parts, 1)).chunk(2, 1)
+    def share(self, middle: Tensor) -> Tensor:
+        return F.conv2d(middle, self.mix.weight.split(self.inputs, 1)[2], self.mix.bias)
+
+    def forward(self, shown: Tensor, encoded: Tensor, share: Tensor, state: Tensor) -> Tensor:
+        of_map, of_encoded, _, of_state = self.mix.weight.split(self.inputs, 1)
+        changing = torch.cat([shown, encoded, state], 1)
+        first, second = (share + F.conv2d(changing, torch.cat([of_map, of_encoded, of_state], 1))).chunk(2, 1)
         return torch.cat([self.first(first), self.second(second)], 1)
 
 
@@ -53,7 +66,7 @@ class Head(nn.Module):
         self.encoder, self.decoder = Encoder4d(blocks), Decoder()
         self.adapter = nn.Conv2d(channels, MIDDLE, 1) if channels != MIDDLE else nn.Identity()
         self.state = nn.Parameter(torch.zeros(1, WIDTH, SIDE, SIDE))
-        self.z, self.r, self.h = (Gate(1 + WIDTH + MIDDLE + WIDTH) for _ in range(3))
+        self.z, self.r, self.h = (Gate((1, WIDTH, MIDDLE, WIDTH)) for _ in range(3))
         self.residual = nn.Sequential(nn.Conv2d(3, 10, 1), nn.GELU(), nn.Conv2d(10, 2, 1))
 
     def forward(self, query: Levels, support: Levels, query_cam: Tensor, support_cam: Tensor) -> list[Tensor]:
@@ -64,16 +77,17 @@ class Head(nn.Module):
             logits of each stage, 2N 2 h w at twice level 2: queries, then supports.
         """
         size = query[0].shape[3:]
-        middle = self.adapter(resize(torch.cat([query[1].sum(1), support[1].sum(1)]), size))
+        middle = self.adapter(torch.cat([query[1].sum(1), support[1].sum(1)]))
+        shares = [resize(gate.share(middle), size) for gate in (self.z, self.r, self.h)]  # 1x1 and resizing change places
         state = resize(self.state, size).expand(len(middle), -1, -1, -1)
         kept = [[keep(unit(q), unit(s)) for q, s in zip(*levels, strict=True)] for levels in zip(query, support, strict=True)]
-        norms = [full(torch.cat(levels)).norm(dim=2) for levels in zip(query, support, strict=True)]
+        norms = [torch.cat([full(x).norm(dim=2) for x in levels]) for levels in zip(query, support, strict=True)]
         maps, masks, logits = torch.cat([query_cam, support_cam]), [], []
         for _ in range(self.stages):
             masks = self.masks(masks, maps, [norm.shape[2:] for norm in norms])
             encoded = self.encoder(self.pairs(kept, norms, masks))
             shown = resize(maps, size)
-            state = self.update(state, shown, encoded, middle)
+            state = self.update(state, shown, encoded, shares)
             decoded = self.decoder(state + encoded)
             logits.append(self.residual(torch.cat([decoded, resize(shown, decoded.shape[2:])], 1)))
             maps = logits[-1].softmax(1)[:, 1:]
@@ -94,7 +108,7 @@ class Head(nn.Module):
         found = [resize(maps, size) for size in sizes]
         return [a * b for a, b in zip(before, found, strict=True)] if self.mask_mode == "official" and before else found
 
-    def pairs(self, kept: Sequence[Sequence[Tensor]], norms: Sequence[Tensor], masks: Sequence[Tensor]) -> Iterator[list[Pair]]:
+    def pairs(self, kept: Sequence[Sequence[Levels]], norms: Sequence[Tensor], masks: Sequence[Tensor]) -> Iterator[list[Pair]]:
         """Levels of each query with its support, then of each support with its query.
 
         Args:
@@ -106,14 +120,13 @@ class Head(nn.Module):
             other, levels = (i + n) % (2 * n), []
             for dots, factor in zip(kept, factors, strict=True):
                 own = factor[i] if self.mask_mode == "official" else torch.ones_like(factor[i])
-                levels.append(Products(dots[i] if i < n else dots[i - n].permute(2, 3, 0, 1, 4), own, factor[other]))
+                levels.append(Products(dots[i % n][i // n], own, factor[other]))
             yield levels
 
-    def update(self, state: Tensor, shown: Tensor, encoded: Tensor, middle: Tensor) -> Tensor:
-        """A convolutional GRU's next state."""
-        seen = shown, encoded, middle
-        z, r = self.z(*seen, state).sigmoid(), self.r(*seen, state).sigmoid()
-        return (1 - z) * state + z * self.h(*seen, r * state).tanh()
+    def update(self, state: Tensor, shown: Tensor, encoded: Tensor, shares: Sequence[Tensor]) -> Tensor:
+        """A convolutional GRU's next state; shares: of the mid feature in z, r and h."""
+        z, r = (gate(shown, encoded, share, state).sigmoid() for gate, share in zip((self.z, self.r), shares, strict=False))
+        return (1 - z) * state + z * self.h(shown, encoded, shares[2], r * state).tanh()
 
 
 class IMRHSNet(HSNet):

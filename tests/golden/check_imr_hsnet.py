@@ -75,7 +75,7 @@ def check_imr_hsnet(path: Path) -> Iterator[Row]:
 def check_stages(arrays: Arrays, system: IMRHSNet, batch: Episode) -> Iterator[Row]:
     kept = record(system)
     system.stages(batch)
-    middle = kept["adapter"][0].chunk(2)
+    middle = resize(kept["adapter"][0], (50, 50)).chunk(2)
     for role, x in zip(("query", "support"), middle, strict=True):
         yield compare(f"{role}_mid", every(x, 16, 5, 5), arrays[f"{role}_mid"], 2e-4)
         yield close(f"{role}_mid_mean_std", torch.stack([x.mean(), x.std(correction=0)]), arrays[f"{role}_mid_mean_std"], 1e-5)
