@@ -1,8 +1,12 @@
 """Episodes of PASCAL's sizes to measure with: made up, or of real images."""
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from util.cache import CACHE
 from util.data.episodes import Episode, EpisodeDataset, EpisodeList, collate

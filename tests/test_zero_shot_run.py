@@ -41,7 +41,8 @@ def small(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[li
     (folder / "list.txt").write_text("\n".join(lines[:12]))
     with contextlib.chdir(ROOT):
         yield [f"Data.data_root={scenes}", "Data.maker=", f"Data.train_list={folder}/list.txt",
-               f"Data.val_list={folder}/list.txt", f"Runtime.output={folder}/exp", "Train.iterations=4", "Train.keep=[2]", "Train.batch_size=2", "Train.workers=0",
+               f"Data.val_list={folder}/list.txt", f"Runtime.output={folder}/exp",
+               "Train.iterations=4", "Train.keep=[2]", "Train.batch_size=2", "Train.workers=0",
                "Train.train_h=64", "Train.val_size=64", "Method.crop=64", "Method.stride=48", "Method.prompts=2",
                "Method.dropout=0.1"]  # fmt: skip
 
@@ -174,7 +175,8 @@ def test_splits_and_weights_of_the_papers() -> None:
         assert [c - 1 for c in fold.novel] == list(classes) and fold.num_classes == counts[data_set]
     assert (len(fold_of(configured("inductive-bg", "CLIP_RC", [], "context", "vitb16")[0]).base), len(fold.base)) == (50, 49)
     for data_set, exp, weights in (("voc", "inductive", (100, 1, 2)), ("voc", "transductive", (100, 1, 2)),
-                                   ("voc", "full", (100, 1, 0)), ("coco_stuff", "inductive", (200, 3, 50)), ("coco_stuff", "full", (100, 1.5, 1))):  # fmt: skip
+                                   ("voc", "full", (100, 1, 0)), ("coco_stuff", "inductive", (200, 3, 50)),
+                                   ("coco_stuff", "full", (100, 1.5, 1))):  # fmt: skip
         options = configured(exp, "CLIP_RC", [], data_set, "vitb16")[0].Method
         assert (options.focal, options.dice, options.recovery) == weights and options.setting == exp
         assert (options.prompts, options.templates) == ((100, "many") if data_set == "coco_stuff" else (10, "one"))
