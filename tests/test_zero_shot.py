@@ -15,8 +15,9 @@ from model.zero_shot.clip_rc import CLIP_RC
 from model.zero_shot.losses import focal_and_dice
 from model.zero_shot.tower import owners, reading_mask
 from model.zero_shot.zegclip import MANY, ZegCLIP, text_bank
-from tests.make import published, small_clip
+from tests.make import small_clip
 from tests.make.runs import CPU, in_processes
+from tests.make.zero_shot import published
 from util.config import Train
 from util.data.loading import RangeSampler
 from util.errors import UserError

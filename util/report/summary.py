@@ -134,7 +134,7 @@ def variant_rows(result: Mapping) -> list[dict]:
 
 
 def cause_rows(result: Mapping) -> list[dict]:
-    """Return for each class, and last for "all": name and share of episodes of each cause (util/score/causes.py); [] in older reports."""
+    """Return name and share of episodes of each cause (util/score/causes.py), per class and last "all"; [] in older reports."""
     found = result.get("causes")
     if not found:
         return []
