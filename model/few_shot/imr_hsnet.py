@@ -1,5 +1,5 @@
-"""IMR-HSNet (IJCAI 2022): HSNet without support masks. Class activation maps of CLIP stand in for them, and a recurrent cell
-refines the masks of query and support together, stage by stage.
+"""IMR-HSNet (IJCAI 2022): HSNet with CLIP's class activation maps instead of support masks. A recurrent cell refines the masks of
+query and support together, stage by stage.
 
 Shapes as in hsnet.py. Query and support go through the network as one batch of 2N, the queries first.
 """
@@ -80,11 +80,11 @@ class Head(nn.Module):
         return logits
 
     def correlations(self, query: Levels, support: Levels, maps: Tensor, swapped: bool) -> tuple[Levels, Levels, Levels]:
-        """Levels to go on with, and correlations of both directions.
+        """Return the levels for the next stage, and correlations of both directions.
 
         official: maps multiply both sides, stay multiplied in later stages, and the first time each goes to the other image
             (swapped). This is what the published weights were trained with. One direction is the transposed other.
-        paper: only the side that is compared with is masked, by its own map, each stage anew.
+        paper: only the other image of a comparison is masked, by its own map, anew at each stage.
         """
         own, other = maps.chunk(2)
         if self.mask_mode == "paper":
@@ -116,7 +116,7 @@ class Options:
 
 
 class IMRHSNet(HSNet):
-    """IMR-HSNet: reads the supports' class, not their masks; those only teach it. It needs CLIP for the activation maps."""
+    """IMR-HSNet. It reads the supports' class, and their masks only as targets of training. CLIP gives the activation maps."""
 
     facts = Facts(identity=(*IDENTITY, "System.stages", "System.mask_mode", "CLIP.clip_size"), priors=("cam",))
     Options = Options

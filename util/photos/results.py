@@ -1,4 +1,4 @@
-"""What predict.py writes: masks, overlays, scores and polygons, file by file, so that whatever ends a run leaves whole ones."""
+"""Results of predict.py: masks, overlays, scores and polygons, file by file, so that a killed run leaves whole files."""
 
 import contextlib
 from collections.abc import Iterator
@@ -16,18 +16,18 @@ from util.photos.reading import Photo, shrink
 from util.report import viz
 
 OVERLAY_SIDE = 1600  # pixels: overlays of larger photos are reduced to it
-SHEET = 30  # overview.jpg shows so many at most, supports first,
-ROW = 6  # so many in a row,
-TILE = 200  # of so many pixels in height
+SHEET = 30  # pictures of overview.jpg at most, supports first
+ROW = 6  # pictures in a row
+TILE = 200  # height of a picture in pixels
 
 
 class Results:
-    """Writes into a folder.
+    """Write results into a folder.
 
     Args:
-        kind: of polygons: "coco", "labelme" or None.
-        name: of the object, for the polygons.
-        record: what scores.json tells of the run.
+        kind: kind of polygons: "coco", "labelme" or None.
+        name: the object's, for the polygons.
+        record: entries of scores.json about the run.
     Raises:
         UserError: the folder cannot be written.
     """
@@ -40,14 +40,14 @@ class Results:
         self._panels: list[viz.Panel] = []
 
     def support(self, number: int, photo: Photo, mask: np.ndarray) -> None:
-        """A support as it was understood; mask: H W {0, 1, 255}."""
+        """Write a support with its mask, H W {0, 1, 255}."""
         self._save_overlay(f"supports/{number}.jpg", f"example {number}", photo.image, mask, "support mask")
 
     def add(self, stem: str, photo: Photo, mask: np.ndarray, score: np.ndarray, seconds: float) -> dict[str, Any]:
-        """Writes the files of one image and returns what scores.json will tell of it.
+        """Write the files of one image and return its entry of scores.json.
 
         Args:
-            stem: of the names of its files; a number is added where it is taken.
+            stem: stem of its files' names; a number is added where it is taken.
             mask: H W bool; score: H W in 0..1.
         """
         name = self._free(stem)
@@ -68,11 +68,11 @@ class Results:
         return found
 
     def unread(self, source: str, reason: str) -> None:
-        """An image that could not be read."""
+        """Record an image that could not be read."""
         self.record["unread"].append({"image": source, "reason": reason})
 
     def close(self) -> None:
-        """Writes what is about all images."""
+        """Write the files about all images."""
         with _writing(self.out):
             if self.kind == "coco":
                 save_json(self.out / "coco.json", self._coco.content())

@@ -1,9 +1,9 @@
-"""Prepares a data set: label PNGs and lists from what the official sites offer ("PI-CLIP Sec. 1, Lists").
+"""Prepare a data set: label PNGs and lists from the official downloads ("PI-CLIP Sec. 1, Lists").
 
     python -m util.prepare pascal --voc DIR_OR_TAR --sbd DIR_OR_TGZ
     python -m util.prepare coco --images DIR --annotations JSON [JSON ...]
 
-What is already there is kept, so the same command continues after an interruption. Lists are written last.
+Existing files are kept, so the same command continues after an interruption. Lists are written last.
 """
 
 import argparse
@@ -46,13 +46,13 @@ def prepare(argv: Sequence[str] | None) -> None:
     args["lists"] = args["lists"] or Path("lists") / data_set
     try:
         module = importlib.import_module(f"util.prepare.{data_set}")
-    except ModuleNotFoundError as error:  # scipy, pycocotools: training does without them
+    except ModuleNotFoundError as error:  # scipy, pycocotools: not needed for training
         raise UserError(f"the package {error.name} is missing; `python env.py` prepares .venv with it") from error
     module.prepare(**args)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The exit code: 0, 2 after a message about wrong or missing input, 130 after Ctrl-C."""
+    """Return the exit code: 0; 2 after a message about wrong or missing input; 130 after Ctrl-C."""
     try:
         prepare(argv)
     except (UserError, OSError) as error:

@@ -116,7 +116,7 @@ def baseline_rows(result: Mapping) -> list[dict]:
 
 
 def cause_rows(result: Mapping) -> list[dict]:
-    """Return for each class, and last for "all": name and share of episodes of each cause (util/score/causes.py); [] in older reports."""
+    """Return for each class, and last for "all": name, share of episodes by cause (util/score/causes.py); [] in old reports."""
     found = result.get("causes")
     if not found:
         return []
