@@ -86,7 +86,7 @@ class Predictor:
         meta = read_meta(path) if path.suffix == ".safetensors" else {}
         arch = arch or meta.get("system")
         if arch is None or (not meta and config is None):
-            raise UserError(f"{path} does not tell what it is: a published checkpoint needs the config and the system that it is "
+            raise UserError(f"{path} does not say what it is: a published checkpoint needs the config and the system that it is "
                             "of (--config config/pascal/pascal_split0_resnet50.yaml --arch PI_CLIP)")
         if not issubclass(system_class(arch), FewShot):
             raise UserError(f"{path} is a base learner (ARCH={arch}); give the checkpoint of a few-shot system")

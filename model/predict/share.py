@@ -72,7 +72,7 @@ def main() -> None:
     out = commands.add_parser("export", help="write one file with a model card beside it")
     out.add_argument("snapshot", type=Path, help="snapshot/best.safetensors of a run")
     out.add_argument("--out", type=Path, required=True, metavar="FILE.safetensors")
-    out.add_argument("--note", default="", help="what its users should know; predictors tell it")
+    out.add_argument("--note", default="", help="text for its users; predictors show it")
     out.add_argument("--half", action="store_true", help="round to 16 bits: half the size")
     out.add_argument("--push", metavar="USER/REPO", help="then upload both to this repository of the hub")
     into = commands.add_parser("pull", help="download what was pushed")

@@ -34,7 +34,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         command.add_argument("--out", type=Path, default=ROOT[name], help="the data root (default %(default)s); a source folder "
                                                                           "elsewhere is linked to, never written to")
         command.add_argument("--lists", type=Path, help=f"where train.txt and val.txt go (default lists/{name})")
-        command.add_argument("--partial", action="store_true", help="go on with a part of the data set; needs --lists")
+        command.add_argument("--partial", action="store_true", help="accept a part of the data set; needs --lists")
     return parser.parse_args(argv)
 
 
