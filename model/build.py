@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -19,19 +20,27 @@ from model.few_shot.imr_hsnet import IMRHSNet
 from model.few_shot.pfenet import PFENet
 from model.few_shot.prior import CosinePrior, Prior, SimilarityPrior, TextPrior, VisualPrior, check_priors
 from model.few_shot.system import FewShot
-from model.system import Frozen, System, load_exactly
+from model.system import Frozen, System, content_hash, load_exactly
+from model.weak.clip_es import CLIPES
+from model.weak.maps import text_bank as class_texts
+from model.weak.system import Weak
+from model.weak.weclip import WeCLIP
+from model.zero_shot.clip_rc import CLIP_RC
+from model.zero_shot.zegclip import ZegCLIP
+from model.zero_shot.zegclip import text_bank as class_bank
 from util.cache import CACHE
-from util.config import Config, load_config, options_of
+from util.config import Config, Method, load_config, options_of
 from util.data.folds import ClassNames, Fold
 from util.errors import UserError
 from util.files import load_state, load_tensors
 from util.run.checkpoint import EXPORT, check_frozen, check_identity, read_meta
-from util.run.identity import identity
-from util.run.place import Experiment, before_file, missing_before, recorded_config
+from util.run.identity import identity, start_identity
+from util.run.place import Experiment, before_file, missing_before, missing_start, recorded_config, start_file
 from util.score.task import Task
 
 SYSTEMS: dict[str, type[System]] = {"PI_CLIP": PICLIP, "HDMNet": HDMNet, "BAM": BAM, "PFENet": PFENet, "HSNet": HSNet,
-                                    "IMR_HSNet": IMRHSNet, "PSPNet": PSPNet}  # fmt: skip
+                                    "IMR_HSNet": IMRHSNet, "PSPNet": PSPNet, "WeCLIP": WeCLIP, "CLIP_ES": CLIPES,
+                                    "CLIP_RC": CLIP_RC, "ZegCLIP": ZegCLIP}  # fmt: skip
 READ_CLIP = {"vtp", "vvp", "cam"}  # priors that need a CLIP
 
 
@@ -56,7 +65,7 @@ def configure(path: str | Path, arch: str, overrides: list[str] | None = None) -
 def recorded(path: Path, overrides: list[str] | None = None) -> Config:
     """Return the config of a checkpoint's training, see `util.run.place.recorded_config`."""
     arch = read_meta(path).get("system")
-    return recorded_config(path, overrides, system_class(arch).Options if arch else None)
+    return recorded_config(path, overrides, system_class(arch).Options if arch else Method)
 
 
 def priors_of(arch: str, config: Config) -> Sequence[str]:
@@ -66,7 +75,7 @@ def priors_of(arch: str, config: Config) -> Sequence[str]:
 
 
 def needs_clip(arch: str, config: Config) -> bool:
-    return bool(READ_CLIP & set(priors_of(arch, config)))
+    return system_class(arch).facts.clip or bool(READ_CLIP & set(priors_of(arch, config)))
 
 
 def build_system(arch: str, config: Config, fold: Fold, names: ClassNames, cache: Path | None = None) -> System:
@@ -108,10 +117,24 @@ def build_few_shot(cls: type[FewShot], arch: str, config: Config, fold: Fold, na
                                 vocabulary, fold.base, config.CLIP.clip_size),
     }
     backbone = Frozen(learner if cls.facts.before else learner.encoder)
-    return cls(backbone, [makers[name]() for name in wanted], shot, options_of(config.System, cls.Options), clip)
+    return cls(backbone, [makers[name]() for name in wanted], shot, options_of(config.Method, cls.Options), clip)
 
 
-FAMILIES: dict[type[System], Callable[..., System]] = {FewShot: build_few_shot, PSPNet: build_base_learner}
+def build_weak(cls: type[Weak], arch: str, config: Config, fold: Fold, names: ClassNames, cache: Path | None) -> Weak:
+    options, clip = options_of(config.Method, cls.Options), load_clip(config.CLIP.clip_path, activation=config.CLIP.activation)
+    return cls(Frozen(clip), class_texts(clip.text, names.texts, options, cache), options)
+
+
+def build_zero_shot(cls: type[ZegCLIP], arch: str, config: Config, fold: Fold, names: ClassNames, cache: Path | None) -> ZegCLIP:
+    options, clip = options_of(config.Method, cls.Options), load_clip(config.CLIP.clip_path, activation=config.CLIP.activation)
+    if not isinstance(clip.visual, ClipTrunk):
+        raise UserError(f"CLIP.clip_path = {config.CLIP.clip_path} is a ResNet; {arch} puts tokens into a ViT: take ViT-B-16")
+    clip, seen = Frozen(clip), [c - 1 for c in fold.base]
+    return cls(clip, names.names, class_bank(clip, names.texts, options, cache), seen, options)
+
+
+FAMILIES: dict[type[System], Callable[..., System]] = {FewShot: build_few_shot, PSPNet: build_base_learner, Weak: build_weak,
+                                                      ZegCLIP: build_zero_shot}  # fmt: skip
 
 
 def cam_source(clip: Clip) -> CamSource:
@@ -140,8 +163,10 @@ def open_system(arch: str, config: Config) -> tuple[System, Task]:
 
 
 def load_weights(system: System, config: Config, place: Experiment, weight: Path) -> None:
-    """Load all weights of a system. A checkpoint of ours must match the config and the frozen parts; an exported one
-    (model/predict/share.py) and a published one have their base learner inside."""
+    """Load all weights of a system; one without training has them. A checkpoint of ours must match the config and the frozen
+    parts; an exported one (model/predict/share.py) and a published one have their base learner inside."""
+    if not system.facts.trained:
+        return
     if not weight.is_file():
         raise UserError(f"Test_Finetune.weight = {config.Test_Finetune.weight}: no checkpoint {weight}. Train first: "
                         f"`ARCH={place.arch} NET={place.net} sh train.sh {place.command} GPUS`")
@@ -180,6 +205,20 @@ def load_frozen(system: System, config: Config, place: Experiment, training: boo
             system.warnings += (f"the base learner {path} was chosen where novel objects of the validation images count as "
                                 "background, a leak; train it with Test_Finetune.protocol=strict too",)  # fmt: skip
     system.load_before(load_state(path), str(path))
+
+
+def load_start(system: System, config: Config, place: Experiment) -> dict[str, Any]:
+    """Gives the trained part the weights that `Train.start_from` names; what checkpoints of the run record of them."""
+    file = start_file(config, place)
+    if file is None:
+        return {}
+    if not file.is_file():
+        raise UserError(missing_start(config, place))
+    meta, state = read_meta(file), load_tensors(file)
+    check_identity(file, meta, start_identity(place.arch, system.facts, config))
+    check_frozen(file, meta, system.frozen_hashes())
+    system.load_trained(state, str(file))
+    return {"start": f"{file}" + (f", step {meta['step']}" if "step" in meta else "") + f" ({content_hash(system.trained)})"}
 
 
 def initialise(encoder: Encoder, source: str) -> None:

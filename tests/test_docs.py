@@ -106,16 +106,15 @@ def wrong_keys(text: str) -> list[str]:
     """`Section.key` or `Section.key=value` that the config has not or refuses. Values in capitals or ... stand for anything."""
     wrong = []
     for section, key, value in KEY.findall(text):
-        classes = [cls.Options for cls in SYSTEMS.values()] if section == "System" else [getattr(Config(), section)]
-        owners = [arch for arch, cls in SYSTEMS.items() if section != "System" or key in names_of_fields(cls.Options)]
-        known = {name for cls in classes for name in names_of_fields(cls)}
-        if section == "System" and re.search(rf"^    {key}: ", text, re.MULTILINE):  # an option that the page defines
+        owners = {arch: cls.Options if section == "Method" else type(getattr(Config(), section)) for arch, cls in SYSTEMS.items()}
+        archs = [arch for arch, owner in owners.items() if key in {f.name for f in dataclasses.fields(owner)}]
+        if section == "Method" and re.search(rf"^    {key}: ", text, re.MULTILINE):  # an option that the page defines
             continue
-        if key not in known:
+        if not archs:
             wrong.append(f"{section}.{key}")
         elif value and not re.fullmatch(r"=[A-Z_.]+", value):
             try:
-                configure(ROOT / "config/demo/demo_split0_resnet50.yaml", owners[0], [f"{section}.{key}{value}"])
+                configure(ROOT / "config/demo/demo_split0_resnet50.yaml", archs[0], [f"{section}.{key}{value}"])
             except ValueError:
                 wrong.append(f"{section}.{key}{value}")
     return wrong
@@ -127,9 +126,9 @@ def test_the_checks_find_mistakes() -> None:
     assert not wrong_spans(good, DOCS) and len(wrong_spans(bad, DOCS)) == 4
     good, bad = "[a](data.md) [b](protocols.md#leaks) [c](../README.md)", "[a](date.md) [b](protocols.md#leeks) [c](README.md)"
     assert not wrong_links(good, DOCS / "index.md") and len(wrong_links(bad, DOCS / "index.md")) == 3
-    good = "Train.shot=5 Train.selection=RULE System.stages=3"
-    bad = "Train.short Train.shot=five Train.selection=lst System.stage"
-    assert not wrong_keys(good) and len(wrong_keys(bad)) == 4
+    good = "Train.shot Train.shot=5 Train.selection=RULE Method.stages=3"
+    bad = "Train.short Train.shot=five Train.selection=lst Method.stage Method.stages=0"
+    assert not wrong_keys(good) and len(wrong_keys(bad)) == 5
     good = "`python -m util.data index`, `python -m demo.web --clip`"
     bad = "`python -m util.episodes`, `python -m util.prepare custom`"
     assert not wrong_commands(good) and len(wrong_commands(bad)) == 2

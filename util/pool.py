@@ -2,8 +2,7 @@
 
 import contextlib
 import signal
-from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
@@ -17,27 +16,16 @@ def parallel(function: Callable[[Any], Any], jobs: Collection[Any], workers: int
     Raises:
         UserError: a worker died. (multiprocessing.Pool would wait for ever.)
     """
-    with _pool(workers) as pool:
-        yield from pool.map(function, jobs, chunksize=chunk)
-
-
-def stream(function: Callable[..., Any], jobs: Iterable[tuple], workers: int) -> Iterator[Any]:
-    """Yield the results of large jobs in order: arguments are taken one by one, at most two per worker wait in memory."""
-    with _pool(workers) as pool:
-        waiting = deque()
-        for arguments in jobs:
-            waiting.append(pool.submit(function, *arguments))
-            if len(waiting) > 2 * workers:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+    with pool(workers) as processes:
+        yield from processes.map(function, jobs, chunksize=chunk)
 
 
 @contextlib.contextmanager
-def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
-    with ProcessPoolExecutor(workers, initializer=_signals) as pool:
+def pool(workers: int) -> Iterator[ProcessPoolExecutor]:
+    """Worker processes. What their jobs raise is raised by `result()`; a dead worker is a UserError at the end of the block."""
+    with ProcessPoolExecutor(workers, initializer=_signals) as processes:
         try:
-            yield pool
+            yield processes
         except BrokenProcessPool as error:
             raise UserError("a worker process died: killed (out of memory?), or crashed by a damaged file. Run the same command "
                             "again with more memory, or on one core to see at which file (taskset -c 0)") from error

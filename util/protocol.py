@@ -30,6 +30,16 @@ KEYS = {  # key -> its words in a report, and those of its values
     "CLIP.vocabulary": ("text vocabulary", {"present": "classes in the query's annotation (a leak, as published)",
                                             "target": "the target alone", "base+target": "base classes and the target",
                                             "all": "all classes"}),
+    "Method.static_steps": ("steps before attention is filtered (RFM)", {}),
+    "Method.statistics": ("pixel statistics", {"clip": "CLIP's", "imagenet": "ImageNet's (not CLIP's, as published)"}),
+    "Method.setting": ("setting", {
+        "inductive": "inductive: names and labels of the seen classes; pixels of unseen objects count as no class",
+        "transductive": "transductive: all names, guessed labels for the pixels of unseen classes; which pixels these are is "
+                        "read from the ground truth (a leak, as published)",
+        "transductive-strict": "transductive: all names, guessed labels where no seen class is labelled; no label of an "
+                               "unseen class is read",
+        "full": "full: labels of all classes; seen and unseen are those of the other settings"}),
+    "Method.inference": ("inference", {"slide": "windows, their scores averaged", "whole": "the whole image at once"}),
     "Data.min_pixels": ("smallest object", {}),
     "Test_Finetune.ann_type": ("support annotation", {}),
     "Test_Finetune.test_num": ("episodes per seed", {}),
@@ -58,7 +68,7 @@ class Protocol:
 
         Args:
             text_prior: whether the system reads class texts.
-            says: key -> its meaning for a task, where that differs from few-shot episodes.
+            says: what keys mean for a task where that differs from few-shot episodes; "": nothing.
         """
         lines = {"name": self.name, "hash": self.hash}
         for key, value in self.values.items():
@@ -67,6 +77,8 @@ class Protocol:
                 value, meaning = "no text is read", {}
             if key in says and value != "last":
                 value, meaning = says[key], {}
+            if value == "":
+                continue
             lines[words] = str(value) if isinstance(value, list) else str(meaning.get(value, value))
         return lines
 
@@ -76,7 +88,7 @@ def of(config: Config) -> Protocol:
     coco = config.Train.data_set == "coco"  # which alone has two styles of folds
     values = {key: lookup(config, key) for key in KEYS if key != "Test_Finetune.episodes"}
     values["Train.use_split_coco"] = values["Train.use_split_coco"] and coco
-    values = {key: value for key, value in values.items() if key not in LATER or value != LATER[key]}
+    values = {key: value for key, value in values.items() if value is not None and (key not in LATER or value != LATER[key])}
     if config.Test_Finetune.episodes:
         del values["Test_Finetune.test_num"], values["Test_Finetune.seeds"]
         values["Test_Finetune.episodes"] = hashlib.sha256(read_bytes(Path(config.Test_Finetune.episodes))).hexdigest()[:16]
@@ -98,8 +110,9 @@ def read_bytes(path: Path) -> bytes:
 
 
 def lookup(config: Config, key: str) -> Any:
+    """The value of a key; None where the system has no such option."""
     section, name = key.split(".")
-    return getattr(getattr(config, section), name)
+    return getattr(getattr(config, section), name, None)
 
 
 def without_leaks(config: Config, text_prior: bool, last_epoch: bool) -> tuple[Config, list[str]]:

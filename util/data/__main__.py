@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         command.add_argument("overrides", nargs="*", metavar="Section.key=value")
     command.add_argument("--out", help="file, or - for the console (default OUTPUT/episodes/DATASET_EXP_SHOTshot.txt)")
     given = parser.parse_args(arguments)
-    config = load_config(given.config, given.arch, given.overrides)
+    config = load_config(given.config, given.arch, given.overrides, options=None)
     if given.command == "index":
         index(config)
     else:

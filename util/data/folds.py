@@ -152,10 +152,9 @@ def clean_name(where: str, name: object) -> str:
 
 
 def read_label_table(path: str | Path, classes: int) -> np.ndarray:
-    """Read a table label value -> class (1..C, 0 background, 255 ignore) from YAML `VALUE: CLASS`; values without a line: 255.
+    """256 uint8, label value -> class 1..C, 0 background or 255 ignore, from YAML `VALUE: CLASS` (255 needs no line).
 
-    Returns:
-        256 uint8.
+    Values without a line become what is no class (their own number, or 254 where that is one): reading such a label is an error.
 
     Raises:
         UserError: no such file, or something else than whole numbers in these ranges.
@@ -166,7 +165,7 @@ def read_label_table(path: str | Path, classes: int) -> np.ndarray:
     except (OSError, ValueError) as error:
         raise UserError(f"Data.label_table: {path} cannot be read ({error})") from error
     content = parse_yaml(text, f"Data.label_table: {path}")
-    table = np.full(256, 255, np.uint8)
+    table = np.array([value if value > classes else 254 for value in range(256)], np.uint8)
     for value, cls in content.items() if isinstance(content, dict) else [(None, None)]:
         if type(value) is not int or type(cls) is not int or not 0 <= value <= 255 or not (0 <= cls <= classes or cls == 255):
             raise UserError(f"{path}: expected lines `VALUE: CLASS`, values 0..255, classes 0..{classes} or 255; got {value!r}: "

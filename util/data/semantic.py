@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from util.data.episodes import Batch, Transform, content_key, generator, look_up, shuffled
 from util.data.index import Record
-from util.data.transforms import IGNORE, Placed, read_pair, to_tensor
+from util.data.transforms import IGNORE, Placed, read_image, read_pair, to_tensor
 from util.errors import UserError
 
 
@@ -49,6 +49,7 @@ class SemanticDataset(Dataset):
     target        class -> channel, or 255; classes without an entry are background, 0
     values        256 uint8, label value -> class (`util.data.folds.read_label_table`); None: values are classes
     num_classes   C, the width of `Images.present`
+    labelled      False: no label file is opened, every pixel of `label` is 255 (image-level labels are all there is)
     """
 
     def __init__(
@@ -61,12 +62,13 @@ class SemanticDataset(Dataset):
         seed: int,
         evaluation: bool,
         values: np.ndarray | None = None,
+        labelled: bool = True,
     ) -> None:
         if not records:
             raise UserError("no images to read: the list is empty")
         self.records, self.root, self.transform = records, Path(data_root), transform
         self.num_classes, self.seed, self.evaluation = num_classes, seed, evaluation
-        self._table, self.values = look_up(target), values
+        self._table, self.values, self.labelled = look_up(target), values, labelled
 
     def __len__(self) -> int:
         return len(self.records)
@@ -75,7 +77,7 @@ class SemanticDataset(Dataset):
         n = len(self)
         number = i % n if self.evaluation else shuffled(n, self.seed, i)
         record = self.records[number]
-        image, label = read_pair(self.root / record.image, self.root / record.label, self.values)
+        image, label = self._read(record)
         original = self._table[label]
         shown = np.zeros_like(original)
         image, _, (label, shown) = self.transform(generator(self.seed, i, "semantic"), image, [original, shown])
@@ -92,6 +94,12 @@ class SemanticDataset(Dataset):
             name=[record.image],
             key=[content_key(image)] if self.evaluation else [],
         )
+
+    def _read(self, record: Record) -> tuple[np.ndarray, np.ndarray]:
+        if self.labelled:
+            return read_pair(self.root / record.image, self.root / record.label, self.values)
+        image = read_image(self.root / record.image)
+        return image, np.full(image.shape[:2], IGNORE, np.uint8)
 
 
 def box_of(shown: np.ndarray) -> tuple[int, int, int, int]:

@@ -1,6 +1,5 @@
 """From a config to data sets. No other file knows which keys of a config make which data."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from torch.utils.data import Dataset
@@ -9,6 +8,7 @@ from util.cache import CACHE
 from util.config import Config
 from util.data.episodes import EpisodeDataset, EpisodeList, Transform, check_novel
 from util.data.folds import ClassNames, Fold, fold_of, read_class_names, read_label_table
+from util.data.image_labels import read_image_labels
 from util.data.index import Index, Record, build_index, scan
 from util.data.manifest import AnyEpisodes, read_manifest
 from util.data.semantic import SemanticDataset
@@ -20,8 +20,8 @@ class Source:
     """The data of one fold: its lists, read once, and the resize of its images. Each task builds its samples from them.
 
     Attributes:
-        unit: what a sample is called, "episodes" or "images".
-        clip_patch: patch side of CLIP where the system needs images for it, else None.
+        unit: what a sample is called, "episodes" or "images"; setting: what a result is of, beside the data set.
+        clip_patch: patch side of CLIP where the system wants images for it, else None.
     """
 
     unit: str
@@ -30,7 +30,7 @@ class Source:
     def __init__(self, config: Config, cache: Path | None = None) -> None:
         self.config, self.cache = config, cache or CACHE
         self._records: dict[str, list[Record]] = {}
-        self.fold: Fold = fold_of(config)
+        self.fold: Fold = self.folds(config)
         self.names: ClassNames = read_class_names(config.Data.class_names)
         if len(self.names.names) != self.fold.num_classes:
             raise UserError(f"Data.class_names: {config.Data.class_names} names {len(self.names.names)} classes, "
@@ -39,13 +39,27 @@ class Source:
         table = config.Data.label_table
         self.values = read_label_table(table, self.fold.num_classes) if table else None
 
+    @property
+    def setting(self) -> str:
+        return f"split {self.config.Train.split}"
+
+    def folds(self, config: Config) -> Fold:
+        """Which classes it has labels of, and which it has not."""
+        return fold_of(config)
+
     def records(self, key: str) -> list[Record]:
         """Return the scanned lines of Data.train_list or Data.val_list; they are read once."""
         if key not in self._records:
             data = self.config.Data
+            given = read_image_labels(data.image_labels, self.names) if data.image_labels else None
             self._records[key] = scan(data.data_root, getattr(data, key), self.names, self.cache, skip=data.on_error == "skip",
-                                      values=self.values)  # fmt: skip
+                                      values=self.values, given=given, masks=self.labelled(key))  # fmt: skip
         return self._records[key]
+
+    @classmethod
+    def labelled(cls, key: str) -> bool:
+        """Whether the label files of a list are read; else image-level labels are enough."""
+        return True
 
     def training(self) -> Dataset:
         """Return the endless training data: sample i is a pure function of i."""
@@ -65,6 +79,10 @@ class EpisodeSource(Source):
     """Few-shot episodes of a fold."""
 
     unit = "episodes"
+
+    @property
+    def setting(self) -> str:
+        return f"split {self.config.Train.split} · {self.config.Train.shot}-shot"
 
     def index(self, training: bool, base: bool = False) -> Index:
         """Index the images of the fold: base classes (with Train.filter_novel) in training, novel classes in validation.
@@ -146,11 +164,8 @@ class ImageSource(Source):
         return self.images("train_list", training=True)
 
     def images(self, key: str, training: bool) -> SemanticDataset:
-        """Return every image of Data.train_list or Data.val_list."""
-        return self._dataset(self.records(key), training)
-
-    def _dataset(self, records: Sequence[Record], training: bool) -> SemanticDataset:
+        """Every image of Data.train_list or Data.val_list."""
         return SemanticDataset(
-            records, self.target(training), self.fold.num_classes, self.config.Data.data_root, self.transform(training),
-            self.config.Train.manual_seed, evaluation=not training, values=self.values,
+            self.records(key), self.target(training), self.fold.num_classes, self.config.Data.data_root, self.transform(training),
+            self.config.Train.manual_seed, evaluation=not training, values=self.values, labelled=self.labelled(key),
         )  # fmt: skip

@@ -13,6 +13,8 @@ SCORES = {
     "fg_iou": ("Foreground IoU", "all episodes pooled"),
     "meta_miou": ("Meta branch mIoU", "before the ensemble"),
     "base_miou": ("Base-class mIoU", "of the base learner, base classes"),
+    "foreground_miou": ("mIoU without background", "mean over the classes of objects"),
+    "pixel_accuracy": ("pixel accuracy", "share of the counted pixels that are right"),
     "background_miou": ("mIoU with background", "the background counts as a class"),
     "seen_miou": ("seen mIoU", "mean over the seen classes"),
     "unseen_miou": ("unseen mIoU", "mean over the unseen classes"),
@@ -45,7 +47,7 @@ def summarise(seeds: Sequence[Mapping]) -> tuple[dict[str, float], dict[str, flo
     if not seeds:
         raise ValueError("no seed was evaluated: there is nothing to summarise")
     seeds = plain(seeds)
-    keys = [k for k in seeds[0] if k.endswith("iou") and all(isinstance(s.get(k), int | float) for s in seeds)]
+    keys = [k for k in seeds[0] if (k.endswith("iou") or k in SCORES) and all(isinstance(s.get(k), int | float) for s in seeds)]
     pairs = {k: mean_sd([s[k] for s in seeds]) for k in keys}
     return {k: mean for k, (mean, _) in pairs.items()}, {k: sd for k, (_, sd) in pairs.items()}
 
@@ -62,15 +64,24 @@ def scores(result: Mapping) -> list[tuple[str, float]]:
 
 
 def title(result: Mapping) -> str:
-    data = f"{result['data_set']} split {result['split']}"
-    return f"{result['system']} · {data} · {result['shot']}-shot · {result['backbone']}"
+    return f"{result['system']} · {result['data_set']} {setting(result)} · {result['backbone']}"
+
+
+def setting(result: Mapping) -> str:
+    """What a result is of, beside the data set."""
+    return result.get("setting") or f"split {result['split']} · {result['shot']}-shot"
+
+
+def unit(result: Mapping) -> str:
+    """What a sample is called: episodes or images."""
+    return result.get("unit", "episodes")
 
 
 def runs(result: Mapping) -> str:
     """Describe the number of seeds and episodes."""
     episodes = sorted({s["episodes"] for s in result["seeds"]})
     count = " to ".join(f"{n:,}" for n in (episodes if len(episodes) < 2 else (episodes[0], episodes[-1])))
-    return f"{len(result['seeds'])} seed{'s' if len(result['seeds']) > 1 else ''} × {count} episodes"
+    return f"{len(result['seeds'])} seed{'s' if len(result['seeds']) > 1 else ''} × {count} {unit(result)}"
 
 
 def protocol(result: Mapping) -> str:
@@ -113,6 +124,13 @@ def baseline_rows(result: Mapping) -> list[dict]:
     others = [{"name": name, "own": False, **values} for name, values in result.get("baselines", {}).items()]
     own = {"name": result["system"], "own": True, **result["mean"]}
     return [own, *sorted(others, key=lambda row: -row["miou"])] if others else []
+
+
+def variant_rows(result: Mapping) -> list[dict]:
+    """Return other predictions of the same run (seeds' `variants`): name and mean of each score; [] where there are none."""
+    found = [seed.get("variants") or {} for seed in result["seeds"]]
+    return [{"name": name} | summarise([variants[name] for variants in found])[0]
+            for name in found[0] if all(name in variants for variants in found)]  # fmt: skip
 
 
 def cause_rows(result: Mapping) -> list[dict]:

@@ -12,8 +12,9 @@ The result, scores being fractions 0..1 (key: content; * = may be missing):
     other_classes*      {class id: name}: classes that are not scored
     seeds               list of {seed, episodes, miou, fb_iou, fg_iou, per_class: {id: IoU}, episodes_per_class*:
                         {id: n}, prior_quality*: see util/score/priors.py, and other scores named ...iou, as meta_miou,
-                        base_miou}: seed and a meter's result()
+                        base_miou; variants*: {name of another prediction: its scores}}: seed and a meter's result()
     mean, sd            of the scores over the seeds: `util.report.summary.summarise(seeds)`
+    setting*, unit*     what the result is of, beside the data set; what a sample is called ("split 0 · 1-shot" and "episodes")
     baselines*          {name: {miou, fb_iou*}}
     protocol_hash*      text; protocol["name"] is the protocol's name
     episodes*           {hash, columns, rows}: whole pixel counts of every episode, a text each, see util/score/statistics.py
@@ -61,13 +62,14 @@ def text_table(result: Mapping) -> str:
     if protocol := summary.protocol(result):
         lines.append(f"  protocol {protocol}")
     rows: list[tuple[str, float, float | None, str]]
-    rows = [(row["name"], row["mean"], row["sd"], f"{row['episodes']} episodes" if row["episodes"] else "")
+    rows = [(row["name"], row["mean"], row["sd"], f"{row['episodes']} {summary.unit(result)}" if row["episodes"] else "")
             for row in summary.class_rows(result)]
     intervals = result.get("interval") or {}
     rows += [(label(k), v, result["sd"][k], interval_text(intervals.get(k))) for k, v in scores(result)]
     if leak_free := result.get("leak_free"):
         notes = [f"({'; '.join(leak_free['differences'])})"]  # once, beside the first score
         rows += [(f"leak-free {label(k)}", v, leak_free["sd"][k], notes.pop() if notes else "") for k, v in scores(leak_free)]
+    rows += [(f"mIoU, {row['name']}", row["miou"], None, "") for row in summary.variant_rows(result)]
     rows += [(f"baseline: {name}", b["miou"], None, "") for name, b in result.get("baselines", {}).items()]
     width = max(len(name) for name, *_ in rows)
     for name, mean, sd, note in rows:
@@ -126,6 +128,7 @@ def render(result: Mapping, cards: Sequence[Card]) -> str:
         "result": result, "title": summary.title(result), "runs": summary.runs(result), "several": several, "tiles": tiles,
         "protocol": summary.protocol(result), "leaks": leaks, "differences": leak_free.get("differences", []),
         "warnings": result.get("warnings", []), "mark": result.get("mark", ""), "classes": summary.class_rows(result),
+        "variants": summary.variant_rows(result), "setting": summary.setting(result), "unit": summary.unit(result),
         "columns": [(k, label(k)) for k, _ in scores(result)], "baselines": summary.baseline_rows(result),
         "facts": {"Protocol": result["protocol"], "Environment": result["environment"], "Time": result.get("time", {})},
         "intervals": bool((result.get("interval") or {}).get("per_class")), "captions": captions,

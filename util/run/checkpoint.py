@@ -32,6 +32,7 @@ KEYS = {  # part of a checkpoint's identity -> the config key that sets it, for 
     "novel": "Data.folds, novel classes", "base": "Data.folds, base classes",
 }  # fmt: skip
 
+PARTS = (".safetensors", ".pt")  # files of a resume point beside its manifest
 EXPORT = "export"  # metadata key of a file that has the frozen parts too (model/predict/share.py)
 
 
@@ -45,6 +46,7 @@ class Progress:
     best_epoch: float = 0.0
     total: int = 0  # iterations of the whole run
     config: dict[str, Any] = field(default_factory=dict)  # the config it runs with
+    sources: dict[str, str] = field(default_factory=dict)  # `util.run.identity.sources`: hashes of its data and code
 
     @property
     def name(self) -> str:
@@ -76,9 +78,9 @@ def read_meta(path: Path) -> dict[str, Any]:
 
 
 def check_identity(path: Path, meta: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
-    """Raise UserError, listing every part, where a checkpoint's identity differs from the config's."""
-    wrong = [f"{KEYS.get(key, f'System.{key}')}: the checkpoint has {meta.get(key)!r}, the config {value!r}"
-             for key, value in expected.items() if meta.get(key) != value]
+    """Raises UserError listing everything in which a checkpoint differs from what the config asks for."""
+    wrong = [f"{KEYS.get(key, f'Method.{key}')}: the checkpoint has {meta.get(key)!r}, the config {value!r}"
+             for key, value in expected.items() if key not in meta or meta[key] != value]
     if wrong:
         raise UserError(f"{path} was trained for something else, nothing was loaded.\n  " + "\n  ".join(wrong))
 
@@ -101,9 +103,9 @@ def save_resume(folder: Path, weights: Mapping[str, Tensor], meta: Mapping[str, 
     with written(point.with_suffix(".pt")), atomic(point.with_suffix(".pt")) as temporary:
         torch.save(state, temporary)
     with written(point.with_suffix(".json")):
-        save_json(point.with_suffix(".json"), {suffix: _digest(point.with_suffix(suffix)) for suffix in (".safetensors", ".pt")})
+        save_json(point.with_suffix(".json"), {suffix: _digest(point.with_suffix(suffix)) for suffix in PARTS})
     for manifest in _manifests(folder)[:-2]:
-        for suffix in (".json", ".pt", ".safetensors"):
+        for suffix in (".json", *PARTS):
             manifest.with_suffix(suffix).unlink(missing_ok=True)
 
 
@@ -116,7 +118,10 @@ def load_resume(folder: Path) -> tuple[Path, dict[str, Tensor], dict[str, Any], 
     damaged: list[str] = []
     for manifest in reversed(_manifests(folder)):
         try:
-            for suffix, digest in json.loads(manifest.read_text()).items():
+            digests = json.loads(manifest.read_text())
+            if digests.keys() != {*PARTS}:
+                raise ValueError(f"it names {', '.join(digests) or 'no file'}; expected {', '.join(PARTS)}")
+            for suffix, digest in digests.items():
                 if _digest(manifest.with_suffix(suffix)) != digest:
                     raise ValueError(f"{manifest.with_suffix(suffix).name} is not what was written")
             state = torch.load(manifest.with_suffix(".pt"), map_location="cpu", weights_only=True)

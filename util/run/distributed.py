@@ -1,5 +1,7 @@
 """One process or many: device, ranks, reductions, and the end after a signal."""
 
+import contextlib
+import ctypes
 import os
 import signal
 from collections.abc import Mapping
@@ -100,6 +102,9 @@ def start(gpus: int, runtime: Runtime) -> Context:
     if gpus > found:
         raise UserError(f"GPUS={gpus}, but torch sees {found} on this machine; 0 runs on the CPU")
     wanted = gpus or runtime.processes
+    if world == 1 and "WORLD_SIZE" not in os.environ and int(os.environ.get("SLURM_NTASKS", 1)) > 1:
+        raise UserError(f"SLURM_NTASKS={os.environ['SLURM_NTASKS']}, WORLD_SIZE is not set: each task would train alone. Ask for "
+                        "one task a machine (--ntasks-per-node=1); train.sh starts a process for every GPU")
     if wanted > 1 and world == 1:
         raise UserError(f"{wanted} processes are started by torchrun: `sh train.sh EXP DATASET GPUS`, or on the CPU "
                         "`sh train.sh EXP DATASET 0 Runtime.processes=N` (on the command line, not in a file)")
@@ -111,8 +116,15 @@ def start(gpus: int, runtime: Runtime) -> Context:
     else:
         torch.set_num_threads(runtime.threads or max(1, len(os.sched_getaffinity(0)) // local_world))
     if world > 1:
+        end_with_parent()
         dist.init_process_group("nccl" if gpus else "gloo", timeout=timedelta(minutes=30))
     return Context(device, rank, world, runtime.precision)
+
+
+def end_with_parent() -> None:
+    """Lets the kernel send SIGTERM to this process when torchrun is gone, so that no worker trains on as an orphan. (Linux)"""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def stop() -> None:

@@ -28,18 +28,26 @@ def tracking(tracker: str, name: str, folder: Path, config: Mapping) -> Iterator
     """Yield a run of Weights & Biases for `RunLog` where the tracker is "wandb", else None.
 
     Raises:
-        UserError: the package is not installed.
+        UserError: the package is not there, or wandb cannot start.
     """
     if tracker != "wandb":
         yield None
         return
+    advice = "install it (pip install wandb), log in (wandb login) or set WANDB_MODE=offline, or use Runtime.tracker=tensorboard"
     try:
         import wandb
     except ImportError as error:
-        raise UserError("Runtime.tracker=wandb: pip install wandb, and wandb login (or WANDB_MODE=offline)") from error
+        raise UserError(f"Runtime.tracker=wandb: the package is not there; {advice}") from error
+    if not hasattr(wandb, "init"):
+        folder = next(iter(wandb.__path__), "wandb")
+        raise UserError(f"Runtime.tracker=wandb: {folder} hides the package of that name; rename it, or start elsewhere")
     folder.mkdir(parents=True, exist_ok=True)
-    identity = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]  # a resumed run stays one run
-    with wandb.init(project="few-shot", name=name, id=identity, resume="allow", dir=folder, config=dict(config)) as run:
+    identity = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]  # a run that goes on stays one run
+    try:
+        started = wandb.init(project="few-shot", name=name, id=identity, resume="allow", dir=folder, config=dict(config))
+    except Exception as error:  # no login, no network, and whatever else wandb raises
+        raise UserError(f"Runtime.tracker=wandb could not start ({type(error).__name__}: {error}); {advice}") from error
+    with started as run:
         yield run
 
 

@@ -9,19 +9,20 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from util.config import Config
 from util.data.episodes import check_novel, draw
 from util.data.index import read_list
 from util.data.source import EpisodeSource, Source
-from util.data.transforms import read_pair
+from util.data.transforms import read_image, read_pair
 from util.errors import BrokenFile, UserError
 from util.files import ROOT, local_path
 from util.run.checkpoint import check_identity, read_meta
 from util.run.distributed import Context
-from util.run.identity import Facts, identity
-from util.run.place import Experiment, before_file, missing_before
+from util.run.identity import Facts, identity, start_identity
+from util.run.place import Experiment, before_file, missing_before, missing_start, start_file
 
 SAMPLE = 16  # image and label pairs that are opened
 SPARE = 2**28  # bytes that should be free where runs are written
@@ -79,9 +80,11 @@ def inspect(start: Start, read: bool, full: bool = False) -> list[Finding]:
     findings = [attempt("classes", lambda: _class_names(start.source(config))), data_root(config)]
     sound = all(finding.ok for finding in findings)
     for key in start.lists:
-        findings.append(attempt(key, lambda key=key: _list(config, key)))
+        labelled = start.source.labelled(key)
+        findings.append(attempt(key, partial(_list, config, key, labelled)))
         if findings[-1].ok and read and sound:
-            findings.append(attempt(f"{key}: images and labels", lambda key=key: _pairs(config, key, full)))
+            look = partial(_pairs, config, key, full, labelled)
+            findings.append(attempt(f"{key}: images{' and labels' if labelled else ''}", look))
             if findings[-1].ok:
                 findings.append(attempt(f"{key}: classes", lambda key=key: _classes(start.source(config), key)))
     if start.weights:
@@ -128,6 +131,21 @@ def before(config: Config, place: Experiment, arch: str) -> Finding:
     if file.is_file() or (config.Train.before == "run" and config.Method.pre_weight == "auto"):
         return Finding("base learner", True, str(file) if file.is_file() else "trained first, on the way")
     return Finding("base learner", False, missing_before(config, place, arch))
+
+
+def start_weights(config: Config, place: Experiment, facts: Facts) -> list[Finding]:
+    """The checkpoint that a training starts from is there and fits; [] where it starts from fresh weights."""
+    if not config.Train.start_from:
+        return []
+
+    def look() -> str:
+        file = start_file(config, place)
+        if not file.is_file():
+            raise UserError(missing_start(config, place))
+        check_identity(file, read_meta(file), start_identity(place.arch, facts, config))
+        return str(file)
+
+    return [attempt("first weights", look)]
 
 
 def clip(config: Config) -> Finding:
@@ -177,19 +195,19 @@ def _class_names(source: Source) -> str:
     return f"{fold.data_set} fold {fold.split}: {len(fold.base)} base, {len(fold.novel)} novel classes"
 
 
-def _list(config: Config, key: str) -> str:
+def _list(config: Config, key: str, labelled: bool) -> str:
     file = getattr(config.Data, key)
-    return f"{file}: {len(read_list(file))} images"
+    return f"{file}: {len(read_list(file, labelled))} images"
 
 
-def _pairs(config: Config, key: str, full: bool) -> str:
-    """Open a sample of the images with their labels, the same sample every time, or all."""
-    root, pairs = Path(config.Data.data_root), read_list(getattr(config.Data, key))
+def _pairs(config: Config, key: str, full: bool, labelled: bool) -> str:
+    """Opens a sample of the images with their labels (if `labelled`), the same one every time, or all."""
+    root, pairs = Path(config.Data.data_root), read_list(getattr(config.Data, key), labelled)
     chosen = pairs if full else sorted({pairs[draw(len(pairs), "preflight", i)] for i in range(SAMPLE)})
     wrong = []
     for image, label in chosen:
         try:
-            read_pair(root / image, root / label)
+            read_pair(root / image, root / label) if labelled else read_image(root / image)
         except BrokenFile as error:
             wrong.append(str(error))
     if wrong and (config.Data.on_error == "stop" or len(wrong) == len(chosen)):

@@ -68,6 +68,7 @@ def tally(cls: np.ndarray, counts: np.ndarray, spreads: np.ndarray) -> dict[str,
     Returns:
         counts {cause: n}, per_class {class: {cause: n}}, confused {other class: n, most frequent first}.
     """
+    cls, counts, spreads = (x[cls > 0] for x in (cls, counts, spreads))  # the background is no object
     found = causes(counts, spreads)
     other, n = np.unique(spreads[found == NAMES.index("confused"), 2], return_counts=True)
     order = np.lexsort((other, -n))

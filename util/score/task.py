@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 from torch.utils.data import Dataset
@@ -19,13 +20,18 @@ Predict = Callable[[Any], Any]  # batch on the device -> model.Prediction
 
 @dataclass(frozen=True)
 class How:
-    """How an evaluation runs: process, log, batch size, workers, and the rule for broken files."""
+    """How an evaluation runs: which process of how many, its log, batch size, workers, and what a broken file means.
+
+    crf: also score the prediction after the system's CRF; maps: folder that gets every predicted label map. Dense tasks only.
+    """
 
     context: Context
     log: RunLog
     batch: int = 1
     workers: int = 0
     on_error: str = "stop"
+    crf: bool = False
+    maps: Path | None = None
 
     @classmethod
     def of(cls, config: Config, context: Context, log: RunLog) -> "How":
@@ -69,13 +75,15 @@ class Task(Protocol):
     """Data and scores of a fold. The data half is `util.data.source.Source`.
 
     Attributes:
-        unit: what a sample is called; headline: the score that chooses a checkpoint.
-        classes: the scored classes; clip_patch: see Source.
-        leaks: whether a protocol's leaks concern it, so that a test also runs without them.
-        says: key of a protocol -> its meaning here, where that differs from few-shot episodes.
+        unit: what a sample is called; setting: what a result is of, beside the data set.
+        headline: the score that chooses a checkpoint.
+        classes: those that are scored; clip_patch: see Source.
+        leaks: whether a protocol's leaks concern it, so that a row without them is worth a test.
+        says: keys of a protocol -> what they mean here, where that differs from few-shot episodes.
     """
 
     unit: str
+    setting: str
     headline: str
     fold: Fold
     names: ClassNames
