@@ -26,7 +26,7 @@ from util.errors import UserError
 from util.photos.reading import Photo, find, frames, others, read_photo
 from util.photos.results import Results
 
-POOR = 0.3  # IoU of an example in its own photo, below which is told:
+POOR = 0.3  # IoU of an example in its own photo; a lower one is reported:
 WEAK = ("an example is hardly found even in its own photo: expect nothing of others. Is its mask right (supports/)? Was the "
         "system trained on pictures of this kind?")  # fmt: skip
 
@@ -95,7 +95,7 @@ def open_predictor(given: argparse.Namespace, weights: Path | None) -> tuple[Pre
 
 
 def readable(paths: Sequence[Path], every: int, results: Results) -> Iterator[tuple[str, Photo]]:
-    """Stem and photo of all images and frames; what cannot be read is told, and the rest goes on."""
+    """Yield stem and photo of all images and frames; unreadable ones are reported, and the others continue."""
     for path in paths:
         try:
             yield from frames(path, every)
@@ -132,7 +132,7 @@ def parse() -> argparse.Namespace:
     if given.every < 1:
         raise UserError(f"--every {given.every}: must be at least 1")
     check_model(given)
-    if given.clip is not None and (given.support or not given.text):  # told before a CLIP is downloaded
+    if given.clip is not None and (given.support or not given.text):  # checked before a CLIP is downloaded
         raise UserError("--clip finds what --text names: give a text, and no --support; examples need a trained system")
     return given
 

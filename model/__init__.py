@@ -1,4 +1,4 @@
-"""Systems, and the one builder. Everything else is found in the folder of its idea: clip, backbone, few_shot."""
+"""Systems and their builder. Everything else is in the folder of its idea: clip, backbone, few_shot, weak, zero_shot."""
 
 import os as _os
 

@@ -1,4 +1,4 @@
-"""From a config to a system with its frozen weights."""
+"""Build systems from configs: the table SYSTEMS, a builder per family, and the loading of weights."""
 
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
@@ -45,7 +45,7 @@ READ_CLIP = {"vtp", "vvp", "cam"}  # priors that need a CLIP
 
 
 def system_class(arch: str) -> type[System]:
-    """The class that ARCH names."""
+    """Return the class that ARCH names."""
     if arch not in SYSTEMS:
         near = get_close_matches(arch, SYSTEMS, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}? " if near else ""
@@ -54,7 +54,7 @@ def system_class(arch: str) -> type[System]:
 
 
 def configure(path: str | Path, arch: str, overrides: list[str] | None = None) -> Config:
-    """The config of a system: `util.config.load_config` with the system's own options.
+    """Load the config of a system: `util.config.load_config` with the system's own options.
 
     Raises:
         UserError: unknown system, or as `load_config`.
@@ -63,13 +63,13 @@ def configure(path: str | Path, arch: str, overrides: list[str] | None = None) -
 
 
 def recorded(path: Path, overrides: list[str] | None = None) -> Config:
-    """The config that a checkpoint of ours was trained with, see `util.run.place.recorded_config`."""
+    """Return the config of a checkpoint's training, see `util.run.place.recorded_config`."""
     arch = read_meta(path).get("system")
     return recorded_config(path, overrides, system_class(arch).Options if arch else Method)
 
 
 def priors_of(arch: str, config: Config) -> Sequence[str]:
-    """The priors in effect."""
+    """Return the priors in effect."""
     facts = system_class(arch).facts
     return facts.priors if config.Method.priors is None else config.Method.priors
 
@@ -79,10 +79,10 @@ def needs_clip(arch: str, config: Config) -> bool:
 
 
 def build_system(arch: str, config: Config, fold: Fold, names: ClassNames, cache: Path | None = None) -> System:
-    """Builds a system with its frozen CLIP; backbone, base learner and head come without weights.
+    """Build a system with its frozen CLIP; backbone, base learner and head are without weights.
 
     Args:
-        names: of all classes of the data set, for the text bank; it may be filled later (`TextPrior.use`).
+        names: all classes of the data set, for the text bank; it may be replaced later (`TextPrior.use`).
         cache: folder for text banks.
     """
     cls = system_class(arch)
@@ -138,24 +138,24 @@ FAMILIES: dict[type[System], Callable[..., System]] = {FewShot: build_few_shot, 
 
 
 def cam_source(clip: Clip) -> CamSource:
-    """Class activation maps of whichever image tower a CLIP has."""
+    """Return the source of class activation maps for a CLIP's kind of image tower."""
     return ViTCam(clip.visual, clip.logit_scale) if isinstance(clip.visual, ClipTrunk) else ResNetCam(clip.visual)
 
 
 def check_clip_size(cam: bool, size: str) -> None:
-    """Raises UserError where CLIP would get an image of the wrong kind."""
+    """Raise UserError where CLIP would get an image of the wrong kind."""
     if cam != (size in ("whole", "crop")):
         fitting = "whole (all of the image) or crop (its centre square, as published)" if cam else "original or train"
         raise UserError(f"CLIP.clip_size = {size}: for this system choose {fitting}")
 
 
 def text_bank(clip: Frozen, texts: Sequence[str], cache: Path | None = None) -> Tensor:
-    """2C D: a row "a photo of c." for every class, then a row "a photo without c."."""
+    """Return 2C D: a row "a photo of c." for every class, then a row "a photo without c."."""
     return clip.module.text.bank([template.format(text) for template in (FOREGROUND, BACKGROUND) for text in texts], cache=cache)
 
 
 def open_system(arch: str, config: Config) -> tuple[System, Task]:
-    """A system and the task with its data; backbone, base learner and head come without weights."""
+    """Build a system and the task with its data; backbone, base learner and head are without weights."""
     task = system_class(arch).task(config)
     system = build_system(arch, config, task.fold, task.names, CACHE)
     task.clip_patch = system.clip_patch
@@ -163,8 +163,8 @@ def open_system(arch: str, config: Config) -> tuple[System, Task]:
 
 
 def load_weights(system: System, config: Config, place: Experiment, weight: Path) -> None:
-    """Gives a system all its weights; one that trains nothing has them. A checkpoint of ours must match the config and the frozen
-    parts; an exported one (model/predict/share.py) and a published one bring their base learner along."""
+    """Load all weights of a system; one without training has them. A checkpoint of ours must match the config and the frozen
+    parts; an exported one (model/predict/share.py) and a published one have their base learner inside."""
     if not system.facts.trained:
         return
     if not weight.is_file():
@@ -186,9 +186,9 @@ def load_weights(system: System, config: Config, place: Experiment, weight: Path
 
 
 def load_frozen(system: System, config: Config, place: Experiment, training: bool = False) -> None:
-    """Gives a system the weights it does not train: those of the run before, or ImageNet's.
+    """Load the weights that a system does not train: those of the run before, or ImageNet's.
 
-    training: also the weights that its trained part starts from.
+    training: also those that its trained part starts from.
     """
     before = system.facts.before
     if not before:
@@ -222,7 +222,7 @@ def load_start(system: System, config: Config, place: Experiment) -> dict[str, A
 
 
 def initialise(encoder: Encoder, source: str) -> None:
-    """Gives an encoder the ImageNet weights that `Method.backbone_weight` names: a file, hub or none."""
+    """Load the ImageNet weights that `Method.backbone_weight` names: a file, hub or none."""
     if source == "none":
         return
     if source == "hub":

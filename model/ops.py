@@ -14,7 +14,7 @@ def resize(x: Tensor, size: tuple[int, int] | torch.Size, corners: bool = True) 
 
 
 def nominal_positions(table: Tensor, side: tuple[int, int], grid: tuple[int, int]) -> Tensor:
-    """Positional table of another patch grid, as the code of DINO v1 makes it (and SCLIP, NACLIP, ClearCLIP after it).
+    """Resample a positional table to another patch grid, as the code of DINO v1 does (and SCLIP, NACLIP, ClearCLIP after it).
 
     Bicubic, no antialias, with the *nominal* factors (h + 0.1) / side, which shift every sampling point a little.
 
@@ -32,7 +32,7 @@ def nominal_positions(table: Tensor, side: tuple[int, int], grid: tuple[int, int
 
 
 def full(x: Tensor) -> Tensor:
-    """At least fp32, whatever the autocast made of it."""
+    """Return at least fp32, in any autocast."""
     return x if x.dtype == torch.float64 else x.float()
 
 
@@ -58,7 +58,7 @@ class Pixels(nn.Module):
 
 
 def processes() -> tuple[int, int]:
-    """(rank, number of processes) of a data-parallel training; (0, 1) otherwise."""
+    """Return (rank, number of processes) of a data-parallel training; (0, 1) otherwise."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 

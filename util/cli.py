@@ -19,7 +19,7 @@ def parse(description: str, episodes: bool = False, plan: bool = False) -> argpa
     parser.add_argument("overrides", nargs="*", metavar="Section.key=value")
     parser.add_argument("--quiet", action="store_true", help="only warnings and errors on the console; the log file has all")
     if plan:
-        parser.add_argument("--dry-run", action="store_true", help="tell what it would do and take, from a few measured steps")
+        parser.add_argument("--dry-run", action="store_true", help="estimate time, memory and disk from a few measured steps")
     if episodes:
         parser.add_argument("--episodes", metavar="FILE", help="evaluate the episodes of this file")
     found = parser.parse_intermixed_args()

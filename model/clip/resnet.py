@@ -16,12 +16,12 @@ class ResNetTower(nn.Module):
 
     @property
     def side(self) -> int:
-        """Of its square input, in pixels."""
+        """Side of its square input in pixels."""
         size = self.visual.image_size
         return size if isinstance(size, int) else size[0]
 
     def activation(self, normalised: Tensor) -> Tensor:
-        """N 3 s s -> N C s/32 s/32, what the last block gives."""
+        """Return the last block's output: N 3 s s -> N C s/32 s/32."""
         v = self.visual
         return v.layer4(v.layer3(v.layer2(v.layer1(v.stem(normalised)))))
 

@@ -103,7 +103,7 @@ class Head(nn.Module):
 
 
 def vote_scores(votes: Tensor) -> Tensor:
-    """Logits B K 2 h w of each shot -> B 2 h w, whose argmax is the vote ; of one shot they are its own."""
+    """Turn logits B K 2 h w of each shot into B 2 h w whose argmax is the vote; one shot keeps its own."""
     if votes.shape[1] == 1:
         return votes[:, 0]
     count = votes.argmax(2).sum(1).float()
@@ -111,9 +111,9 @@ def vote_scores(votes: Tensor) -> Tensor:
 
 
 class HSNet(FewShot):
-    """HSNet. It is trained with one shot; several vote. Its backbone keeps the ImageNet weights and its strides."""
+    """HSNet, trained with one shot; several shots vote. Its backbone keeps the ImageNet weights and its strides."""
 
-    facts = Facts(identity=IDENTITY)  # without the shots: a checkpoint serves any number of them
+    facts = Facts(identity=IDENTITY)  # without Train.shot: a checkpoint works with any number of shots
     Options = Method
     dilated = False
     optimizer_name = "adam"  # its rate is constant where Train.power is 0, as published

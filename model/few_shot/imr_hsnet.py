@@ -1,5 +1,5 @@
-"""IMR-HSNet (IJCAI 2022): HSNet without support masks. Class activation maps of CLIP stand in for them, and a recurrent cell
-refines the masks of query and support together, stage by stage.
+"""IMR-HSNet (IJCAI 2022): HSNet with CLIP's class activation maps instead of support masks. A recurrent cell refines the masks of
+query and support together, stage by stage.
 
 Shapes as in hsnet.py. Query and support go through the network as one batch of 2N, the queries first.
 """
@@ -98,11 +98,11 @@ class Head(nn.Module):
         return logits
 
     def masks(self, before: Sequence[Tensor], maps: Tensor, sizes: Sequence[torch.Size]) -> list[Tensor]:
-        """What multiplies the features in this stage, 2N 1 h w of each level.
+        """Return the factors of the features in this stage, 2N 1 h w of each level.
 
         official: maps stay multiplied in later stages, and the first time each goes to the other image. They multiply both
             sides of a correlation. This is what the published weights were trained with.
-        paper: maps of this stage alone; only the side that is compared with is masked (`pairs`).
+        paper: maps of this stage alone; only the other image of a comparison is masked (`pairs`).
 
         Args:
             before: of the stage before; empty in the first.
@@ -146,7 +146,7 @@ class Options(Method):
 
 
 class IMRHSNet(HSNet):
-    """IMR-HSNet: reads the supports' class, not their masks; those only teach it. It needs CLIP for the activation maps."""
+    """IMR-HSNet. It reads the supports' class, and their masks only as targets of training. CLIP gives the activation maps."""
 
     facts = Facts(identity=(*IDENTITY, "Method.stages", "Method.mask_mode", "CLIP.clip_size"), priors=("cam",))
     Options = Options

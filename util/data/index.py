@@ -118,7 +118,7 @@ def read_list(list_file: str | Path, labelled: bool = True) -> list[tuple[str, s
     """
     path = Path(list_file)
     if not os.path.isfile(path):
-        raise UserError(f"Data.train_list / Data.val_list: no such list: {str(list_file)!r}; lists/README.md tells what makes it")
+        raise UserError(f"Data.train_list / Data.val_list: no such list: {str(list_file)!r}; lists/README.md says how to make it")
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()  # some editors put a mark at the start
     except UnicodeDecodeError as error:

@@ -97,7 +97,7 @@ class Loader:
                 if not failure.broken:
                     raise UserError(failure.message)
                 if self.on_error == "stop":
-                    raise BrokenFile(f"{failure.message}. (Data.on_error=skip goes on without such files, and counts them)")
+                    raise BrokenFile(f"{failure.message}. (Data.on_error=skip leaves such files out, and counts them)")
                 self.skipped.append(failure)
                 self.warn(f"skipped, number {failure.number}: {failure.message}")
             if missing and self.training:

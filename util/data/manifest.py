@@ -100,7 +100,7 @@ def read_manifest(path: str | Path, records: Sequence[Record], classes: Sequence
         for seed, episodes in seeds.items()
     }  # fmt: skip
     if header.get(HASH) not in (None, found := episode_hash(lists)):
-        raise UserError(f"{path}: its header tells the {HASH} {header[HASH]}, its episodes have {found}: it was changed or is "
+        raise UserError(f"{path}: its header has the {HASH} {header[HASH]}, its episodes have {found}: it was changed or is "
                         "cut off. Fetch it again, or drop that header line if the change is meant")
     return lists
 

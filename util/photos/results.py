@@ -1,4 +1,4 @@
-"""What predict.py writes: masks, overlays, scores and polygons. Results of one run appear together, at its end, or not at all."""
+"""Results of predict.py: masks, overlays, scores and polygons. Those of one run appear together, at its end, or not at all."""
 
 import contextlib
 import os
@@ -19,18 +19,18 @@ from util.report import viz
 
 UNFINISHED = "unfinished"  # folder of a run that has not come to its end
 OVERLAY_SIDE = 1600  # pixels: overlays of larger photos are reduced to it
-SHEET = 30  # overview.jpg shows so many at most, supports first,
-ROW = 6  # so many in a row,
-TILE = 200  # of so many pixels in height
+SHEET = 30  # pictures of overview.jpg at most, supports first
+ROW = 6  # pictures in a row
+TILE = 200  # height of a picture in pixels
 
 
 class Results:
-    """Writes into OUT/unfinished; `close` puts everything into OUT in the place of an earlier run's results.
+    """Write results into OUT/unfinished; `close` moves everything to OUT and replaces an earlier run's results.
 
     Args:
-        kind: of polygons: "coco", "labelme" or None.
-        name: of the object, for the polygons.
-        record: what scores.json tells of the run.
+        kind: kind of polygons: "coco", "labelme" or None.
+        name: the object's, for the polygons.
+        record: entries of scores.json about the run.
     Raises:
         UserError: the folder cannot be written.
     """
@@ -46,14 +46,14 @@ class Results:
         self._panels: list[viz.Panel] = []
 
     def support(self, number: int, photo: Photo, mask: np.ndarray) -> None:
-        """A support as it was understood; mask: H W {0, 1, 255}."""
+        """Write a support with its mask, H W {0, 1, 255}."""
         self._save_overlay(f"supports/{number}.jpg", f"example {number}", photo.image, mask, "support mask")
 
     def add(self, stem: str, photo: Photo, mask: np.ndarray, score: np.ndarray, seconds: float) -> dict[str, Any]:
-        """Writes the files of one image and returns what scores.json will tell of it.
+        """Write the files of one image and return its entry of scores.json.
 
         Args:
-            stem: of the names of its files; a number is added where it is taken.
+            stem: stem of its files' names; a number is added where it is taken.
             mask: H W bool; score: H W in 0..1.
         """
         name = self._free(stem)
@@ -74,11 +74,11 @@ class Results:
         return found
 
     def unread(self, source: str, reason: str) -> None:
-        """An image that could not be read."""
+        """Record an image that could not be read."""
         self.record["unread"].append({"image": source, "reason": reason})
 
     def close(self) -> None:
-        """Write what is about all images, and put the results where they belong."""
+        """Write the files about all images, and move the results to their place."""
         self.finish()
         with _writing(final := self.out.parent):
             for made in sorted(self.out.iterdir()):
@@ -89,7 +89,7 @@ class Results:
         self.out = final
 
     def finish(self) -> None:
-        """Write what is about all images so far, without touching an earlier run's results."""
+        """Write the files about all images so far, without touching an earlier run's results."""
         with _writing(self.out):
             if self.kind == "coco":
                 save_json(self.out / "coco.json", self._coco.content())

@@ -1,10 +1,10 @@
-"""Prepares a data set: label PNGs and lists from what the official sites offer ("PI-CLIP Sec. 1, Lists").
+"""Prepare a data set: label PNGs and lists from the official downloads ("PI-CLIP Sec. 1, Lists").
 
     python -m util.prepare pascal --voc DIR_OR_TAR --sbd DIR_OR_TGZ
     python -m util.prepare coco --images DIR --annotations JSON [JSON ...]
     python -m util.prepare voc | coco_stuff | context --root DIR      (folders as mmsegmentation has them: only lists are made)
 
-What is already there is kept, so the same command continues after an interruption. Lists are written last.
+Existing files are kept, so the same command continues after an interruption. Lists are written last.
 """
 
 import argparse
@@ -44,7 +44,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
                                                                           "elsewhere is linked to, never written to")
     for name, command in commands.choices.items():
         command.add_argument("--lists", type=Path, help=f"where train.txt and val.txt go (default lists/{name})")
-        command.add_argument("--partial", action="store_true", help="go on with a part of the data set; needs --lists")
+        command.add_argument("--partial", action="store_true", help="accept a part of the data set; needs --lists")
     return parser.parse_args(argv)
 
 
@@ -58,13 +58,13 @@ def prepare(argv: Sequence[str] | None) -> None:
     args["lists"] = args["lists"] or Path("lists") / data_set
     try:
         module = importlib.import_module(f"util.prepare.{'folders' if data_set in FOLDERS else data_set}")
-    except ModuleNotFoundError as error:  # scipy, pycocotools: training does without them
+    except ModuleNotFoundError as error:  # scipy, pycocotools: not needed for training
         raise UserError(f"the package {error.name} is missing; `python env.py` prepares .venv with it") from error
     module.prepare(**args)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The exit code: 0, 2 after a message about wrong or missing input, 130 after Ctrl-C."""
+    """Return the exit code: 0; 2 after a message about wrong or missing input; 130 after Ctrl-C."""
     try:
         prepare(argv)
     except (UserError, OSError) as error:

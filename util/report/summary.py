@@ -127,14 +127,14 @@ def baseline_rows(result: Mapping) -> list[dict]:
 
 
 def variant_rows(result: Mapping) -> list[dict]:
-    """Other predictions of the same run (seeds' `variants`): name and the mean of each score; [] where there are none."""
+    """Return other predictions of the same run (seeds' `variants`): name and mean of each score; [] where there are none."""
     found = [seed.get("variants") or {} for seed in result["seeds"]]
     return [{"name": name} | summarise([variants[name] for variants in found])[0]
             for name in found[0] if all(name in variants for variants in found)]  # fmt: skip
 
 
 def cause_rows(result: Mapping) -> list[dict]:
-    """Return name and share of episodes of each cause (util/score/causes.py), per class and last "all"; [] in older reports."""
+    """Return for each class, and last for "all": name, share of episodes by cause (util/score/causes.py); [] in old reports."""
     found = result.get("causes")
     if not found:
         return []

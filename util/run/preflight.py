@@ -119,7 +119,7 @@ def data_root(config: Config) -> Finding:
     root = Path(config.Data.data_root)
     if config.Data.maker:
         return Finding("data", True, f"{root} (drawn on first use)")
-    return Finding("data", root.is_dir(), f"Data.data_root = {root}", "docs/getting-started.md tells where it comes from")
+    return Finding("data", root.is_dir(), f"Data.data_root = {root}", "docs/getting-started.md says where it comes from")
 
 
 def before(config: Config, place: Experiment, arch: str) -> Finding:
