@@ -36,7 +36,7 @@ SAME_MODULE = {  # distributions that bring the same module
     "opencv-python-headless": ("opencv-python", "opencv-contrib-python", "opencv-contrib-python-headless"),
 }
 
-Row = namedtuple("Row", "what ok detail remedy")  # one line of the table; same fields as util.preflight.Finding
+Row = namedtuple("Row", "what ok detail remedy")  # one line of the table; same fields as util.run.preflight.Finding
 
 
 class EnvError(Exception):
@@ -175,13 +175,19 @@ def check_gpus() -> Row:
     return Row("GPUs", True, "none, the CPU will do: GPUS 0", "")
 
 
-def check_config(config: str, arch: str, overrides: list[str], **how: bool) -> list[Row]:
-    """What `config` needs beyond packages: weights, CLIP, data; `how`: see util.preflight.check."""
+def check_config(config: str, arch: str, overrides: list[str], full: bool = False, quick: bool = False) -> list[Row]:
+    """What `config` needs beyond packages: weights, CLIP, data. full: open every image and label; quick: read no data."""
+    from model import configure, needs_clip, system_class
     from util.errors import UserError
-    from util.preflight import check
+    from util.run import preflight
+    from util.run.place import Experiment
 
     try:
-        return check(config, arch, overrides, **how)
+        found = configure(config, arch, overrides)
+        place, cls = Experiment.from_config_path(arch, config, found.Runtime.output), system_class(arch)
+        start = preflight.Start(found, place, cls.facts, cls.task, needs_clip(arch, found))
+        drawn = not found.Data.maker or Path(found.Data.data_root).is_dir()  # the demo is drawn on first use
+        return preflight.inspect(start, read=drawn and not quick, full=full)
     except UserError as error:
         return [Row("config", False, str(error), f"mend {config} or the command line")]
 

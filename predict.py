@@ -14,18 +14,17 @@ the rest.
 """
 
 import argparse
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from model.clip.load import HUB_NAME
-from model.predictor import Predictor, annotated, find_weights
-from model.text_predictor import TextPredictor
+from model.predict.options import asked_config, check_model, model_options
+from model.predict.predictor import Predictor, annotated, find_weights
+from model.predict.text_predictor import TextPredictor
 from util import cli
-from util.config import CLIP, Config, load_config
-from util.data.photos import Photo, find, frames, others, read_photo
 from util.errors import UserError
-from util.experiment import ROOT, recorded_config
-from util.results import Results
+from util.photos.reading import Photo, find, frames, others, read_photo
+from util.photos.results import Results
 
 POOR = 0.3  # IoU of an example in its own photo, below which is told:
 WEAK = ("an example is hardly found even in its own photo: expect nothing of others. Is its mask right (supports/)? Was the "
@@ -71,8 +70,11 @@ def main() -> None:
                 row = results.add(stem, photo, found.mask, found.score, found.seconds)
                 share = f"{100 * row['fraction']:.1f} % of the image" if found.mask.any() else "nothing found"
                 print(f"{photo.name}: {share}  ({found.seconds:.2f} s)")
-    finally:
-        results.close()
+    except BaseException:
+        results.finish()
+        print(f"stopped; the results so far are in {results.out}, those of an earlier run are as they were", file=sys.stderr)
+        raise
+    results.close()
     count = len(results.record["images"])
     print(f"{count} mask{'s' * (count != 1)} in {given.out}: masks/, overlays/, overview.jpg, scores.json")
     if WEAK in notes:
@@ -112,41 +114,6 @@ def chunks(items: Iterator, size: int) -> Iterator[list]:
             some = []
     if some:
         yield some
-
-
-def asked_config(given: argparse.Namespace, weights: Path) -> Config | None:
-    """The config that --config and the overrides of a command line ask for; None: the one recorded with the weights."""
-    if given.config:
-        return load_config(given.config, given.arch, given.overrides)
-    return recorded_config(weights, given.overrides) if given.overrides else None
-
-
-def model_options(parser: argparse.ArgumentParser) -> None:
-    """Which model: a checkpoint, or a CLIP alone. `check_model` looks at what was given."""
-    parser.add_argument("--weights", help="checkpoint, exported file, published .pth, or a name: photos, a small network for "
-                        "photographs that comes along (default); demo, the drawn world's PI-CLIP once it is trained")
-    parser.add_argument("--clip", nargs="?", const="", metavar="SOURCE", help="no weights, no training, the text alone: a CLIP's "
-                        f"file, folder or hub name (default: {CLIP.clip_path} or else {HUB_NAME}, some 600 MB to download)")
-    parser.add_argument("--device", help="cpu, cuda, ...; default: the GPU where there is one")
-    parser.add_argument("--config", help="of a published .pth: config/DATASET/DATASET_EXP_NET.yaml")
-    parser.add_argument("--arch", help="of a published .pth: PI_CLIP, HDMNet, BAM, PFENet, HSNet")
-    parser.add_argument("overrides", nargs="*", metavar="Section.key=value", help="where files are now, CLIP.clip_path=...")
-
-
-def check_model(given: argparse.Namespace) -> None:
-    """--clip becomes the name of a CLIP, that of a file or folder where there is one.
-
-    Raises:
-        UserError: --clip together with what is about a checkpoint.
-    """
-    if given.clip is None:
-        return
-    for option in ("weights", "config", "arch", "overrides"):
-        if value := getattr(given, option):
-            raise UserError(f"--clip takes no trained network, and so nothing of {option} ({value})")
-    name = given.clip or CLIP.clip_path
-    found = next((path for path in (Path(name), ROOT / name) if path.exists()), None)
-    given.clip = str(found or given.clip or HUB_NAME)
 
 
 def parse() -> argparse.Namespace:

@@ -23,7 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from model import needs_base_learner, system_class
+from model import system_class
 from util import cli
 from util.errors import UserError
 from util.files import atomic, save_json
@@ -70,7 +70,7 @@ class Sweep:
         own = [f"Runtime.output={self.folder(cell)}", f"Train.manual_seed={cell.seed}"]
         if cell.arch != "PSPNet":
             own.append(f"Train.shot={cell.shot}")
-            if needs_base_learner(cell.arch):
+            if system_class(cell.arch).facts.before:
                 base = self.experiment(Cell("PSPNet", "", cell.fold, 1, cell.seed)) / "snapshot/best.safetensors"
                 own.append(f"Method.pre_weight={base}")
             if cell.priors:
@@ -233,7 +233,7 @@ def main() -> None:
         work = lambda some: on_slurm(sweep, some, {k: int(v) if v.isdigit() else v for k, v in pairs.items()})  # noqa: E731
     else:
         work = lambda some: on_this_machine(sweep, some, given.gpus, given.jobs)  # noqa: E731
-    on_base = any(needs_base_learner(cell.arch) for cell in cells)
+    on_base = any(system_class(cell.arch).facts.before for cell in cells)
     bases = [Cell("PSPNet", "", fold, 1, given.seeds[0]) for fold in given.folds if on_base]
     failed = [m for m in work(bases) if m]
     if not failed:

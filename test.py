@@ -1,4 +1,4 @@
-"""Evaluate a trained system on the novel classes: `sh test.sh split0 pascal 1`, or
+"""Evaluate a trained system: `sh test.sh split0 pascal 1`, or
 
     python test.py --config config/demo/demo_split0_resnet50.yaml --arch PI_CLIP --gpus 0 [Section.key=value ...]
 
@@ -13,35 +13,38 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from demo import prepare_data
-from model import System, content_hash, load_weights, needs_base_learner, open_system, system_class
-from model.few_shot.system import FewShot
-from model.trace import trace_all
-from util import causes, cli, curves, distributed, evaluate, experiment, preflight, protocol, stats
+from model import System, configure, content_hash, load_weights, needs_clip, open_system, system_class
+from model.verify import trace_all
+from util import cli, protocol
 from util.cache import TensorCache, open_cache
-from util.checkpoint import EXPORT, check_identity, read_meta
-from util.config import Config, load_config
-from util.data.build import Source
-from util.data.manifest import AnyEpisodes, episode_hash
-from util.distributed import Context
-from util.evaluate import Row
-from util.experiment import Experiment
-from util.log import RunLog
-from util.report import choose, summarise, text_table, write_report
+from util.config import Config
+from util.report.gallery import gallery
+from util.report.summary import label, summarise
+from util.report.viz import Card
+from util.report.write import choose, text_table, write_report
+from util.run import curves, distributed, preflight
+from util.run.checkpoint import EXPORT, check_identity, read_meta
+from util.run.distributed import Context
+from util.run.identity import environment, fingerprint, identity
+from util.run.log import RunLog
+from util.run.place import Experiment, before_file, owned
+from util.score import causes, crf
+from util.score import statistics as stats
+from util.score.task import How, Scores, Task
 
-FIRST = 6  # pictures of episodes that every run has
-TRACED = 2  # episodes of each seed whose stages a result keeps fingerprints of
+FIRST = 6  # pictures of samples that every run has
+NONE = Path("none, nothing is trained")  # in the place of a checkpoint
+TRACED = 2  # samples of each seed whose stages a result keeps fingerprints of
 
 
 def main() -> None:
     arguments = cli.parse(__doc__, episodes=True)
-    config = load_config(arguments.config, arguments.arch, arguments.overrides)
+    config = configure(arguments.config, arguments.arch, arguments.overrides)
     place = Experiment.from_config_path(arguments.arch, arguments.config, config.Runtime.output)
-    system_class(arguments.arch)
     context = distributed.start(arguments.gpus, config.Runtime)
     try:
-        prepare_data(config, context)
-        with RunLog(place.result, "test.log", quiet=arguments.quiet, main=context.main) as log:
+        preflight.make_data(config, context)
+        with owned(place.result, context.main), RunLog(place.result, "test.log", quiet=arguments.quiet, main=context.main) as log:
             if context.main:
                 ready(config, place)
             context.barrier()
@@ -52,25 +55,27 @@ def main() -> None:
 
 @dataclass
 class Scored:
-    """One evaluation: a record per seed, and by seed its episodes and their rows (none for the base learner)."""
+    """One evaluation: the scores and rows of every seed."""
 
     system: System
-    source: Source
+    task: Task
     weight: Path
-    seeds: list[dict]
-    episodes: dict[int, AnyEpisodes]
-    rows: dict[int, list[Row]]
+    scores: dict[int, Scores]
+
+    @property
+    def seeds(self) -> list[dict]:
+        return [{"seed": seed} | found.record for seed, found in self.scores.items()]
 
 
 def test(config: Config, place: Experiment, context: Context, log: RunLog) -> None:
-    """Seeds x episodes, the same without leaks, a table, a report."""
+    """Seeds x samples, the same without leaks, a table, a report."""
     # 1. scores under the protocol
     config = with_selection(config, place.arch, weight_file(config, place))
     cache = open_cache(config.Runtime.cache_gb, config.Runtime.cache_dir)
     started = time.monotonic()
     scored = score(config, place, context, log, cache)
     result = summary(config, place, context, scored, time.monotonic() - started) if context.main else {}
-    cards = gallery(config, context, scored) if context.main else []
+    cards = pictures(context, scored) if context.main else []
     if context.main:
         page = write_report(place.result, result, cards)
     # 2. and without what it leaks
@@ -89,36 +94,33 @@ def test(config: Config, place: Experiment, context: Context, log: RunLog) -> No
 
 def score(config: Config, place: Experiment, context: Context, log: RunLog, cache: TensorCache) -> Scored:
     """Builds the system, loads its weights and evaluates it."""
-    system, source = open_system(place.arch, config)
+    system, task = open_system(place.arch, config)
     weight = weight_file(config, place)
     load_weights(system, config, place, weight)
     system.to(context.device).eval()
     system.remember(cache, fixed_head=True)
     if context.world > 1:
         facts = system.frozen_hashes() | {"weights": content_hash(system.trained)}
-        context.agree(experiment.fingerprint(config, source.records("val_list")) | facts)
+        context.agree(fingerprint(config, task.records("val_list")) | facts)
     for warning in system.warnings:
         log.warning(warning)
-    log.info(f"{place.arch} on {place.data_set} {place.exp}, {config.Train.shot}-shot, weights {weight}")
+    log.info(f"{place.arch} on {place.data_set} {place.exp}, {task.setting}, weights {weight}")
 
-    test, common = config.Test_Finetune, evaluate.settings(config)
-    if source.task == "images":
-        record = evaluate.evaluate_images(system.predict, source.validation(), source.fold, context, log, **common)
-        return Scored(system, source, weight, [{"seed": 0} | record], {}, {})
-    predict = functools.partial(system.predict, baselines=test.baselines)
-    seeds, rows, lists = [], {}, source.test_episodes()
-    for seed, episodes in lists.items():
-        count = len(episodes) if test.episodes else test.test_num
-        record, rows[seed] = evaluate.evaluate_episodes(
-            predict, source.episodes(episodes), count, source.fold, context, log, label=f"seed {seed}", **common
-        )
-        seeds.append({"seed": seed} | record)
-        log.info(f"seed {seed}: mIoU {100 * record['miou']:.2f}  FB-IoU {100 * record['fb_iou']:.2f}  {system.mark}".rstrip())
-    return Scored(system, source, weight, seeds, lists, rows)
+    predict = functools.partial(system.predict, baselines=config.Test_Finetune.baselines)
+    asked, scores = config.Test_Finetune, {}
+    how = replace(How.of(config, context, log), crf=asked.crf, maps=Path(asked.maps) if asked.maps else None)
+    for seed, test in task.tests().items():
+        scores[seed] = task.evaluate(predict, test, how)
+        shown = "  ".join(f"{label(key)} {100 * scores[seed].record[key]:.2f}" for key in ("miou", "fb_iou", "hiou")
+                          if key in scores[seed].record)  # fmt: skip
+        log.info(f"{test.label}: {shown}  {system.mark}".rstrip())
+    return Scored(system, task, weight, scores)
 
 
 def weight_file(config: Config, place: Experiment) -> Path:
-    """The checkpoint that the config names; auto: what the selection rule chose."""
+    """The checkpoint that the config names; auto: what the selection rule chose. `NONE` for a system that trains nothing."""
+    if not system_class(place.arch).facts.trained:
+        return NONE
     if config.Test_Finetune.weight != "auto":
         return Path(config.Test_Finetune.weight)
     return place.last if config.Train.selection == "last" and place.last.is_file() else place.best
@@ -126,81 +128,75 @@ def weight_file(config: Config, place: Experiment) -> Path:
 
 def ready(config: Config, place: Experiment) -> None:
     """Raises a UserError with everything that is wrong, the checkpoint included."""
-    weight, findings = weight_file(config, place), []
-    whole = weight.suffix != ".safetensors" or place.arch == "PSPNet"  # it brings everything along
-    if weight.suffix == ".safetensors" and weight.is_file():
-        meta, cls = read_meta(weight), system_class(place.arch)
-        priors = config.Method.priors or list(cls.default_priors) if issubclass(cls, FewShot) else None
-        wanted = experiment.identity(place.arch, with_selection(config, place.arch, weight), priors)
+    weight, findings, cls = weight_file(config, place), [], system_class(place.arch)
+    if config.Test_Finetune.crf:
+        findings.append(preflight.attempt("CRF", lambda: crf.load().__name__))
+    frozen = weight.suffix == ".safetensors"  # a published checkpoint brings everything along
+    if frozen and weight.is_file():
+        meta = read_meta(weight)
+        wanted = identity(place.arch, cls.facts, with_selection(config, place.arch, weight))
         findings.append(preflight.attempt("checkpoint", lambda: check_identity(weight, meta, wanted) or str(weight)))
-        whole |= EXPORT in meta
-    preflight.require(config, place, ("val_list",), start=not whole, extra=findings)
+        frozen = EXPORT not in meta and cls.facts.frozen
+    clip = needs_clip(place.arch, config)
+    preflight.require(preflight.Start(config, place, cls.facts, cls.task, clip, ("val_list",), frozen), findings)
 
 
 def with_selection(config: Config, arch: str, weight: Path) -> Config:
     """The rule by which a checkpoint was chosen, where that is known better than from the config."""
     found = None
-    if weight.suffix != ".safetensors":
+    if weight == NONE:
+        found = "last"
+    elif weight.suffix != ".safetensors":
         found = "novel"  # as all published checkpoints were chosen
     elif weight.is_file():
         found = read_meta(weight).get("selection")
-        if found != "last" and system_class(arch).task == "episodes":
+        if found != "last" and "Train.selection" in system_class(arch).facts.identity:
             found = None  # `check_identity` compares
     return replace(config, Train=replace(config.Train, selection=found)) if found else config
 
 
 def without_leaks(config: Config, place: Experiment, scored: Scored) -> tuple[Config, list[str]] | None:
-    """Config and differences of the leak-free evaluation; None where nothing leaks or no other weights are at hand."""
-    if scored.source.task == "images" or not config.Test_Finetune.leak_free:
+    """Config and differences of the leak-free evaluation; None where nothing leaks or no other weights are available."""
+    if not scored.task.fold.novel or not config.Test_Finetune.leak_free or not scored.task.leaks:
         return None
     last = scored.weight.parent / place.last.name
     ours = config.Train.selection == "novel" and scored.weight.suffix == ".safetensors" and last.is_file()
-    free, differences = protocol.without_leaks(config, "vtp" in (scored.system.prior_names or []), last_epoch=ours)
+    free, differences = protocol.without_leaks(config, scored.system.reads_text, last_epoch=ours)
     if ours:
         free = replace(free, Test_Finetune=replace(free.Test_Finetune, weight=str(last)))
     return (free, differences) if differences else None
 
 
 def summary(config: Config, place: Experiment, context: Context, scored: Scored, seconds: float) -> dict:
-    """The result as util/report.py wants it."""
-    system, source, seeds, used = scored.system, scored.source, scored.seeds, protocol.of(config)
+    """The result that util/report/write.py describes."""
+    system, task, seeds, used = scored.system, scored.task, scored.seeds, protocol.of(config)
     mean, sd = summarise(seeds)
-    classes = source.fold.base if source.task == "images" else source.fold.novel
-    episodes = sum(seed["episodes"] for seed in seeds)
-    result = {
+    samples = sum(seed["episodes"] for seed in seeds)
+    table = task.table(scored.scores)
+    tests = task.tests()
+    return {
         "system": place.arch, "data_set": place.data_set, "split": config.Train.split, "shot": config.Train.shot,
+        "setting": task.setting, "unit": task.unit,
         "backbone": f"{config.Method.backbone}" + (f" (width {config.Method.width})" if config.Method.width != 64 else ""),
         "priors": system.prior_names, "checkpoint": str(scored.weight),
-        "protocol": used.describe(bool({"vtp", "cam"} & {*(system.prior_names or [])}), source.task == "images")
-        | trained_with(scored.weight),
+        "protocol": used.describe(system.reads_text, task.says) | trained_with(scored.weight),
         "protocol_hash": used.hash, "warnings": [*system.warnings, *skipped(seeds)], "mark": system.mark,
-        "environment": experiment.environment(context.device) | provenance(config, scored),
-        "classes": {c: source.names.names[c - 1] for c in classes},
-        "other_classes": {c: name for c, name in enumerate(source.names.names, start=1) if c not in classes},
+        "environment": environment(context.device) | provenance(config, scored),
+        "classes": {c: task.names.names[c - 1] if c else "background" for c in task.classes},
+        "other_classes": {c: name for c, name in enumerate(task.names.names, start=1) if c not in task.classes},
         "curves": learning_curves(config, place, scored.weight),
         "seeds": seeds, "mean": mean, "sd": sd, "baselines": baselines(seeds),
-        "time": {"seconds": round(seconds, 1), "seconds per episode": round(seconds / episodes, 4)},
+        "time": {"seconds": round(seconds, 1), "seconds per episode": round(seconds / samples, 4)},
+        "config": dataclasses.asdict(config), "place": [place.exp, place.net],
+        "traces": {seed: trace_all(system, test.data, min(TRACED, test.count), context) for seed, test in tests.items()},
+        "episodes": table.to_json(), "interval": stats.bootstrap(table),
+        "causes": causes.tally(table.cls, table.counts, table.spread),
     }  # fmt: skip
-    if isinstance(system, FewShot):
-        result |= {"config": dataclasses.asdict(config), "place": [place.exp, place.net], "traces": {
-            seed: trace_all(system, source.episodes(episodes), min(TRACED, len(scored.rows[seed])), config)
-            for seed, episodes in scored.episodes.items()
-        }}  # fmt: skip
-    if scored.rows:
-        texts = [" ".join(map(str, (seed, row.number, row.cls, *row.counts, row.query, *row.spread)))
-                 for seed, rows in scored.rows.items() for row in rows]
-        count = None if config.Test_Finetune.episodes else config.Test_Finetune.test_num
-        columns = " ".join([*stats.COLUMNS, stats.QUERY, *stats.SPREAD])
-        result["episodes"] = {"hash": episode_hash(scored.episodes, count), "columns": columns, "rows": texts}
-        read = stats.read_episodes(result)
-        result["interval"] = stats.bootstrap(read)
-        result["causes"] = causes.tally(read.cls, read.counts, read.spread)
-    return result
 
 
 def provenance(config: Config, scored: Scored) -> dict[str, str]:
     """Hashes of code, config, data and every weight."""
-    found = experiment.fingerprint(config, scored.source.records("val_list")) | scored.system.frozen_hashes()
+    found = fingerprint(config, scored.task.records("val_list")) | scored.system.frozen_hashes()
     return found | {"weights": content_hash(scored.system.trained)}
 
 
@@ -214,9 +210,9 @@ def learning_curves(config: Config, place: Experiment, weight: Path) -> dict[str
     """Of the runs that a checkpoint of ours and its base learner come from, as far as they are on record."""
     if weight.suffix != ".safetensors":
         return {}
-    files = {place.arch: weight}
-    if needs_base_learner(place.arch):
-        files["base learner"] = experiment.base_learner_file(config, place)
+    files, before = {place.arch: weight}, system_class(place.arch).facts.before
+    if before:
+        files["base learner"] = before_file(config, place, before)
     found = {name: curves.read(file.parents[1] / curves.FILE) for name, file in files.items()}
     return {name: points for name, points in found.items() if points}
 
@@ -227,19 +223,16 @@ def trained_with(weight: Path) -> dict[str, str]:
     return {"text vocabulary in training": vocabulary} if vocabulary else {}
 
 
-def gallery(config: Config, context: Context, scored: Scored) -> list:
-    """Cards of the first seed: best, median and worst episodes, some for every cause of failure, and the first of some
+def pictures(context: Context, scored: Scored) -> list[Card]:
+    """Cards of the first seed: best, median and worst samples, some for every cause of failure, and the first of some
     classes, which every run has, so that two can be laid side by side."""
-    if not scored.rows:
-        return []
-    seed, rows = next(iter(scored.rows.items()))
-    data = scored.source.episodes(scored.episodes[seed])
-    found = choose([row.counts.iou for row in rows])
-    found |= causes.examples([row.counts for row in rows], [row.spread for row in rows], without=sum(found.values(), []))
-    found["first of a class"] = sorted({row.cls: i for i, row in reversed([*enumerate(rows)])}.values())[:FIRST]
-    groups = {group: [rows[i].number for i in at] for group, at in found.items()}
-    return evaluate.gallery(scored.system.predict, data, groups, scored.source.names.names, context.device,
-                            config.Train.resized_val)  # fmt: skip
+    seed, found = next(iter(scored.scores.items()))
+    rows, data = [row for row in found.rows if row.cls], scored.task.tests()[seed].data  # of objects: the background is easy
+    groups = choose([row.counts.iou for row in rows])
+    groups |= causes.examples([row.counts for row in rows], [row.spread for row in rows], without=sum(groups.values(), []))
+    groups["first of a class"] = sorted({row.cls: i for i, row in reversed([*enumerate(rows)])}.values())[:FIRST]
+    numbers = {group: list(dict.fromkeys(rows[i].number for i in at)) for group, at in groups.items()}
+    return gallery(scored.system.predict, data, numbers, scored.task.names.names, context)
 
 
 def baselines(seeds: list[dict]) -> dict[str, dict[str, float]]:

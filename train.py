@@ -9,64 +9,80 @@ command again continues where the last run stopped, bit for bit: at a signal to 
 import dataclasses
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset
 
-from demo import prepare_data
-from model import System, content_hash, load_backbone, needs_base_learner, open_system
-from util import checkpoint, cli, distributed, evaluate, experiment, plan, preflight
+from model import System, configure, content_hash, load_frozen, load_start, needs_clip, open_system, system_class
+from util import cli
 from util.cache import open_cache
-from util.checkpoint import Progress
-from util.config import Config, load_config
-from util.data.build import Source
-from util.data.episodes import Batch
-from util.data.loading import Loader
-from util.distributed import Context, RangeSampler, Termination
+from util.config import Config, Method
+from util.data.episodes import Batch, collate
+from util.data.loading import Loader, RangeSampler
 from util.errors import UserError
-from util.experiment import Experiment
 from util.files import atomic
-from util.log import RunLog, tracking
-from util.optim import poly
-from util.viz import contact_sheet
+from util.report.gallery import gallery
+from util.report.summary import label
+from util.report.viz import contact_sheet
+from util.run import checkpoint, distributed, plan, preflight
+from util.run.checkpoint import Progress
+from util.run.distributed import Context, Termination
+from util.run.identity import CODE, fingerprint, identity, sources
+from util.run.log import RunLog, tracking
+from util.run.place import Experiment, before_file, missing_before, owned
+from util.run.schedule import Guard, Schedule, Stop, stops
+from util.score.task import How, Task, Test
 
 
 def main() -> None:
     arguments = cli.parse(__doc__, plan=True)
-    config = load_config(arguments.config, arguments.arch, arguments.overrides)
+    config = configure(arguments.config, arguments.arch, arguments.overrides)
     place = Experiment.from_config_path(arguments.arch, arguments.config, config.Runtime.output)
     context = distributed.start(arguments.gpus, config.Runtime)
     try:
-        prepare_data(config, context)
+        preflight.make_data(config, context)
         if context.main:
-            preflight.require(config, place, ("train_list", "val_list") if config.Train.evaluate else ("train_list",))
+            lists = ("train_list", "val_list") if validates(config) else ("train_list",)
+            cls = system_class(place.arch)
+            if not cls.facts.trained:
+                raise UserError(f"{place.arch} trains nothing. Test it: `ARCH={place.arch} sh test.sh {place.command} GPUS`")
+            stages = [] if arguments.dry_run else preflight.start_weights(config, place, cls.facts)
+            preflight.require(preflight.Start(config, place, cls.facts, cls.task, needs_clip(place.arch, config), lists), stages)
         context.barrier()
         run = dry_run if arguments.dry_run else train
-        if needs_base_learner(place.arch):
-            ready_base_learner(run, config, load_config(arguments.config, "PSPNet"), place, context, arguments.quiet)
+        before = system_class(place.arch).facts.before
+        if before:
+            ready_before(run, config, configure(arguments.config, before), place.of(before), place, context, arguments.quiet)
         run(config, place, context, arguments.quiet)
     finally:
         distributed.stop()
 
 
-def ready_base_learner(run: Callable, config: Config, recipe: Config, place: Experiment, context: Context, quiet: bool) -> None:
-    """The demo's base learner takes minutes, so it is trained (to its end) on the way; a real one is a run of its own."""
-    own = place.of("PSPNet")
-    if config.Train.data_set == "demo" and config.Method.pre_weight == "auto":
+def ready_before(
+    run: Callable, config: Config, recipe: Config, own: Experiment, place: Experiment, context: Context, quiet: bool
+) -> None:
+    """Trains the run that must come first on the way (to its end), where `Train.before` says so; asks for it otherwise."""
+    if config.Train.before == "run" and config.Method.pre_weight == "auto":
         if not checkpoint.finished(own.snapshot):
-            recipe.Data, recipe.Method, recipe.Runtime = config.Data, config.Method, config.Runtime
+            recipe.Data, recipe.Runtime = config.Data, config.Runtime
+            shared = {f.name: getattr(config.Method, f.name) for f in dataclasses.fields(Method)}
+            recipe.Method = dataclasses.replace(recipe.Method, **shared)
             recipe.Train.workers, recipe.Train.selection = config.Train.workers, config.Train.selection
             run(recipe, own, context, quiet)
-    elif not experiment.base_learner_file(config, place).is_file():
-        raise UserError(experiment.missing_base_learner(config, place))
+    elif not before_file(config, place, own.arch).is_file():
+        raise UserError(missing_before(config, place, own.arch))
 
 
 def dry_run(config: Config, place: Experiment, context: Context, quiet: bool) -> None:
-    """Says what a run would do and take, whether its base learner is there yet or not; writes nothing."""
-    ready = not needs_base_learner(place.arch) or experiment.base_learner_file(config, place).is_file()
+    """Says what a run would do and take, whether the run before it is there yet or not; writes nothing."""
+    before = system_class(place.arch).facts.before
+    ready = not before or before_file(config, place, before).is_file()
     with RunLog(place.folder, main=False) as log:
         found = plan.measure(build(config, place, context, log, weights=ready))
         if context.main:
@@ -78,60 +94,111 @@ class Run:
     """Everything a training run holds."""
 
     system: System
-    source: Source
+    task: Task
     data: Dataset
     optimizer: torch.optim.Optimizer
+    schedule: Schedule
+    stops: list[Stop]  # where the run validates or keeps weights, the last one at its end
     progress: Progress
     config: Config
     place: Experiment
     context: Context
     log: RunLog
     meta: dict[str, Any]  # what the checkpoints are for
-    validation: Dataset | None  # what chooses the checkpoint; None: the last epoch is it
+    validation: Test | None  # what is validated; it chooses the checkpoint, unless Train.selection says that the last step is it
 
     @property
     def per_epoch(self) -> int:
-        """Iterations of an epoch."""
+        """Steps of an epoch."""
         return len(self.data) // self.config.Train.batch_size
+
+    @property
+    def chooses(self) -> bool:
+        """Whether the validation chooses the checkpoint."""
+        return self.config.Train.selection != "last"
 
 
 def train(config: Config, place: Experiment, context: Context, quiet: bool) -> None:
     """One run, from its start, or from wherever an earlier run of the same command stopped, to its end."""
     tracker = config.Runtime.tracker if context.main else ""
     with (
+        owned(place.folder, context.main),
         tracking(tracker, f"{place.arch} {place.command} {place.net}", place.folder, dataclasses.asdict(config)) as tracked,
         RunLog(place.folder, quiet=quiet, main=context.main, tracked=tracked) as log,
     ):
         run = start(config, place, context, log)
         with Termination(context) as termination:
-            for epoch in range(config.Train.epochs):
-                for end in parts(run.per_epoch, config.Train.SubEpoch_val):
-                    if epoch * run.per_epoch + end > run.progress.closed:
-                        iterate(run, epoch, end, termination)
-                        close_part(run, epoch, end)
-        if run.validation is not None:
-            best = run.progress
-            log.info(f"best mIoU {100 * best.best:.2f} after {best.best_epoch:.3g} epochs  {run.system.mark}".rstrip())
+            for stop in run.stops:
+                if stop.step > run.progress.closed:
+                    iterate(run, stop, termination)
+                    close(run, stop)
+        if run.chooses:
+            best, score = run.progress, label(run.task.headline)
+            log.info(f"best {score} {100 * best.best:.2f} after {best.best_epoch:.3g} epochs  {run.system.mark}".rstrip())
         log.info(f"weights: {place.best}")
         context.barrier()
 
 
-def close_part(run: Run, epoch: int, end: int) -> None:
-    """What follows the last iteration of (half) an epoch: validation, best and last weights, a resume point."""
-    progress = run.progress
-    if run.validation is not None:
+def iterate(run: Run, stop: Stop, termination: Termination) -> None:
+    """Steps from where the run stands to `stop`."""
+    train, context, progress = run.config.Train, run.context, run.progress
+    run.system.train()
+    saved = time.monotonic()
+    begin, end = (step * train.batch_size for step in (progress.step, stop.step))
+    sampler = RangeSampler(begin, end, train.batch_size, context, drop_last=True)
+    on_error = run.config.Data.on_error
+    batches = Loader(run.data, sampler, train.workers, context.device, run.log.warning, on_error=on_error, training=True)
+    first = stop.epoch * run.per_epoch  # of the epoch that the bar shows
+    guard = Guard(context)
+    with run.log.progress(min(run.per_epoch, run.schedule.total - first), stop.label, progress.step - first) as bar:
+        for batch in batches:
+            rate = run.schedule.set(run.optimizer, progress.step)
+            batch = batch.to(context.device, non_blocking=True)
+            with context.autocast():
+                losses = run.system.losses(batch, progress.step)
+            loss = sum(losses.values())
+            run.optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            guard.step(run.optimizer, loss, progress.step)
+            losses = {name: value.detach() for name, value in losses.items()}
+            shown = (progress.step + 1) % train.print_freq == 0
+            look = shown or context.device.type == "cpu" or progress.step + 1 == stop.step  # a GPU is not made to wait in between
+            if look and guard.stopped():
+                raise UserError(poisoned(run, int(guard.first), losses))
+            progress.step += 1
+            bar.step(train.batch_size, losses, rate)
+            if shown:
+                run.log.scalars(losses | {"rate": rate}, progress.step, "train")
+            stopping = look and termination.asked()
+            if stopping or (look and time.monotonic() - saved > 60 * train.save_minutes):
+                save_point(run)
+                saved = time.monotonic()
+            if stopping:
+                raise termination.ended(progress.step)
+
+
+def close(run: Run, stop: Stop) -> None:
+    """What follows the last step before a stop: validation, best, last and kept weights, a resume point."""
+    progress, place = run.progress, run.place
+    if stop.validate and run.validation is not None:
         save_point(run)  # a validation may take longer than a cluster waits
         score = validate(run)
-        if score > progress.best:
-            progress.best, progress.best_epoch = score, epoch + end / run.per_epoch
-            save_best(run)
-    if end == run.per_epoch:
-        if run.validation is None:
-            save_best(run)
-        if run.context.main:
-            checkpoint.save_weights(run.place.last, run.system.trained_state(), run.meta | {"selection": "last"})
+        if run.chooses and score > progress.best:
+            progress.best, progress.best_epoch = score, stop.step / run.per_epoch
+            save_weights(run, place.best, {"epoch": progress.best_epoch, "score": progress.best})
+    if stop.last:
+        if not run.chooses:
+            save_weights(run, place.best)
+        save_weights(run, place.last, {"selection": "last"})
+    if stop.keep:
+        save_weights(run, place.snapshot / f"{stop.step}.safetensors", {"selection": "last", "step": stop.step})
     progress.closed = progress.step
     save_point(run)
+
+
+def save_weights(run: Run, file: Path, more: Mapping[str, Any] = MappingProxyType({})) -> None:
+    if run.context.main:
+        checkpoint.save_weights(file, run.system.trained_state(), run.meta | more)
 
 
 def save_point(run: Run) -> None:
@@ -144,38 +211,46 @@ def save_point(run: Run) -> None:
 def build(config: Config, place: Experiment, context: Context, log: RunLog, weights: bool = True) -> Run:
     """Model, data and optimizer at the start of a run; without `weights` the frozen parts mean nothing, and cost the same."""
     torch.manual_seed(config.Train.manual_seed)
-    system, source = open_system(place.arch, config)
+    system, task = open_system(place.arch, config)
     if weights:
-        load_backbone(system, config, place)
+        load_frozen(system, config, place, training=True)
+    first = load_start(system, config, place) if weights else {}
     for warning in system.warnings:
         log.warning(warning)
     system.to(context.device)
-    meta = experiment.identity(place.arch, config, system.prior_names) | {"frozen": system.frozen_hashes()}
-    meta["vocabulary"] = config.CLIP.vocabulary
+    meta = identity(place.arch, system.facts, config) | {"frozen": system.frozen_hashes()}
+    meta["vocabulary"] = system.vocabulary or config.CLIP.vocabulary
+    meta |= first
     meta["config"] = dataclasses.asdict(config)
-    validation = source.validation() if config.Train.evaluate and config.Train.selection != "last" else None
-    meta["selection"] = config.Train.selection if validation is not None else "last"
+    validation = task.validation() if validates(config) else None
+    meta["selection"] = config.Train.selection
     if validation is not None:
         system.remember(open_cache(config.Runtime.cache_gb, config.Runtime.cache_dir), fixed_head=False)
-    run = Run(
-        system, source, source.training(), system.optimizer(config.Train), Progress(config=dataclasses.asdict(config)),
-        config, place, context, log, meta, validation,
+    data, batch = task.training(), config.Train.batch_size
+    per_epoch = len(data) // batch
+    if per_epoch == 0:
+        raise UserError(f"Train.batch_size = {batch}: an epoch has only {len(data)} samples")
+    total = config.Train.iterations or per_epoch * config.Train.epochs
+    found = sources(config, task.records("train_list"), task.names)
+    if warning := system.check_batch(batch // context.world, context.world, context.device):
+        log.warning(warning)
+    return Run(
+        system, task, data, system.optimizer(config.Train), Schedule.of(config.Train, total), stops(config.Train, per_epoch),
+        Progress(config=dataclasses.asdict(config), total=total, sources=found), config, place, context, log, meta, validation,
     )  # fmt: skip
-    if source.task == "images":
-        if config.Train.batch_size // context.world < 2:
-            raise UserError(f"Train.batch_size = {config.Train.batch_size}: BatchNorm needs at least 2 images in each process")
-        if context.world > 1 and context.device.type == "cpu":
-            log.warning("on the CPU each process normalises its own part of the batch: not the base learner of one process")
-    if run.per_epoch == 0:
-        raise UserError(f"Train.batch_size = {config.Train.batch_size}: an epoch has only {len(run.data)} samples")
-    run.progress.total = run.per_epoch * config.Train.epochs
-    return run
+
+
+def validates(config: Config) -> bool:
+    """Whether a run looks at the validation data."""
+    return config.Train.watch or config.Train.selection != "last"
 
 
 def start(config: Config, place: Experiment, context: Context, log: RunLog) -> Run:
     """A run where an earlier one of the same command stopped, or at its start."""
     run = build(config, place, context, log)
-    system, source = run.system, run.source
+    system, task = run.system, run.task
+    if "start" in run.meta:
+        log.info(f"starts from the weights of {run.meta['start']}, with a fresh optimizer")
     torch.manual_seed(config.Train.manual_seed)  # the same in all processes, see model.ops.Dropout
     if config.Train.resume == "auto":
         resume(run)
@@ -183,7 +258,7 @@ def start(config: Config, place: Experiment, context: Context, log: RunLog) -> R
         shutil.rmtree(place.snapshot / "resume", ignore_errors=True)
     if context.world > 1:
         facts = {"position": f"{run.progress.step}, {run.progress.closed}", "weights": content_hash(system.trained)}
-        context.agree(experiment.fingerprint(config, source.records("train_list")) | system.frozen_hashes() | facts)
+        context.agree(fingerprint(config, task.records("train_list")) | system.frozen_hashes() | facts)
         system.distribute(context.device)
     log.rewind({"train": run.progress.step, "validation": run.progress.closed})
     if context.main:
@@ -210,105 +285,68 @@ def resume(run: Run) -> None:
     if changed:
         raise UserError(f"{run.place.snapshot} holds a run with another config ({'; '.join(changed)}). Use Train.resume=none to "
                         "overwrite it, or Runtime.output=FOLDER to keep both")
+    check_sources(run, state["progress"].get("sources", {}))
     checkpoint.check_identity(file, checkpoint.read_meta(file), run.meta)
     checkpoint.check_frozen(file, checkpoint.read_meta(file), run.system.frozen_hashes())
     run.system.load_trained(weights, str(file))
     run.optimizer.load_state_dict(state["optimizer"])
     checkpoint.set_rng_state(state["rng"], run.context.device)
-    run.progress = Progress(**state["progress"])
+    run.progress = Progress(**state["progress"] | {"sources": run.progress.sources})
     epochs, rest = divmod(run.progress.step, run.per_epoch)
     more = f" and {rest} iterations" if rest else ""
     end = ", nothing is left to train" if run.progress.finished else ""
-    run.log.info(f"{epochs} of {run.config.Train.epochs} epochs{more} are done{end}")
+    run.log.info(f"{epochs} of {-(-run.schedule.total // run.per_epoch)} epochs{more} are done{end}")
+
+
+def check_sources(run: Run, before: dict[str, str]) -> None:
+    """Raises UserError where the data under the run's paths is another than when it started; other code is only a warning."""
+    now = run.progress.sources
+    changed = [what for what, digest in before.items() if what in now and now[what] != digest]
+    if CODE in changed:
+        changed.remove(CODE)
+        run.log.warning("the code has changed since this run started; it goes on with the new code")
+    if changed:
+        raise UserError(f"{run.place.snapshot} holds a run on other data: {', '.join(changed)} changed since it started. Put the "
+                        "old data back to go on, use Train.resume=none to start over, or Runtime.output=FOLDER to keep both. "
+                        "(Copied files have another time: Data.same_by=size looks at sizes alone)")
 
 
 def differences(old: dict, new: dict) -> list[str]:
     """Keys in which two configs differ, but for how fast a run goes and what is tested later."""
     free = {"Train.workers", "Train.print_freq", "Train.resume", "Runtime.threads", "Runtime.output",
-            "Runtime.cache_gb", "Runtime.cache_dir", "Runtime.processes", "Runtime.tracker", "Train.save_minutes"}
+            "Data.same_by", "Runtime.cache_gb", "Runtime.cache_dir", "Runtime.processes", "Runtime.tracker", "Train.save_minutes"}
     return [f"{section}.{key} was {old.get(section, {}).get(key)!r}, is {value!r}"
             for section, values in new.items() if section != "Test_Finetune"
             for key, value in values.items() if f"{section}.{key}" not in free and old.get(section, {}).get(key) != value]
 
 
-def parts(per_epoch: int, halves: bool) -> list[int]:
-    """Iterations of an epoch after which it is validated."""
-    half = per_epoch // 2
-    return [half, per_epoch] if halves and half else [per_epoch]
-
-
-def iterate(run: Run, epoch: int, end: int, termination: Termination) -> None:
-    """Iterations of an epoch from where the run stands to `end`."""
-    train, context, progress = run.config.Train, run.context, run.progress
-    run.system.train()
-    begin, saved = progress.step - epoch * run.per_epoch, time.monotonic()
-    first, last = ((epoch * run.per_epoch + i) * train.batch_size for i in (begin, end))
-    sampler = RangeSampler(first, last, train.batch_size, context, drop_last=True)
-    on_error = run.config.Data.on_error
-    batches = Loader(run.data, sampler, train.workers, context.device, run.log, on_error=on_error, training=True)
-    with run.log.progress(run.per_epoch, f"epoch {epoch + 1}/{train.epochs}", begin) as bar:
-        for batch in batches:
-            poly(run.optimizer, progress.step, progress.total, train.power)
-            batch = batch.to(context.device, non_blocking=True)
-            with torch.autocast(context.device.type, torch.bfloat16, enabled=run.config.Runtime.precision == "bf16"):
-                losses = run.system.losses(batch)
-            loss = sum(losses.values())
-            if not torch.isfinite(loss):
-                raise UserError(poisoned(run, batch, losses))
-            run.optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            run.optimizer.step()
-            progress.step += 1
-
-            rate = run.optimizer.param_groups[0]["lr"]
-            losses = {name: value.detach() for name, value in losses.items()}
-            bar.step(train.batch_size, losses, rate)
-            stopping, due = termination.asked(), time.monotonic() - saved > 60 * train.save_minutes
-            if progress.step % train.print_freq == 0:
-                run.log.scalars(losses | {"rate": rate}, progress.step, "train")
-            if stopping or due:
-                save_point(run)
-                saved = time.monotonic()
-            if stopping:
-                raise termination.ended(progress.step)
-
-
-def poisoned(run: Run, batch: Batch, losses: dict[str, torch.Tensor]) -> str:
-    """Keeps the batch and the weights that gave a loss which is no number, and says so."""
-    file = run.place.folder / f"bad_batch{run.context.rank}.safetensors"
+def poisoned(run: Run, step: int, losses: dict[str, Tensor]) -> str:
+    """Keeps the batch and the weights that gave a loss which is no number, and says so. The batch is read again."""
+    size, context = run.config.Train.batch_size, run.context
+    own = next(iter(RangeSampler(step * size, (step + 1) * size, size, context, drop_last=True)))
+    batch: Batch = collate([run.data[i] for i in own])
+    file = run.place.folder / f"bad_batch{context.rank}.safetensors"
     shown = ", ".join(f"{name} {value.item()}" for name, value in losses.items())
     weights = {f"weights.{name}": value for name, value in run.system.trained_state().items()}
-    checkpoint.save_weights(file, batch.tensors() | weights, {"step": run.progress.step, "losses": shown})
-    return (f"the loss is not finite at iteration {run.progress.step + 1} ({shown}); lower Train.base_lr, or use "
+    checkpoint.save_weights(file, batch.tensors() | weights, {"step": step, "losses": shown})
+    return (f"the loss is not finite at iteration {step + 1} ({shown}); lower Train.base_lr, or use "
             f"Runtime.precision=fp32. The last resume point is valid; batch and weights of this step are in {file}")
 
 
 def validate(run: Run) -> float:
-    """mIoU on the validation data; the first three episodes go to TensorBoard as pictures."""
-    system, source, train, context = run.system.eval(), run.source, run.config.Train, run.context
-    data, common = run.validation, evaluate.settings(run.config)
+    """The headline score on the validation data; the first three samples go to TensorBoard as pictures."""
+    system, task, context, test = run.system.eval(), run.task, run.context, run.validation
     started = time.monotonic()
-    if source.task == "images":
-        scores = evaluate.evaluate_images(system.predict, data, source.fold, context, run.log, **common)
-    else:
-        scores, _ = evaluate.evaluate_episodes(
-            system.predict, data, train.val_episodes, source.fold, context, run.log, label="validation", **common
-        )
-        if context.main:
-            cards = evaluate.gallery(system.predict, data, {"": range(3)}, source.names.names, context.device, train.resized_val)
-            sheet = contact_sheet([card.panels for card in cards], [f"{card.title} {system.mark}" for card in cards])
-            run.log.image("episodes", sheet, run.progress.step)
-    shown = {key: value for key, value in scores.items() if key.endswith("iou")}
+    record = task.evaluate(system.predict, test, How.of(run.config, context, run.log)).record
+    if context.main:
+        cards = gallery(system.predict, test.data, {"": range(min(3, test.count))}, task.names.names, context)
+        sheet = contact_sheet([card.panels for card in cards], [f"{card.title} {system.mark}" for card in cards])
+        run.log.image(task.unit, sheet, run.progress.step)
+    shown = {key: value for key, value in record.items() if key.endswith("iou")}
     run.log.scalars(shown, run.progress.step, "validation")
     text = "  ".join(f"{key} {100 * value:.2f}" for key, value in shown.items())
-    run.log.info(f"{text}  ({scores['episodes']} {source.task}, {time.monotonic() - started:.0f} s)  {system.mark}".rstrip())
-    return scores["miou"]
-
-
-def save_best(run: Run) -> None:
-    if run.context.main:
-        best = {"epoch": run.progress.best_epoch, "score": run.progress.best} if run.validation is not None else {}
-        checkpoint.save_weights(run.place.best, run.system.trained_state(), run.meta | best)
+    run.log.info(f"{text}  ({record['episodes']} {task.unit}, {time.monotonic() - started:.0f} s)  {system.mark}".rstrip())
+    return record[task.headline]
 
 
 if __name__ == "__main__":

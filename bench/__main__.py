@@ -1,7 +1,7 @@
 """`python -m bench [ARCH ...]`: seconds per training sample and per evaluated episode at PASCAL's sizes, part by part.
 
 ResNet-50, ViT-B/16, side 473; random weights, since time does not depend on them, and made-up images (a 500 x 375 query, an
-object of a sixth of the area) or real ones. `plain` is tests/oracle.py: image by image, everything computed. Prints markdown
+object of a sixth of the area) or real ones. `plain` is bench/oracle.py: image by image, everything computed. Prints markdown
 for bench/RESULTS.md.
 
     python -m bench                         PI_CLIP and HDMNet, 1-shot and 5-shot, fp32
@@ -21,15 +21,16 @@ from pathlib import Path
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from bench.oracle import plain_scores
 from bench.world import HEIGHT, SIDE, WIDTH, episodes, real_episodes
 from model import build_system
 from model.few_shot.hdmnet import HDMNet
 from model.few_shot.system import FewShot
-from tests.oracle import plain_scores
 from util.cache import TensorCache
 from util.config import Config
 from util.data.episodes import Episode
 from util.data.folds import fold, read_class_names
+from util.run.distributed import Context
 
 
 class Bench:
@@ -52,7 +53,7 @@ class Bench:
     def seconds(self, call: Callable[[], object]) -> float:
         """Median wall time of a call under the autocast, after one to warm up."""
         times = []
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+        with Context(self.device, precision=self.precision).autocast():
             for _ in range(1 + self.repeats):
                 start = time.perf_counter()
                 call()

@@ -1,4 +1,4 @@
-"""HSNet and IMR-HSNet against tests/oracle.py in the same minutes: seconds of processor time and peak memory, side 400.
+"""HSNet and IMR-HSNet against bench/oracle.py in the same minutes: seconds of processor time and peak memory, side 400.
 
     python -m bench.hsnet [--repeats 3] [--shots 1 5]
 
@@ -18,15 +18,15 @@ from functools import partial
 
 import torch
 
+from bench.oracle import plain_hsnet, plain_imr_hsnet
 from bench.world import diamond, episodes
 from model.backbone import build_encoder
 from model.few_shot.hsnet import HSNet
 from model.few_shot.imr_hsnet import IMRHSNet
 from model.system import Frozen
 from tests.golden.check_imr_hsnet import GivenCam
-from tests.oracle import plain_hsnet, plain_imr_hsnet
 from util.cache import TensorCache
-from util.config import Method, Train
+from util.config import Train
 
 SIDE, BATCH = 400, 2
 SYSTEMS = {"HSNet": (HSNet, plain_hsnet), "IMR_HSNet": (IMRHSNet, plain_imr_hsnet)}
@@ -38,7 +38,7 @@ def build(arch: str, shot: int, batch: int, plain: bool) -> HSNet:
     cls, formula = SYSTEMS[arch]
     maps = (torch.rand(batch, 1 + shot, 50, 50) - 0.5).clamp(min=0).numpy()
     priors = [GivenCam(maps[:, 0], maps[:, 1:])] if cls is IMRHSNet else []
-    system = cls(Frozen(build_encoder("resnet50", stem="plain", dilated=False)), priors, shot, Method())
+    system = cls(Frozen(build_encoder("resnet50", stem="plain", dilated=False)), priors, shot, cls.Options())
     if plain:
         system.head.forward = partial(formula, system.head)
     return system

@@ -10,16 +10,15 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from model import build_system
-from model.predictor import NO_NAMES, Predictor
-from util.config import load_config
+from model import build_system, configure
+from model.predict.predictor import NO_NAMES, Predictor
 from util.data.folds import fold_of
 
 
 def main() -> None:
     images = np.random.default_rng(0).integers(0, 255, (3, 375, 500, 3), dtype=np.uint8)
     for arch in sys.argv[1:] or ["PI_CLIP", "HDMNet"]:
-        config = load_config("config/pascal/pascal_split0_resnet50.yaml", arch, ["CLIP.clip_path=random"])
+        config = configure("config/pascal/pascal_split0_resnet50.yaml", arch, ["CLIP.clip_path=random"])
         fold = fold_of(config)
         system = build_system(arch, config, fold, NO_NAMES)
         predictor = Predictor(system, config, fold, NO_NAMES, torch.device("cpu"), "fp32")

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from model.predictor import Predictor
+from model.predict.predictor import Predictor
 from util import cli
 from util.data.episodes import mask_table
 from util.data.index import MIN_PIXELS, read_list

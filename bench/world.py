@@ -4,11 +4,11 @@ from pathlib import Path
 
 import torch
 
+from util.cache import CACHE
 from util.data.episodes import Episode, EpisodeDataset, EpisodeList, collate
 from util.data.folds import fold, read_class_names
 from util.data.index import build_index, scan
 from util.data.transforms import ValTransform
-from util.experiment import CACHE
 
 SIDE, HEIGHT, WIDTH = 473, 375, 500
 

@@ -11,13 +11,12 @@ import numpy as np
 from torch import Tensor
 
 from demo.world import ensure
-from model import open_system
+from model import configure, open_system
 from model.build import initialise
 from util import cli
-from util.config import load_config
 from util.data.episodes import Episode
 from util.files import atomic
-from util.viz import COLOURS, Panel, contact_sheet, heatmap, overlay
+from util.report.viz import COLOURS, Panel, contact_sheet, heatmap, overlay
 
 CONFIG = "config/demo/demo_split0_resnet50.yaml"
 NUMBER = 84  # of the episode
@@ -49,11 +48,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", nargs="?", type=Path, default="docs/episode.jpg")
     file = parser.parse_args().file
-    config = load_config(CONFIG, "PI_CLIP", ["Train.shot=2", "Test_Finetune.protocol=strict"])
+    config = configure(CONFIG, "PI_CLIP", ["Train.shot=2", "Test_Finetune.protocol=strict"])
     ensure(config.Data.data_root)
     system, source = open_system("PI_CLIP", config)
     initialise(system.encoder, config.Method.backbone_weight)
-    episode = source.validation()[NUMBER]
+    episode = source.validation().data[NUMBER]
     system.eval()
     features = system.features(episode)
     shown = panels(episode, system.prior_maps(episode, features))

@@ -23,6 +23,7 @@ from demo.shapes import BODY, DETAIL, NAMES, SHAPES, TRIM, Part
 VERSION = 1  # of what is drawn: another number makes `ensure` draw everything anew
 TRAIN = range(1, 1201)
 VAL = range(5001, 5401)
+NOVEL = (1, 2, 3, 4, 5)  # classes of split0 in lists/demo/folds.yaml
 FRESH = 10_000  # from here on: scenes for the training of the demo's CLIP, in neither list
 
 FINE = 3  # scenes are drawn this much larger, then averaged down

@@ -8,10 +8,21 @@ try:
 except ModuleNotFoundError as _error:
     raise ImportError(f"{_error}: prepare the environment with `python3 env.py`, then `. .venv/bin/activate`") from None
 
-from model.build import SYSTEMS, build_system, load_backbone, load_weights, needs_base_learner, open_system, system_class
+from model.build import (
+    SYSTEMS,
+    build_system,
+    configure,
+    load_frozen,
+    load_start,
+    load_weights,
+    needs_clip,
+    open_system,
+    recorded,
+    system_class,
+)
 from model.system import Prediction, System, content_hash
 
 __all__ = [
-    "SYSTEMS", "Prediction", "System", "build_system", "content_hash", "load_backbone", "load_weights", "needs_base_learner",
-    "open_system", "system_class",
+    "SYSTEMS", "Prediction", "System", "build_system", "configure", "content_hash", "load_frozen", "load_start", "load_weights",
+    "needs_clip", "open_system", "recorded", "system_class",
 ]  # fmt: skip

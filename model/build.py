@@ -1,7 +1,9 @@
 """From a config to a system with its frozen weights."""
 
 from collections.abc import Callable, Sequence
+from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -18,31 +20,62 @@ from model.few_shot.imr_hsnet import IMRHSNet
 from model.few_shot.pfenet import PFENet
 from model.few_shot.prior import CosinePrior, Prior, SimilarityPrior, TextPrior, VisualPrior, check_priors
 from model.few_shot.system import FewShot
-from model.system import Frozen, System, load_exactly
-from util import experiment
-from util.checkpoint import EXPORT, check_frozen, check_identity, read_meta
-from util.config import Config
-from util.data.build import Source
+from model.system import Frozen, System, content_hash, load_exactly
+from model.weak.clip_es import CLIPES
+from model.weak.maps import text_bank as class_texts
+from model.weak.system import Weak
+from model.weak.weclip import WeCLIP
+from model.zero_shot.clip_rc import CLIP_RC
+from model.zero_shot.zegclip import ZegCLIP
+from model.zero_shot.zegclip import text_bank as class_bank
+from util.cache import CACHE
+from util.config import Config, Method, load_config, options_of
 from util.data.folds import ClassNames, Fold
 from util.errors import UserError
-from util.experiment import Experiment
 from util.files import load_state, load_tensors
+from util.run.checkpoint import EXPORT, check_frozen, check_identity, read_meta
+from util.run.identity import identity, start_identity
+from util.run.place import Experiment, before_file, missing_before, missing_start, recorded_config, start_file
+from util.score.task import Task
 
 SYSTEMS: dict[str, type[System]] = {"PI_CLIP": PICLIP, "HDMNet": HDMNet, "BAM": BAM, "PFENet": PFENet, "HSNet": HSNet,
-                                    "IMR_HSNet": IMRHSNet, "PSPNet": PSPNet}  # fmt: skip
+                                    "IMR_HSNet": IMRHSNet, "PSPNet": PSPNet, "WeCLIP": WeCLIP, "CLIP_ES": CLIPES,
+                                    "CLIP_RC": CLIP_RC, "ZegCLIP": ZegCLIP}  # fmt: skip
+READ_CLIP = {"vtp", "vvp", "cam"}  # priors that need a CLIP
 
 
 def system_class(arch: str) -> type[System]:
     """The class that ARCH names."""
     if arch not in SYSTEMS:
-        raise UserError(f"unknown system ARCH={arch!r}; there are {', '.join(SYSTEMS)}")
+        near = get_close_matches(arch, SYSTEMS, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise UserError(f"unknown system ARCH={arch!r}; {hint}There are {', '.join(SYSTEMS)}")
     return SYSTEMS[arch]
 
 
-def needs_base_learner(arch: str) -> bool:
-    """Whether a system freezes a base learner that ARCH=PSPNet has trained before."""
-    cls = system_class(arch)
-    return issubclass(cls, FewShot) and cls.uses_base_learner
+def configure(path: str | Path, arch: str, overrides: list[str] | None = None) -> Config:
+    """The config of a system: `util.config.load_config` with the system's own options.
+
+    Raises:
+        UserError: unknown system, or as `load_config`.
+    """
+    return load_config(path, arch, overrides, system_class(arch).Options)
+
+
+def recorded(path: Path, overrides: list[str] | None = None) -> Config:
+    """The config that a checkpoint of ours was trained with, see `util.run.place.recorded_config`."""
+    arch = read_meta(path).get("system")
+    return recorded_config(path, overrides, system_class(arch).Options if arch else Method)
+
+
+def priors_of(arch: str, config: Config) -> Sequence[str]:
+    """The priors in effect."""
+    facts = system_class(arch).facts
+    return facts.priors if config.Method.priors is None else config.Method.priors
+
+
+def needs_clip(arch: str, config: Config) -> bool:
+    return system_class(arch).facts.clip or bool(READ_CLIP & set(priors_of(arch, config)))
 
 
 def build_system(arch: str, config: Config, fold: Fold, names: ClassNames, cache: Path | None = None) -> System:
@@ -52,27 +85,56 @@ def build_system(arch: str, config: Config, fold: Fold, names: ClassNames, cache
         names: of all classes of the data set, for the text bank; it may be filled later (`TextPrior.use`).
         cache: folder for text banks.
     """
-    method, train = config.Method, config.Train
     cls = system_class(arch)
-    encoder = build_encoder(method.backbone, method.width, method.stem, cls.dilated)
-    learner = BaseLearner(encoder, len(fold.base) + 1, width=8 * method.width)
-    if cls is PSPNet:
-        return PSPNet(learner)
-    backbone = Frozen(learner if cls.uses_base_learner else encoder)
-    wanted = cls.default_priors if method.priors is None else method.priors
-    if wanted != cls.default_priors:
-        check_priors(wanted, cls.uses_base_learner)
-    check_clip_size("cam" in cls.default_priors, config.CLIP.clip_size)
-    clip = Frozen(load_clip(config.CLIP.clip_path, resnet="cam" in wanted)) if {"vtp", "vvp", "cam"} & set(wanted) else None
+    make = next(make for family, make in FAMILIES.items() if issubclass(cls, family))
+    return make(cls, arch, config, fold, names, cache)
+
+
+def build_base_learner(cls: type[PSPNet], arch: str, config: Config, fold: Fold, names: ClassNames, cache: Path | None) -> PSPNet:
+    return cls(base_learner(config, fold, cls.dilated))
+
+
+def base_learner(config: Config, fold: Fold, dilated: bool) -> BaseLearner:
+    method = config.Method
+    encoder = build_encoder(method.backbone, method.width, method.stem, dilated)
+    return BaseLearner(encoder, len(fold.base) + 1, width=8 * method.width)
+
+
+def build_few_shot(cls: type[FewShot], arch: str, config: Config, fold: Fold, names: ClassNames, cache: Path | None) -> FewShot:
+    learner, wanted = base_learner(config, fold, cls.dilated), list(priors_of(arch, config))
+    if wanted != list(cls.facts.priors):
+        check_priors(wanted, bool(cls.facts.before))
+    check_clip_size("cam" in cls.facts.priors, config.CLIP.clip_size)
+    clip, shot, vocabulary = None, config.Train.shot, config.CLIP.vocabulary
+    if needs_clip(arch, config):
+        clip = Frozen(load_clip(config.CLIP.clip_path, resnet="cam" in wanted, activation=config.CLIP.activation))
     makers: dict[str, Callable[[], Prior]] = {
         "cosine": CosinePrior,
         "similarity": SimilarityPrior,
-        "vvp": lambda: VisualPrior(clip, train.shot),
-        "vtp": lambda: TextPrior(clip, text_bank(clip, names.texts, cache), config.CLIP.vocabulary, fold.base),
-        "cam": lambda: CamPrior(cam_source(clip.module), clip.module.text.bank([TEMPLATE.format(n) for n in names.names], cache),
-                                config.CLIP.vocabulary, fold.base, config.CLIP.clip_size),
+        "vvp": lambda: VisualPrior(clip, shot),
+        "vtp": lambda: TextPrior(clip, text_bank(clip, names.texts, cache), vocabulary, fold.base),
+        "cam": lambda: CamPrior(cam_source(clip.module), clip.module.text.bank(names.names, [TEMPLATE], cache),
+                                vocabulary, fold.base, config.CLIP.clip_size),
     }
-    return cls(backbone, [makers[name]() for name in wanted], train.shot, method, clip)
+    backbone = Frozen(learner if cls.facts.before else learner.encoder)
+    return cls(backbone, [makers[name]() for name in wanted], shot, options_of(config.Method, cls.Options), clip)
+
+
+def build_weak(cls: type[Weak], arch: str, config: Config, fold: Fold, names: ClassNames, cache: Path | None) -> Weak:
+    options, clip = options_of(config.Method, cls.Options), load_clip(config.CLIP.clip_path, activation=config.CLIP.activation)
+    return cls(Frozen(clip), class_texts(clip.text, names.texts, options, cache), options)
+
+
+def build_zero_shot(cls: type[ZegCLIP], arch: str, config: Config, fold: Fold, names: ClassNames, cache: Path | None) -> ZegCLIP:
+    options, clip = options_of(config.Method, cls.Options), load_clip(config.CLIP.clip_path, activation=config.CLIP.activation)
+    if not isinstance(clip.visual, ClipTrunk):
+        raise UserError(f"CLIP.clip_path = {config.CLIP.clip_path} is a ResNet; {arch} puts tokens into a ViT: take ViT-B-16")
+    clip, seen = Frozen(clip), [c - 1 for c in fold.base]
+    return cls(clip, names.names, class_bank(clip, names.texts, options, cache), seen, options)
+
+
+FAMILIES: dict[type[System], Callable[..., System]] = {FewShot: build_few_shot, PSPNet: build_base_learner, Weak: build_weak,
+                                                      ZegCLIP: build_zero_shot}  # fmt: skip
 
 
 def cam_source(clip: Clip) -> CamSource:
@@ -89,20 +151,22 @@ def check_clip_size(cam: bool, size: str) -> None:
 
 def text_bank(clip: Frozen, texts: Sequence[str], cache: Path | None = None) -> Tensor:
     """2C D: a row "a photo of c." for every class, then a row "a photo without c."."""
-    return clip.module.text.bank([template.format(text) for template in (FOREGROUND, BACKGROUND) for text in texts], cache)
+    return clip.module.text.bank([template.format(text) for template in (FOREGROUND, BACKGROUND) for text in texts], cache=cache)
 
 
-def open_system(arch: str, config: Config) -> tuple[System, Source]:
-    """A system and the data it works on; backbone, base learner and head come without weights."""
-    source = Source(config, system_class(arch).task, experiment.CACHE)
-    system = build_system(arch, config, source.fold, source.names, experiment.CACHE)
-    source.clip_patch = system.clip_patch
-    return system, source
+def open_system(arch: str, config: Config) -> tuple[System, Task]:
+    """A system and the task with its data; backbone, base learner and head come without weights."""
+    task = system_class(arch).task(config)
+    system = build_system(arch, config, task.fold, task.names, CACHE)
+    task.clip_patch = system.clip_patch
+    return system, task
 
 
 def load_weights(system: System, config: Config, place: Experiment, weight: Path) -> None:
-    """Gives a system all its weights. A checkpoint of ours must match the config and the frozen parts; an exported one
-    (model/share.py) and a published one bring their base learner along."""
+    """Gives a system all its weights; one that trains nothing has them. A checkpoint of ours must match the config and the frozen
+    parts; an exported one (model/predict/share.py) and a published one bring their base learner along."""
+    if not system.facts.trained:
+        return
     if not weight.is_file():
         raise UserError(f"Test_Finetune.weight = {config.Test_Finetune.weight}: no checkpoint {weight}. Train first: "
                         f"`ARCH={place.arch} NET={place.net} sh train.sh {place.command} GPUS`")
@@ -110,32 +174,51 @@ def load_weights(system: System, config: Config, place: Experiment, weight: Path
         system.import_official(load_state(weight), str(weight))
         return
     meta, state = read_meta(weight), load_tensors(weight)
-    check_identity(weight, meta, experiment.identity(place.arch, config, system.prior_names))
+    check_identity(weight, meta, identity(place.arch, system.facts, config))
     if EXPORT in meta:
         clip = {name: tensor for name, tensor in system.state_dict().items() if name.startswith("clip.")}
         load_exactly(system, clip | state, str(weight))
-    elif system.task == "episodes":
-        load_backbone(system, config, place)
+    else:
+        load_frozen(system, config, place)
     check_frozen(weight, meta, system.frozen_hashes())
     if EXPORT not in meta:
         system.load_trained(state, str(weight))
 
 
-def load_backbone(system: System, config: Config, place: Experiment) -> None:
-    """Gives a system the weights it starts from: the base learner of this fold and network, or ImageNet's."""
-    if not needs_base_learner(place.arch):
-        encoder = system.encoder if isinstance(system, FewShot) else system.trained.encoder
-        return initialise(encoder, config.Method.backbone_weight)
-    path = experiment.base_learner_file(config, place)
+def load_frozen(system: System, config: Config, place: Experiment, training: bool = False) -> None:
+    """Gives a system the weights it does not train: those of the run before, or ImageNet's.
+
+    training: also the weights that its trained part starts from.
+    """
+    before = system.facts.before
+    if not before:
+        for encoder in system.encoders(training):
+            initialise(encoder, config.Method.backbone_weight)
+        return
+    path = before_file(config, place, before)
     if not path.is_file():
-        raise UserError(experiment.missing_base_learner(config, place))
+        raise UserError(missing_before(config, place, before))
     if path.suffix == ".safetensors":
         meta = read_meta(path)
-        check_identity(path, meta, experiment.identity("PSPNet", config))
+        check_identity(path, meta, identity(before, system_class(before).facts, config))
         if config.Train.selection != "novel" and meta.get("selection") != "last":
             system.warnings += (f"the base learner {path} was chosen where novel objects of the validation images count as "
                                 "background, a leak; train it with Test_Finetune.protocol=strict too",)  # fmt: skip
-    system.load_base_learner(load_state(path), str(path))
+    system.load_before(load_state(path), str(path))
+
+
+def load_start(system: System, config: Config, place: Experiment) -> dict[str, Any]:
+    """Gives the trained part the weights that `Train.start_from` names; what checkpoints of the run record of them."""
+    file = start_file(config, place)
+    if file is None:
+        return {}
+    if not file.is_file():
+        raise UserError(missing_start(config, place))
+    meta, state = read_meta(file), load_tensors(file)
+    check_identity(file, meta, start_identity(place.arch, system.facts, config))
+    check_frozen(file, meta, system.frozen_hashes())
+    system.load_trained(state, str(file))
+    return {"start": f"{file}" + (f", step {meta['step']}" if "step" in meta else "") + f" ({content_hash(system.trained)})"}
 
 
 def initialise(encoder: Encoder, source: str) -> None:

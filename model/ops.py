@@ -1,5 +1,7 @@
 """Tensor operations that every system uses."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -11,9 +13,48 @@ def resize(x: Tensor, size: tuple[int, int] | torch.Size, corners: bool = True) 
     return x if x.shape[2:] == tuple(size) else F.interpolate(x, tuple(size), mode="bilinear", align_corners=corners)
 
 
+def nominal_positions(table: Tensor, side: tuple[int, int], grid: tuple[int, int]) -> Tensor:
+    """Positional table of another patch grid, as the code of DINO v1 makes it (and SCLIP, NACLIP, ClearCLIP after it).
+
+    Bicubic, no antialias, with the *nominal* factors (h + 0.1) / side, which shift every sampling point a little.
+
+    Args:
+        table: n C, row-major, n = side[0] * side[1].
+        grid: (h, w).
+    Returns:
+        h*w C; the table itself on its own grid.
+    """
+    if tuple(grid) == tuple(side):
+        return table
+    factors = tuple((new + 0.1) / old for new, old in zip(grid, side, strict=True))
+    patches = table.T.reshape(1, -1, *side)
+    return F.interpolate(patches, scale_factor=factors, mode="bicubic", align_corners=False).flatten(2)[0].T
+
+
 def full(x: Tensor) -> Tensor:
     """At least fp32, whatever the autocast made of it."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+class Pixels(nn.Module):
+    """Normalises images with the statistics that an encoder was trained with; no other place in the house does.
+
+    Args:
+        mean, std: of RGB in 0..1 units.
+    """
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]):
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1) * 255, persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1) * 255, persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """... 3 H W RGB 0..255 of any type -> float."""
+        return (images.to(self.mean.dtype) - self.mean) / self.std
+
+    def undo(self, normalised: Tensor) -> Tensor:
+        """The way back to 0..255."""
+        return normalised * self.std + self.mean
 
 
 def processes() -> tuple[int, int]:

@@ -10,20 +10,34 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from util.cache import TensorCache
-from util.config import Train
+from util.config import Method, Train
+from util.data.transforms import Placed
 from util.errors import UserError
+from util.run.identity import Facts
+from util.score.crf import Crf
+from util.score.metrics import vote
+from util.score.task import Task
 
 
 @dataclass
 class Prediction:
-    """What `System.predict` returns; B episodes (or images), S the network side, all fp32."""
+    """What `System.predict` returns; B episodes or images, all fp32."""
 
-    final: Tensor  # B classes S S, scores whose argmax is the prediction (2 classes in few-shot systems)
-    meta: Tensor | None = None  # B 2 S S, the few-shot branch alone
-    base: Tensor | None = None  # B N+1 S S, base learner logits
-    maps: dict[str, Tensor] = field(default_factory=dict)  # name -> B h w, priors for the report
-    baselines: dict[str, Tensor] = field(default_factory=dict)  # name -> B S S bool, trivial predictions to compare with
-    votes: Tensor | None = None  # B K 2 h w, logits of each shot where shots vote (util.metrics.vote); `final` is near the vote
+    final: Tensor  # B classes h w, scores whose argmax is the prediction (2 classes in few-shot systems); any height and width
+    meta: Tensor | None = None  # B 2 h w, the few-shot branch alone
+    base: Tensor | None = None  # B N+1 h w, base learner logits
+    maps: dict[str, Tensor] = field(default_factory=dict)  # name -> B h w, what a report shows
+    priors: tuple[str, ...] = ()  # those of the maps that are priors, in 0..1: a report shows how good each is alone
+    baselines: dict[str, Tensor] = field(default_factory=dict)  # name -> B h w bool, trivial predictions to compare with
+    variants: dict[str, Tensor] = field(default_factory=dict)  # name -> B classes h w, other scores: more rows of one result
+    crf: Crf | None = None  # the paper's CRF on top of `final`, for those who ask for it
+    votes: Tensor | None = None  # B K 2 h w, logits of each shot where shots vote; `final` is near the vote
+
+    def decide(self, i: int, placed: Placed) -> Tensor:
+        """Labels of episode or image i at file size, H W int64: the class of the best score, or where shots vote their vote."""
+        if self.votes is None:
+            return placed.restore(self.final[i]).argmax(0)
+        return vote(placed.restore(self.votes[i]).argmax(1))
 
 
 class Frozen(nn.Module):
@@ -47,20 +61,32 @@ class Frozen(nn.Module):
 class System(nn.Module):
     """A model with its losses. `losses` calls `head`, so that DDP sees it; `predict` calls `trained`, which never waits.
 
+    Attributes:
+        task: what it learns from and is judged by; facts: what programs must know of it; Options: its own options, a dataclass.
+
     Everything trained lives in `head`, everything frozen in `Frozen` children. Only `head` is wrapped by DDP, handed to
     the optimizer and saved, so frozen parts are outside all three by construction.
     """
 
-    task: ClassVar[str] = "episodes"  # what it learns from: "episodes" (few-shot) or "images" (base learner)
+    task: ClassVar[type[Task]]
+    facts: ClassVar[Facts] = Facts()
+    Options: ClassVar[type[Method]] = Method
+    optimizer_name: ClassVar[str] = "sgd"  # the paper's: sgd | adam | adamw
     dilated: ClassVar[bool] = True  # its backbone keeps stride 8 in its last stages
     head: nn.Module
     prior_names: list[str] | None = None
-    clip_patch: int | None = None  # where the system reads `Episode.clip_query`: CLIP's patch side (the image's, for a CAM)
+    clip_patch: int | None = None  # where the system reads images for CLIP: CLIP's patch side (the image's, for a CAM)
+    vocabulary: str = ""  # texts that it trains with, where CLIP.vocabulary does not say it
     warnings: tuple[str, ...] = ()  # what disqualifies its scores
     mark: str = ""  # short form of it, put on every line with a score
 
-    def losses(self, batch: Any) -> dict[str, Tensor]:
-        """Weighted loss terms by name; their sum is the loss."""
+    @property
+    def reads_text(self) -> bool:
+        """Whether class texts compete in its predictions, so that the vocabulary matters."""
+        return False
+
+    def losses(self, batch: Any, step: int = 0) -> dict[str, Tensor]:
+        """Weighted loss terms by name; their sum is the loss. step: how many steps of the training are done."""
         raise NotImplementedError
 
     def predict(self, batch: Any, baselines: bool = False) -> Prediction:
@@ -74,16 +100,34 @@ class System(nn.Module):
             fixed_head: the trained part will not change any more (testing), so what it makes of an image is kept too.
         """
 
-    def optimizer(self, train: Train) -> torch.optim.Optimizer:
-        """The paper's optimizer over its parameter groups; poly decay acts on every group's initial rate.
+    def check_batch(self, size: int, processes: int, device: torch.device) -> str:
+        """A warning about training with `size` samples in each process, or "". Raises UserError where that cannot work."""
+        return ""
 
-        It is SGD but in HDMNet; `Train.optimizer: adamw` replaces it where there are too few iterations for SGD.
-        """
-        parameters = list(self.trained.parameters())
-        common = {"lr": train.base_lr, "weight_decay": train.weight_decay, "fused": parameters[0].is_cuda}
-        if train.optimizer == "adamw":
-            return torch.optim.AdamW(parameters, **common)
-        return torch.optim.SGD(parameters, momentum=train.momentum, **common)
+    def stages(self, batch: Any) -> dict[str, dict[str, Tensor]]:
+        """Named tensors at every stage of a prediction, in order: what `model.verify` compares years later."""
+        return {"data": batch.tensors(), "scores": {"final": self.predict(batch).final}}
+
+    def groups(self, train: Train) -> list[dict[str, Any]]:
+        """Parameter groups with rates and decays of their own; the schedule acts on each group's initial rate."""
+        return [{"params": list(self.trained.parameters())}]
+
+    def optimizer(self, train: Train) -> torch.optim.Optimizer:
+        """The paper's optimizer; `Train.optimizer: adamw` replaces it where there are too few steps for SGD."""
+        groups = self.groups(train)
+        common = {"lr": train.base_lr, "weight_decay": train.weight_decay, "fused": groups[0]["params"][0].is_cuda}
+        name = self.optimizer_name if train.optimizer == "paper" else train.optimizer
+        if name == "sgd":
+            return torch.optim.SGD(groups, momentum=train.momentum, **common)
+        return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[name](groups, **common)
+
+    def encoders(self, training: bool) -> list[nn.Module]:
+        """Encoders that start from ImageNet weights: the frozen ones; in training also those that are trained."""
+        return []
+
+    def load_before(self, state: Mapping[str, Tensor], name: str) -> None:
+        """Takes over the trained part of the run that came before (`facts.before`)."""
+        raise NotImplementedError
 
     def official_name(self, name: str) -> str | None:
         """Our state-dict name -> key of the published checkpoint; None for tensors it does not hold."""

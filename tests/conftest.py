@@ -77,7 +77,7 @@ def write_voc(tmp_path: Path) -> Callable[..., tuple[Path, Path]]:
 @pytest.fixture(scope="session")
 def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A hundred scenes of the demo world in VOC's layout, and list.txt."""
-    from tests.untrained import draw  # here: most tests need none of its imports
+    from tests.make import draw  # here: most tests need none of its imports
 
     return draw(tmp_path_factory.mktemp("scenes"))
 
@@ -85,7 +85,7 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def piclip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The checkpoint of an untrained 1-shot PI-CLIP on the demo, its base learner where it looks for it."""
-    from tests.untrained import ROOT, make
+    from tests.make import ROOT, make
 
     with contextlib.chdir(ROOT):
         return make(tmp_path_factory.mktemp("piclip"), "PI_CLIP")[1]
@@ -109,3 +109,14 @@ def small_clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
             world.write(place / "data/demo", number)
     (place / "data/demo/done").write_text(f"demo world {world.VERSION}\n")
     return place
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of one's own, beside an empty repository that is the working folder."""
+    from tests.make.folders import write_own
+
+    write_own(tmp_path / "own data")
+    (tmp_path / "repository").mkdir()
+    monkeypatch.chdir(tmp_path / "repository")
+    return tmp_path / "own data"

@@ -29,7 +29,7 @@ def start(folder: Path, epochs: int, minutes: float) -> subprocess.Popen:
     lines = (ROOT / "lists/demo/train.txt").read_text().splitlines()
     (folder / "train.txt").write_text("\n".join(lines[:100]))
     options = [f"Data.train_list={folder}/train.txt", "Train.train_h=65", "Train.val_size=65", "Train.batch_size=4",
-               "Train.workers=0", "Train.evaluate=false", "Runtime.threads=1", "Runtime.processes=2", f"Train.epochs={epochs}",
+               "Train.workers=0", "Train.selection=last", "Runtime.threads=1", "Runtime.processes=2", f"Train.epochs={epochs}",
                f"Train.save_minutes={minutes}", f"Runtime.output={folder}"]  # fmt: skip
     around = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "ARCH": "PFENet"}
     with (folder / "said.txt").open("a") as log:

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from util.causes import CAUSES, NAMES, Spread, causes, examples, spread, tally
-from util.distributed import Context
+from tests.make import placed, restore
 from util.errors import UserError
-from util.metrics import FewShotMeter, to_original
-from util.priors import THRESHOLDS, PriorMeter
+from util.run.distributed import Context
+from util.score.causes import CAUSES, NAMES, Spread, causes, examples, spread, tally
+from util.score.metrics import FewShotMeter
+from util.score.priors import THRESHOLDS, PriorMeter
 
 CLS, OTHER, THIRD = 3, 7, 5
 LABEL = np.zeros((20, 40), np.uint8)  # 100 pixels of the object, 100 and 50 of others, 20 that do not count
@@ -103,18 +104,18 @@ def test_one_histogram_serves_all_thresholds(squash):
         prior = torch.rand(7, 7, generator=generator)
         truth = torch.randint(0, 3, size, generator=generator).byte()
         truth[truth == 2] = 255
-        meter.update({"vtp": prior, "correlation": prior}, truth, cls, squash)
+        meter.update({"a new prior": prior}, truth, cls, placed(size, squash))  # of whatever name
         for threshold, one in zip(THRESHOLDS, plain, strict=True):
-            one.update((to_original(prior[None], size, squash)[0] > threshold).long(), truth, cls)
+            one.update((restore(prior[None], size, squash)[0] > threshold).long(), truth, cls)
     found = meter.result(Context(torch.device("cpu")))
-    assert list(found) == ["vtp"] and found["vtp"] == pytest.approx([one.result()["miou"] for one in plain])
-    assert len(set(found["vtp"])) == 9
+    assert list(found) == ["a new prior"] and found["a new prior"] == pytest.approx([one.result()["miou"] for one in plain])
+    assert len(set(found["a new prior"])) == 9
 
 
 def test_priors_that_are_not_numbers_or_leave_the_range():
     meter, truth = PriorMeter([1]), torch.ones(4, 4, dtype=torch.uint8)
     with pytest.raises(UserError, match="not finite"):
-        meter.update({"vvp": torch.full((3, 3), float("nan"))}, truth, 1, True)
-    meter.update({"vvp": torch.full((3, 3), 7.0)}, truth, 1, True)
+        meter.update({"vvp": torch.full((3, 3), float("nan"))}, truth, 1, placed((4, 4), True))
+    meter.update({"vvp": torch.full((3, 3), 7.0)}, truth, 1, placed((4, 4), True))
     assert meter.result(Context(torch.device("cpu"))) == {"vvp": [1.0] * 9}
     assert PriorMeter([1]).result(Context(torch.device("cpu"))) == {}

@@ -1,5 +1,10 @@
 """The frozen CLIP: runner against open_clip's own forward, batched Grad-CAM, box masks, affinity algebra, loading."""
 
+import hashlib
+import json
+from dataclasses import replace
+from pathlib import Path
+
 import cv2
 import numpy as np
 import open_clip
@@ -9,17 +14,12 @@ from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 from safetensors.torch import save_file
 
 from model.clip import Clip, box_mask, high_order, load_clip, min_max, normalise_affinity, refine, softmax_grad_cam
-from model.clip.load import clip_from_state
+from model.clip.load import _config, clip_from_state
+from model.clip.origin import OPENAI, origin_of
+from tests.make import TEXT, VISION, small_clip
+from util.config import Config
 from util.errors import UserError
-
-VISION = {"image_size": 64, "layers": 4, "width": 128, "patch_size": 16}
-TEXT = {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 2}
-
-
-def small_clip(seed: int = 0) -> CLIP:
-    """A ViT of CLIP's architecture, small enough for a test; its heads are 64 wide as OpenAI's."""
-    torch.manual_seed(seed)
-    return CLIP(32, CLIPVisionCfg(**VISION), CLIPTextCfg(**TEXT), quick_gelu=True).eval()
+from util.run.preflight import clip as preflight_clip
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +45,39 @@ def test_runner_equals_open_clip(reference: CLIP, clip: Clip) -> None:
     torch.testing.assert_close(plain.tokens, mapped.tokens, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(mapped.hidden[3], mapped.tokens)
     torch.testing.assert_close(sum(mapped.attention.values()).sum(-1), torch.full((2, 17), 4.0))
+
+
+def test_prompts_extra_tokens_and_mask(clip: Clip) -> None:
+    """Against every block written out: prompts are new before each, a query reads what its row of the mask allows."""
+    torch.manual_seed(0)
+    trunk, width = clip.visual, 128
+    prompts, extra = torch.randn(4, 1, 3, width), torch.randn(2, width)
+    N = 1 + 3 + 2 * 5 + 2
+    allowed = (torch.rand(N, N) < 0.5) | torch.eye(N, dtype=torch.bool)
+    with torch.no_grad():
+        tokens, grid = trunk.embed(torch.randn(1, 3, 32, 80), class_twice=True, extra=extra)
+        fused = trunk.run(tokens, prompts=lambda i: prompts[i], allowed=allowed)
+        mapped = trunk.run(tokens, prompts=lambda i: prompts[i], allowed=allowed, keep_attention=range(4))
+        once, _ = trunk.embed(torch.randn(1, 3, 32, 80))
+        x = tokens[0]
+        for i, block in enumerate(trunk.blocks):
+            x = torch.cat([x[:1], prompts[i, 0], x[1 if i == 0 else 4 :]])
+            q, k, v = torch.nn.functional.linear(block.ln_1(x), block.attn.in_proj_weight, block.attn.in_proj_bias).chunk(3, 1)
+            heads = []
+            for part in range(2):
+                at = slice(64 * part, 64 * part + 64)
+                scores = (q[:, at] @ k[:, at].T / 8).exp() * allowed
+                heads.append(scores / scores.sum(1, keepdim=True) @ v[:, at])
+            x = x + block.attn.out_proj(torch.cat(heads, 1))
+            x = x + block.mlp(block.ln_2(x))
+    assert grid == (2, 5) and tokens.shape == (1, N - 3, width) and once.shape[1] == N - 5
+    visual = trunk.visual
+    expected = visual.ln_pre(2 * visual.class_embedding + visual.positional_embedding[0])
+    torch.testing.assert_close(tokens[0, 0], expected)
+    torch.testing.assert_close(tokens[0, -2:], visual.ln_pre(extra))
+    for run in (fused, mapped):
+        torch.testing.assert_close(run.tokens[0], x, rtol=1e-4, atol=1e-5)
+    assert all((m[0][~allowed] == 0).all() for m in mapped.attention.values())
 
 
 def test_position_on_another_grid_is_bilinear(clip: Clip) -> None:
@@ -166,12 +199,26 @@ def test_refining_an_empty_map_gives_zero() -> None:
 
 def test_text_bank_cache_and_limits(clip: Clip, tmp_path) -> None:
     texts = ["a photo of cat.", "a photo without cat."]
-    bank = clip.text.bank(texts, tmp_path)
+    bank = clip.text.bank(texts, cache=tmp_path)
     torch.testing.assert_close(bank.norm(dim=1), torch.ones(2))
-    torch.testing.assert_close(clip.text.bank(texts, tmp_path), bank, rtol=0, atol=0)
+    torch.testing.assert_close(clip.text.bank(texts, cache=tmp_path), bank, rtol=0, atol=0)
     assert len(list(tmp_path.iterdir())) == 1
     with pytest.raises(UserError, match="does not fit"):
         clip.text(["word " * 200])
+
+
+def test_text_bank_averages_synonyms_and_templates(clip: Clip, tmp_path) -> None:
+    """Each text is normalised, then the mean of a class; and a class of two names is not two classes."""
+    templates = ["a photo of a {}.", "there is a {} in the scene."]
+    bank = clip.text.bank([("cat", "kitten"), "sky"], templates, tmp_path)
+    each = clip.text([t.format(n) for n in ("cat", "kitten", "sky") for t in templates])
+    expected = torch.stack([each[:4].mean(0), each[4:].mean(0)])
+    torch.testing.assert_close(bank, expected / expected.norm(dim=1, keepdim=True))
+    assert len(clip.text.bank(["cat", "kitten", "sky"], templates, tmp_path)) == 3
+    assert len(clip.text.bank([("cat", "kitten"), "sky"], templates[:1], tmp_path)) == 2
+    assert len(list(tmp_path.iterdir())) == 3
+    with pytest.raises(UserError, match="class 1 of 2 has no name"):
+        clip.text.bank(["cat", []])
 
 
 def test_tiny_folder_knows_only_its_words(reference: CLIP, tmp_path) -> None:
@@ -180,7 +227,7 @@ def test_tiny_folder_knows_only_its_words(reference: CLIP, tmp_path) -> None:
     state |= {"token_embedding.rows": state.pop("token_embedding.weight")[ids.long()], "token_embedding.ids": ids}
     save_file(state, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(
-        __import__("json").dumps({"embed_dim": 32, "quick_gelu": True, "vision_cfg": VISION, "text_cfg": TEXT}))
+        json.dumps({"embed_dim": 32, "quick_gelu": True, "vision_cfg": VISION, "text_cfg": TEXT}))
     tiny = load_clip(str(tmp_path))
     tokens = open_clip.SimpleTokenizer()(["a photo of cat."])
     torch.testing.assert_close(tiny.text(["a photo of cat."]), reference.encode_text(tokens, normalize=True))
@@ -210,3 +257,117 @@ def test_wrong_clip_files(reference: CLIP, tmp_path) -> None:
     torch.save({"layer": torch.zeros(1)}, tmp_path / "other.pt")
     with pytest.raises(UserError, match="no CLIP ViT"):
         load_clip(str(tmp_path / "other.pt"))
+
+
+# ---- what weights do not say of themselves
+
+
+def foreign_clip() -> CLIP:
+    """GELU, heads 32 wide."""
+    torch.manual_seed(3)
+    return CLIP(32, CLIPVisionCfg(**VISION, head_width=32), CLIPTextCfg(**TEXT), quick_gelu=False).eval()
+
+
+def beside(folder: Path, **preprocess: list[float]) -> None:
+    model = {"embed_dim": 32, "vision_cfg": {**VISION, "head_width": 32}, "text_cfg": TEXT}
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": model, "preprocess_cfg": preprocess}))
+
+
+@torch.no_grad()
+def test_activation_and_heads_come_from_the_config_beside(tmp_path: Path) -> None:
+    own, file = foreign_clip(), tmp_path / "open_clip_pytorch_model.bin"
+    torch.save(own.state_dict(), file)
+    for option, message in (("auto", r"GELU.*hub.*CLIP\.activation=gelu"), ("gelu", "attention heads .* open_clip_config.json")):
+        with pytest.raises(UserError, match=message):
+            load_clip(str(file), activation=option)
+    beside(tmp_path, mean=[0.5, 0.5, 0.5], std=[0.25, 0.5, 0.5])
+    words, image = ["a photo of a dog"], torch.randint(0, 256, (1, 3, 64, 64))
+    for source in (file, tmp_path):
+        clip = load_clip(str(source))
+        torch.testing.assert_close(clip.text(words), own.encode_text(open_clip.tokenize(words), normalize=True))
+        normalised = clip.visual.normalise(image)
+        torch.testing.assert_close(normalised[:, 0], (image[:, 0] / 255 - 0.5) / 0.25)
+        ours = clip.visual.post_norm(clip.visual.run(clip.visual.embed(normalised)[0]).tokens)[:, 0] @ clip.visual.visual.proj
+        torch.testing.assert_close(ours, own.encode_image(normalised), rtol=1e-4, atol=1e-5)
+    with pytest.raises(UserError, match="CLIP.activation = quick_gelu, but .* gelu"):
+        load_clip(str(file), activation="quick_gelu")
+    for text, message in (("[]", "no config of open_clip"), ("{}", "model_cfg"),
+                          (json.dumps({"model_cfg": {"vision_cfg": {"timm_model_name": "x"}}}), "timm_model_name")):  # fmt: skip
+        (tmp_path / "open_clip_config.json").write_text(text)
+        with pytest.raises(UserError, match=message):
+            load_clip(str(file))
+
+
+@pytest.mark.parametrize("name", ["ViT-H-14", "ViT-g-14", "ViT-bigG-14", "ViT-L-14-336"])
+def test_sizes_of_a_listed_model_say_its_heads(name: str) -> None:
+    model = open_clip.get_model_config(name)
+    with torch.device("meta"):
+        state = CLIP(model["embed_dim"], CLIPVisionCfg(**model["vision_cfg"]), CLIPTextCfg(**model["text_cfg"])).state_dict()
+    built = _config(state, OPENAI)
+    wanted = {"head_width": 64, "mlp_ratio": 4.0, **model["vision_cfg"]}
+    assert {"head_width": 64, "mlp_ratio": 4.0, **built["vision_cfg"]} == wanted
+    assert built["text_cfg"] == model["text_cfg"]
+
+
+def test_known_files_decide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reference: CLIP) -> None:
+    """By sha256, by name, by OpenAI's metadata; two that contradict each other are reported."""
+    def there(name: str) -> Path:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"weights")
+        return tmp_path / name
+
+    assert origin_of(there("own.bin"), {}).quick_gelu is None
+    assert origin_of(there("models--laion--CLIP-ViT-H-14-laion2B-s32B-b79K/snapshots/1f/model.bin"), {}).quick_gelu is False
+    assert origin_of(there("CLIP-ViT-L-14-laion2B-s32B-b82K/model.bin"), {}).statistics == ((0.5,) * 3, (0.5,) * 3)
+    assert origin_of(there("b16_400m.pt"), {}).quick_gelu is True
+    with pytest.warns(UserWarning, match="sha256 is not.* gelu"):
+        assert origin_of(there("vit_b_16-laion400m_e32-55e67d44.pt"), {}).quick_gelu is False
+    digest = hashlib.sha256(b"weights").hexdigest()
+    for url in (f"https://x/{digest}/ViT.pt", f"https://x/vit-{digest[:8]}.pt"):
+        monkeypatch.setattr(open_clip, "get_pretrained_cfg", lambda model, tag, url=url: {"url": url, "quick_gelu": True})
+        assert origin_of(tmp_path / "own.bin", {}).quick_gelu is True
+
+    torch.save({**reference.state_dict(), "input_resolution": torch.tensor(64), "context_length": torch.tensor(77),
+                "vocab_size": torch.tensor(49408)}, tmp_path / "openai.pt")  # fmt: skip
+    ours = load_clip(str(tmp_path / "openai.pt")).text(["a cat"])
+    torch.testing.assert_close(ours, reference.encode_text(open_clip.tokenize(["a cat"]), normalize=True))
+
+
+def test_transformers_models_are_named(tmp_path: Path) -> None:
+    state = {"vision_model.embeddings.class_embedding": torch.zeros(8), "text_model.final_layer_norm.weight": torch.zeros(8)}
+    save_file(state, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "clip", "architectures": ["CLIPModel"]}))
+    for source in (tmp_path, tmp_path / "model.safetensors"):
+        with pytest.raises(UserError, match="transformers library.*hf-hub:"):
+            load_clip(str(source))
+
+
+@pytest.mark.parametrize(("name", "message"), [
+    ("ViT-B-16/openai", "trained with quick_gelu.* write CLIP.clip_path=ViT-B-16-quickgelu/openai"),
+    ("ViT-L-14-quickgelu/laion2b_s32b_b82k", "trained with gelu.* write CLIP.clip_path=ViT-L-14/laion2b_s32b_b82k"),
+])  # fmt: skip
+def test_hub_names_of_another_activation_are_refused_before_the_download(name: str, message: str, monkeypatch) -> None:
+    monkeypatch.setattr(open_clip, "create_model", lambda *_, **__: pytest.fail("downloads"))
+    with pytest.raises(UserError, match=message):
+        load_clip(name)
+
+
+def test_home_is_expanded_alike_by_check_and_loading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "my").symlink_to(Path(__file__).parents[1] / "demo/clip")
+    config = Config()
+    for name, there in (("~/my", True), ("~/other.pt", False), ("~nobody-of-this-name/my", False)):
+        config.CLIP.clip_path = name
+        assert preflight_clip(config).ok == there
+        if there:
+            load_clip(name)
+        else:
+            with pytest.raises(UserError, match="no file ~"):
+                load_clip(name)
+
+
+def test_a_text_bank_of_another_activation_is_not_taken(tmp_path: Path, reference: CLIP) -> None:
+    state = reference.state_dict()
+    quick, plain = clip_from_state(state), clip_from_state(state, origin=replace(OPENAI, quick_gelu=False))
+    assert not torch.equal(quick.text.bank(["a cat"], cache=tmp_path), plain.text.bank(["a cat"], cache=tmp_path))
+    assert quick.settings != plain.settings

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_custom import NAMES, REPO, write_own
-from util.data.custom.__main__ import main
+from tests.make.folders import NAMES, REPO, write_own
+from util.prepare.custom.__main__ import main
 
 RUN = """
 import sys, test, train

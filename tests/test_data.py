@@ -12,10 +12,11 @@ from PIL import Image
 
 from util.config import Config
 from util.data import index as index_module
+from util.data.__main__ import main
 from util.data.episodes import EpisodeList, check_novel, episodes_per_class
-from util.data.folds import fold, read_class_names
+from util.data.folds import fold, fold_of, read_class_names
 from util.data.index import Record, build_index, read_list, scan, table
-from util.data.published import COUNTS, main, verdict
+from util.data.published import COUNTS, verdict
 from util.data.transforms import (
     IMAGENET_MEAN,
     TrainTransform,
@@ -40,7 +41,10 @@ def test_folds_are_the_published_ones():
     assert [pascal.base_rank(c) for c in (1, 5, 11, 20, 6)] == [0, 4, 5, 14, -1]
     assert fold("coco", 1).novel == tuple(range(2, 81, 4))
     assert fold("coco", 1, use_split_coco=False).novel == tuple(range(21, 41))
-    assert fold("demo", 3).novel == (16, 17, 18, 19, 20)
+    demo = Config()
+    demo.Train.data_set, demo.Train.split = "demo", 3
+    demo.Data.class_names = str(Path(__file__).parents[1] / "lists/demo/classes.txt")
+    assert fold_of(demo).novel == (16, 17, 18, 19, 20)  # from folds.yaml beside the class names
 
 
 @pytest.mark.parametrize(("data_set", "split", "says"), [("pascl", 0, "mean 'pascal'"), ("coco", 4, "0, 1, 2 or 3")])
@@ -206,7 +210,7 @@ def test_index_of_coco128(tmp_path):
     source = Path(__file__).resolve().parents[2] / "shared/data/coco128"
     if not source.is_dir():
         pytest.skip(f"no coco128 at {source}")
-    prepare = pytest.importorskip("util.data.prepare.coco").prepare
+    prepare = pytest.importorskip("util.prepare.coco").prepare
     prepare(source, [source / "instances_train2017.json"], tmp_path / "out", tmp_path / "lists", partial=True)
     names = read_class_names(LISTS / "coco/classes.txt")
     records = scan(tmp_path / "out", tmp_path / "lists/train.txt", names, tmp_path)
@@ -261,7 +265,7 @@ def test_train_transform_keeps_image_and_label_together(crop):
 def test_crop_reaches_every_window():
     down, right = np.mgrid[0:22, 0:23].astype(np.float32)
     image = np.stack([down, right, right], -1)
-    transform = TrainTransform(20, 1, 1, 0, 0, crop=True)
+    transform = TrainTransform(20, 1, 1, crop=True, rotate=(0, 0))
     corners = {tuple(transform(np.random.default_rng(s), image, [])[1][..., :2].min((0, 1))) for s in range(200)}
     assert corners == {(y, x) for y in range(3) for x in range(4)}
 
@@ -374,7 +378,7 @@ def test_index_command(block, write_voc, tmp_path, monkeypatch, capsys):
              f"Data.val_list={list_file}", f"Data.train_list={list_file}", "Test_Finetune.test_num=30",
              f"Data.class_names={LISTS}/pascal/classes.txt"]  # fmt: skip
     monkeypatch.chdir(tmp_path)  # the cache
-    main(given)
+    main(["index", *given])
     text = capsys.readouterr().out
     assert "partial list, 21 of 5,953" in text and "partial list, 21 of 1,449" in text
     assert "   6  bus                   3 images\n" in text and "   1  aeroplane             3 images       6 episodes\n" in text
@@ -382,11 +386,11 @@ def test_index_command(block, write_voc, tmp_path, monkeypatch, capsys):
     stored = json.loads(path.read_text())
     assert stored["by_class"]["bird"] == ["JPEGImages/im2.jpg", "JPEGImages/im9.jpg", "JPEGImages/im16.jpg"]
     assert len(stored["images"]) == 15 and stored["hash"] in path.name and str(path.relative_to(tmp_path)) in text
-    main(given)
-    main([*given, "Data.min_pixels=2000"])
+    main(["index", *given])
+    main(["index", *given, "Data.min_pixels=2000"])
     assert len(list(tmp_path.glob("exp/.cache/index-pascal-0-*.json"))) == 4  # other rules, another file
     with pytest.raises(UserError, match=r"none of the 3 episodes of seed 321.*4 \(boat\), 5 \(bottle\)"):
-        main([*given, "Test_Finetune.test_num=3"])
+        main(["index", *given, "Test_Finetune.test_num=3"])
 
 
 def test_every_fold_of_voc_mini_has_all_classes(voc_mini, tmp_path):

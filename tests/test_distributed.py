@@ -2,14 +2,10 @@
 
 import os
 import signal
-from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from model.few_shot.bam import BAM
 from model.few_shot.hdmnet import HDMNet
@@ -17,34 +13,19 @@ from model.few_shot.pfenet import PFENet
 from model.few_shot.system import FewShot
 from model.ops import Dropout
 from model.system import Prediction
-from tests.test_cache import only
-from tests.test_few_shot import random_episode, small_system
+from tests.make import only, random_episode, small_system
+from tests.make.runs import CPU, in_processes
 from util.config import Train
 from util.data.episodes import Episode, EpisodeDataset, EpisodeList
 from util.data.folds import fold, read_class_names
 from util.data.index import Record, build_index, scan
+from util.data.loading import RangeSampler
 from util.data.transforms import ValTransform
-from util.distributed import Context, RangeSampler, Termination
 from util.errors import UserError
-from util.evaluate import evaluate_episodes
-from util.log import RunLog
-
-CPU = torch.device("cpu")
-
-
-def work(rank: int, world: int, rendezvous: str, task: Callable[[Context], object], out: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{rendezvous}", timedelta(seconds=60), world, rank)
-    torch.save(task(Context(CPU, rank, world)), f"{out}.{rank}")
-    dist.destroy_process_group()
-
-
-def in_processes(world: int, folder: Path, task: Callable[[Context], object]) -> list:
-    """What the task returns in each of `world` processes."""
-    out = folder / f"out{world}"
-    mp.spawn(work, (world, str(folder / f"meet{world}"), task, str(out)), nprocs=world)
-    return [torch.load(f"{out}.{rank}", weights_only=True) for rank in range(world)]
-
+from util.run.distributed import Context, Termination
+from util.run.log import RunLog
+from util.score.episodes import evaluate_episodes
+from util.score.task import How
 
 SYSTEMS = [HDMNet, BAM, PFENet]
 
@@ -110,10 +91,11 @@ class Evaluate:
 
         def predict(episode: Episode) -> Prediction:
             guess = (episode.query[:, 0] > 128 + 40 * (episode.number % 3)[:, None, None]).float()
-            return Prediction(torch.stack([1 - guess, guess], 1), maps={"vtp": episode.query[:, 0] / 255})
+            return Prediction(torch.stack([1 - guess, guess], 1), maps={"vtp": episode.query[:, 0] / 255}, priors=("vtp",))
 
         with RunLog(self.folder, "log", main=context.main) as log:
-            scores, rows = evaluate_episodes(predict, data, 11, f, context, log, batch=self.batch, workers=0, squash=True)
+            found = evaluate_episodes(predict, data, 11, f, How(context, log, self.batch))
+        scores, rows = found.record, found.rows
         return {"miou": scores["miou"], "fb_iou": scores["fb_iou"], "priors": scores["prior_quality"],
                 "rows": [[r.number, r.cls, *r.counts, *r.spread] for r in rows]}
 

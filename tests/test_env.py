@@ -11,7 +11,6 @@ import types
 import pytest
 
 import env
-from util.errors import UserError
 
 # --- versions -------------------------------------------------------------------------------------------------------
 
@@ -146,19 +145,16 @@ def test_check_of_a_config(monkeypatch, capsys, ok, arguments):
         return [env.Row("Train.clip_path", ok, "initmodel/ViT-B-16.pt", "get it there")]
 
     monkeypatch.delenv("ARCH", raising=False)
-    monkeypatch.setitem(sys.modules, "util.preflight", types.SimpleNamespace(check=check))
+    monkeypatch.setattr(env, "check_config", check)
     assert env.main(["check", "--config", "c.yaml", *arguments]) == (0 if ok else 1)
     assert asked == [("c.yaml", "HDMNet", ["Data.shot=5"]) if arguments else ("c.yaml", "PI_CLIP", [])]
     assert ("get it there" in capsys.readouterr().out) != ok
 
 
 def test_check_of_a_bad_config(monkeypatch, capsys):
-    def check(config, arch, overrides, full):
-        raise UserError("Data.spilt is not a key")
-
-    monkeypatch.setitem(sys.modules, "util.preflight", types.SimpleNamespace(check=check))
-    assert env.main(["check", "--config", "c.yaml"]) == 1
-    assert "Data.spilt is not a key" in capsys.readouterr().out
+    file = "config/demo/demo_split0_resnet50.yaml"
+    assert env.main(["check", "--config", file, "Data.data_rot=x"]) == 1
+    assert "did you mean 'data_root'" in capsys.readouterr().out
 
 
 # --- train.sh, test.sh ----------------------------------------------------------------------------------------------

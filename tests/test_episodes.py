@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from tests.make import abstract_index
 from util.data.episodes import (
     Episode,
     EpisodeDataset,
@@ -21,7 +22,7 @@ from util.data.episodes import (
     permutation,
 )
 from util.data.folds import fold, read_class_names
-from util.data.index import Index, Record, build_index, scan
+from util.data.index import Record, build_index, scan
 from util.data.semantic import SemanticDataset
 from util.data.transforms import TrainTransform, ValTransform, read_label, worker_init
 from util.errors import UserError
@@ -37,14 +38,6 @@ PINNED_SPECS = [
     EpisodeSpec(number=1000, query=0, cls=2, supports=(24, 36, 27, 3, 30)),
 ]
 PINNED_SHUFFLED = [(24, 2, 18), (30, 2, 36), (7, 5, 24)]
-
-
-def abstract_index(images: int, classes: tuple[int, ...]) -> Index:
-    """Image p shows class p mod C, and every third one the next class too; no files behind it."""
-    c = len(classes)
-    present = [tuple(sorted({classes[p % c], classes[(p + (p % 3 == 0)) % c]})) for p in range(images)]
-    records = [Record(f"{p}.jpg", f"{p}.png", 9, 9, {k: 5000 for k in present[p]}, present[p]) for p in range(images)]
-    return build_index(records, classes, only=True)
 
 
 @pytest.fixture
@@ -265,15 +258,15 @@ def test_bbox_annotation(tiny):
 
 def test_semantic_dataset(tiny):
     root, records = tiny
-    f = fold("pascal", 0)
-    val = SemanticDataset(records, f, root, ValTransform(32, True), seed=3, evaluation=True)
+    target = {c: rank for rank, c in enumerate(fold("pascal", 0).base, start=1)}
+    val = SemanticDataset(records, target, 20, root, ValTransform(32, True), seed=3, evaluation=True)
     last = val[11]
     assert last.name == ["JPEGImages/im11.jpg"]
     assert last.image.shape == (1, 3, 32, 32) and last.label.shape == (1, 32, 32)
     label = read_label(root / records[11].label)
     assert (label == 2).any()  # novel: painted background
     np.testing.assert_array_equal(last.original_label[0], np.where(label == 15, 10, np.where(label == 255, 255, 0)))
-    train = SemanticDataset(records, f, root, TrainTransform(24, 0.5, 2, crop=True), seed=3, evaluation=False)
+    train = SemanticDataset(records, target, 20, root, TrainTransform(24, 0.5, 2, crop=True), seed=3, evaluation=False)
     passes = [[train[i].name[0] for i in range(12 * p, 12 * p + 12)] for p in range(2)]
     assert sorted(passes[0]) == sorted(passes[1]) == [r.image for r in records] and passes[0] != passes[1]
     batches = [

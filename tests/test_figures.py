@@ -10,12 +10,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.test_report import card, result, self_contained
-from util import cli, curves, figures, stats
-from util.causes import NAMES, tally
-from util.log import RunLog
-from util.report import main, write_report
-from util.stats import COLUMNS, QUERY, SPREAD, bootstrap, read_episodes
+from tests.make.reports import card, result, self_contained
+from util import cli
+from util.report import figures
+from util.report.__main__ import main
+from util.report.write import write_report
+from util.run import curves
+from util.run.log import RunLog
+from util.score import statistics as stats
+from util.score.causes import NAMES, tally
+from util.score.statistics import bootstrap
+from util.score.table import COLUMNS, QUERY, SPREAD, read_episodes
 
 
 def full(hits: int = 40, old: bool = False, **extra) -> dict:

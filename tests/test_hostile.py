@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pickle
+import re
 import struct
 import tarfile
 import time
@@ -20,10 +21,10 @@ from safetensors.torch import save_file
 
 from model.clip import load
 from model.clip.load import clip_from_state, load_clip
-from tests.test_clip import TEXT, VISION, small_clip
-from util import checkpoint
+from tests.make import TEXT, VISION, small_clip
 from util.errors import UserError
 from util.files import load_state, save_json
+from util.run import checkpoint
 
 pytestmark = [pytest.mark.filterwarnings(f"ignore::{kind}") for kind in ("UserWarning", "FutureWarning")]  # torch's
 
@@ -250,3 +251,18 @@ def test_configs_that_describe_no_clip(tmp_path: Path, clip_state: dict[str, tor
     (tmp_path / "config.json").write_text(config if isinstance(config, str) else json.dumps(config))
     with pytest.raises(UserError, match=rf"CLIP\.clip_path: {tmp_path}"):
         load_clip(str(tmp_path))
+
+
+@pytest.mark.parametrize(("content", "says"), [
+    (b"<!DOCTYPE html><html><head><title>Virus scan warning</title>", "web page"), (b"\n\n<html lang=en>", "web page"),
+    (b"\xef\xbb\xbf<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>", "web page"),
+    (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "LFS pointer"),
+    (b'{"error": "Invalid username or password."}', r"text and not weights, it begins with .*Invalid username"),
+    (b"Entry not found", "text and not weights"), (b"\x1b[31mred\x1b[0m \0\1\2", "damaged"),
+])  # fmt: skip
+@pytest.mark.parametrize("name", ["w.pth", "w.safetensors"])
+def test_what_a_download_leaves_instead_of_weights(tmp_path: Path, name: str, content: bytes, says: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=rf"{re.escape(name)} is .*{says}") as caught:
+        load_state(tmp_path / name)
+    assert "weights_only" not in str(caught.value) and "\x1b" not in str(caught.value)

@@ -3,9 +3,11 @@
 Whatever is wrong ends in a UserError that names the file. Weights: test_hostile.py.
 """
 
+import base64
 import io
 import json
 import os
+import re
 import signal
 import struct
 import tarfile
@@ -15,13 +17,16 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from demo.web import session as web
 from util.config import load_config
-from util.data.prepare.archives import unpack
 from util.data.transforms import image_hw, read_image, read_label
 from util.errors import UserError
 from util.files import save_json
+from util.photos.reading import frames, read_mask, read_photo
 from util.pool import parallel
-from util.stats import load_result
+from util.prepare.archives import unpack
+from util.prepare.custom import check, sources
+from util.score.statistics import load_result
 
 # ---- archives and annotations of data sets
 
@@ -75,7 +80,7 @@ POLYGONS = {
 @pytest.mark.parametrize("shape", POLYGONS)
 def test_hostile_polygons(tmp_path: Path, shape: str) -> None:
     """pycocotools crashes, or hangs, on numbers that it has no memory for."""
-    coco = pytest.importorskip("util.data.prepare.coco")
+    coco = pytest.importorskip("util.prepare.coco")
     names = coco.read_class_names(coco.CLASS_FILE).names
     content = {"images": [{"id": 1, "file_name": "a.jpg", "height": 10, "width": 10}],
                "annotations": [{"id": 7, "image_id": 1, "category_id": 1, "segmentation": POLYGONS[shape]}],
@@ -88,7 +93,7 @@ def test_hostile_polygons(tmp_path: Path, shape: str) -> None:
 
 @pytest.mark.parametrize("text", ["[" * 10**5, '{"a":' * 10**5, f"[{'9' * 5000}]", "\0", "\ud800", "", '{"a":'], ids=range(7))
 def test_hostile_json(tmp_path: Path, text: str) -> None:
-    coco = pytest.importorskip("util.data.prepare.coco")
+    coco = pytest.importorskip("util.prepare.coco")
     path = tmp_path / "train2014.json"
     path.write_bytes(text.encode("utf-8", "surrogatepass"))
     for read in (load_result, lambda p: coco.read_annotations(p, "train2014")):
@@ -164,3 +169,41 @@ def test_a_file_that_crashes_its_reader_does_not_hang() -> None:
     assert list(parallel(read_or_die, names, workers=2, chunk=3)) == [len(name) for name in names]
     with pytest.raises(UserError, match="a worker process died"):
         list(parallel(read_or_die, [*names, "crash", *names], workers=2, chunk=3))
+
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 4\n%%EndComments\nshowpage\n"
+
+
+def test_no_picture_starts_a_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow goes by content: an EPS of any name would start Ghostscript, here a stand-in that leaves a trace."""
+    trace, program, picture = tmp_path / "trace", tmp_path / "bin/gs", tmp_path / "a.png"
+    program.parent.mkdir()
+    program.write_text(f"#!/bin/sh\ntouch {trace}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}:/usr/bin:/bin")
+    monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", None)  # not looked for yet
+    picture.write_bytes(EPS)
+    with Image.open(picture) as image, pytest.raises(OSError, match="image"):
+        image.load()
+    assert trace.exists()  # so it does start
+    trace.unlink()
+
+    photo = read_photo(Image.new("RGB", (4, 4)))
+    session = web.Session(support=web.Support(photo, photo))
+    painted = f"data:image/png;base64,{base64.b64encode(EPS).decode()}"
+    for read in (read_image, read_label, image_hw, read_photo, lambda path: read_mask(path, photo),
+                 lambda path: sources.convert([(path, tmp_path / "label.png")], {}), lambda path: list(frames(path, 1)),
+                 lambda path: web.open_support(web.Session(), str(path)), lambda path: web.open_mask(session, str(path)),
+                 lambda path: web.read_painted(painted, photo)):  # fmt: skip
+        with pytest.raises(UserError):
+            read(picture)
+    looked = check._look(2, sources.Pair("", picture, picture, ("a.png", "a.png")))
+    assert isinstance(looked, str) and "a.png" in looked and not trace.exists()
+
+
+def test_pictures_are_opened_in_one_place() -> None:
+    root = Path(__file__).resolve().parents[1]
+    files = [path for folder in ("util", "model", "demo") for path in (root / folder).rglob("*.py")] + list(root.glob("*.py"))
+    found = [f"{path.name}: {line.strip()}" for path in files for line in path.read_text().splitlines()
+             if re.search(r"\bImage\.open\(|\bimread\(", line)]  # fmt: skip
+    assert len(found) == 1 and "formats=" in found[0], found

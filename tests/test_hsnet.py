@@ -13,20 +13,18 @@ from model.few_shot.conv4d import Cosines, unit
 from model.few_shot.hsnet import Encoder4d, Head, HSNet
 from model.system import Frozen
 from tests.golden.check_hsnet import check_units, load
-from tests.test_episodes import abstract_index
-from tests.test_few_shot import random_episode
-from util.config import Method
+from tests.make import abstract_index, random_episode
 from util.data.episodes import EpisodeList
-from util.data.transforms import ValTransform
+from util.data.transforms import Placed, ValTransform
 from util.errors import UserError
-from util.metrics import decide, vote
+from util.score.metrics import vote
 
 GOLDEN = Path(__file__).parent / "golden/hsnet_r50.npz"
 
 
 def hsnet(shot: int = 1, backbone: str = "resnet50", stem: str = "plain") -> HSNet:
     torch.manual_seed(0)
-    return HSNet(Frozen(build_encoder(backbone, 8, stem, dilated=False)), [], shot, Method(backbone=backbone)).eval()
+    return HSNet(Frozen(build_encoder(backbone, 8, stem, dilated=False)), [], shot, HSNet.Options()).eval()
 
 
 def test_published_unit_cases() -> None:
@@ -82,9 +80,10 @@ def test_shots_vote_at_file_size_and_equal_shots_are_one() -> None:
     episode.support, episode.support_mask = episode.support.repeat(1, 3, 1, 1, 1), episode.support_mask.repeat(1, 3, 1, 1)
     three = hsnet(3).predict(episode, baselines=True)
     assert set(three.baselines) == {"everything foreground", "cosine prior > 0.5"}
+    placed = Placed((70, 50), (70, 50))
     for i in range(2):
-        wanted = decide(one.final[i], one.votes[i], (70, 50), squash=True)
-        assert torch.equal(decide(three.final[i], three.votes[i], (70, 50), squash=True), wanted)
+        wanted = one.decide(i, placed)
+        assert torch.equal(three.decide(i, placed), wanted)
         assert torch.equal(three.votes[i].argmax(1)[0], (three.votes[i].argmax(1).sum(0) > 1).long())
         assert (three.final[i].argmax(0) == one.final[i].argmax(0)).float().mean() > 0.9
 

@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from bench.oracle import correlation, masked, whole
+from model import configure
 from model.backbone import build_encoder
 from model.build import open_system
 from model.clip import ResNetTower, load_clip
@@ -14,18 +16,16 @@ from model.clip.cam import ResNetCam, ViTCam, published_map
 from model.clip.load import clip_from_state
 from model.few_shot.cam import CamPrior
 from model.few_shot.conv4d import keep, unit
-from model.few_shot.imr_hsnet import Head, IMRHSNet
+from model.few_shot.imr_hsnet import Head, IMRHSNet, Options
 from model.system import Frozen
-from tests.oracle import correlation, masked, whole
-from tests.test_few_shot import random_episode
+from tests.make import random_episode
 from util.cache import TensorCache
-from util.checkpoint import check_identity
-from util.config import Method, load_config
 from util.data.episodes import Episode, EpisodeMaker
 from util.data.folds import fold
 from util.data.transforms import TrainTransform, ValTransform
 from util.errors import UserError
-from util.experiment import identity
+from util.run.checkpoint import check_identity
+from util.run.identity import identity
 
 ROOT = Path(__file__).parents[1]
 
@@ -37,7 +37,7 @@ def imr(shot: int = 1, **method: object) -> IMRHSNet:
     bank = clip.module.text.bank([f"a photo of a {name}" for name in ("star", "fish", "tree")])
     cam = CamPrior(ViTCam(clip.module.visual, clip.module.logit_scale), bank, "all", (2, 3))
     encoder = Frozen(build_encoder("resnet50", 8, dilated=False))
-    return IMRHSNet(encoder, [cam], shot, Method(**method), clip).eval()
+    return IMRHSNet(encoder, [cam], shot, Options(**method), clip).eval()
 
 
 def episode(shot: int = 1, batch: int = 2) -> Episode:
@@ -165,7 +165,7 @@ def test_the_square_image_for_clip() -> None:
 def test_what_it_refuses(override: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     with pytest.raises(UserError, match=message):
-        open_system("IMR_HSNet", load_config("config/demo/demo_split0_resnet50.yaml", "IMR_HSNet", [override]))
+        open_system("IMR_HSNet", configure("config/demo/demo_split0_resnet50.yaml", "IMR_HSNet", [override]))
 
 
 def test_a_resnet_clip_is_refused_where_tokens_are_needed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,7 +173,7 @@ def test_a_resnet_clip_is_refused_where_tokens_are_needed(monkeypatch: pytest.Mo
     text = {"context_length": 77, "vocab_size": 100, "width": 64, "heads": 1, "layers": 1}
     made = open_clip.model.CLIP(64, config, text).state_dict()
     made.pop("attn_mask", None)
-    monkeypatch.setattr("model.clip.load._load", lambda source: clip_from_state(made))
+    monkeypatch.setattr("model.clip.load._load", lambda *_: clip_from_state(made))
     load_clip("RN50", resnet=True)
     with pytest.raises(UserError, match="only ViT image towers"):
         load_clip("RN50")
@@ -181,9 +181,9 @@ def test_a_resnet_clip_is_refused_where_tokens_are_needed(monkeypatch: pytest.Mo
 
 def test_a_checkpoint_is_not_tested_with_other_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    made, asked = (load_config("config/demo/demo_split0_resnet50.yaml", "IMR_HSNet", given)
+    made, asked = (configure("config/demo/demo_split0_resnet50.yaml", "IMR_HSNet", given)
                    for given in ([], ["Method.stages=3", "CLIP.clip_size=crop", "Train.shot=5"]))  # fmt: skip
     with pytest.raises(UserError) as found:
-        check_identity(tmp_path, identity("IMR_HSNet", made, ["cam"]), identity("IMR_HSNet", asked, ["cam"]))
+        check_identity(tmp_path, *(identity("IMR_HSNet", IMRHSNet.facts, config) for config in (made, asked)))
     assert "Method.stages: the checkpoint has 2, the config 3" in str(found.value) and "CLIP.clip_size" in str(found.value)
     assert "Train.shot" not in str(found.value)  # shots vote: any number will do

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from util.checkpoint import load_resume
+from util.run.checkpoint import load_resume
 
 ROOT = Path(__file__).parents[1]
 PFENET = Path("demo/PFENet/split0/resnet50")  # needs no base learner
@@ -21,7 +21,7 @@ def options(tmp_path: Path) -> list[str]:
     lines = (ROOT / "lists/demo/train.txt").read_text().splitlines()
     (tmp_path / "train.txt").write_text("\n".join(lines[:100]))
     return [f"Data.train_list={tmp_path}/train.txt", "Train.train_h=65", "Train.val_size=65", "Train.batch_size=4",
-            "Train.workers=0", "Train.evaluate=false", "Runtime.threads=1", "Runtime.processes=2"]  # fmt: skip
+            "Train.workers=0", "Train.selection=last", "Runtime.threads=1", "Runtime.processes=2"]  # fmt: skip
 
 
 def launch(*overrides: str, **environment: str) -> subprocess.Popen:

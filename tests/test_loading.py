@@ -11,12 +11,13 @@ import torch
 from util.data.episodes import EpisodeDataset, EpisodeList
 from util.data.folds import fold
 from util.data.index import Record, build_index
-from util.data.loading import FAR, Loader
+from util.data.loading import FAR, Loader, RangeSampler
 from util.data.transforms import ValTransform
-from util.distributed import Context, RangeSampler
 from util.errors import UserError
-from util.evaluate import evaluate_episodes
-from util.log import RunLog
+from util.run.distributed import Context
+from util.run.log import RunLog
+from util.score.episodes import evaluate_episodes
+from util.score.task import How
 
 CPU = torch.device("cpu")
 
@@ -36,7 +37,7 @@ def data(block, write_voc) -> EpisodeDataset:
 def numbers(data: EpisodeDataset, folder: Path, workers: int = 0, **options) -> tuple[list[int], Loader]:
     """Episode numbers of a pass over 12 episodes in batches of 4."""
     with RunLog(folder, "log", quiet=True) as log:
-        loader = Loader(data, RangeSampler(0, 12, 4, Context(CPU), drop_last=False), workers, CPU, log, **options)
+        loader = Loader(data, RangeSampler(0, 12, 4, Context(CPU), drop_last=False), workers, CPU, log.warning, **options)
         return [int(n) for batch in loader for n in batch.number], loader
 
 
@@ -75,8 +76,8 @@ def test_skipped_episodes_are_counted(data: EpisodeDataset, tmp_path: Path) -> N
         return Prediction(torch.stack([1 - guess, guess], 1))
 
     with RunLog(tmp_path, "log", quiet=True) as log:
-        scores, rows = evaluate_episodes(predict, data, 12, data.fold, Context(CPU), log, batch=2, workers=0, squash=True,
-                                         on_error="skip")  # fmt: skip
+        found = evaluate_episodes(predict, data, 12, data.fold, How(Context(CPU), log, batch=2, on_error="skip"))
+    scores, rows = found.record, found.rows
     assert scores["episodes"] == len(rows) == 12 - len(lost) and len(scores["skipped"]) == len(lost)
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from util.data.__main__ import main
 from util.data.episodes import Episode, EpisodeDataset, EpisodeList
-from util.data.export import main
 from util.data.folds import fold, read_class_names
 from util.data.index import Record, build_index, scan
 from util.data.manifest import episode_hash, read_manifest, write_manifest
@@ -141,7 +141,8 @@ def test_the_same_pictures_come_out(tmp_path, block, write_voc):
 def test_export_command(tmp_path, block, write_voc, monkeypatch, capsys):
     repository = Path(__file__).resolve().parents[1]
     root, list_file = write_voc({f"im{n}": block((50, 60), (1 + n % 5, 2100)) for n in range(15)})
-    given = ["export", "--config", str(repository / "config/pascal/pascal_split0_resnet50.yaml"), f"Data.data_root={root}",
+    given = ["export", "--arch", "PI_CLIP", "--config",
+             str(repository / "config/pascal/pascal_split0_resnet50.yaml"), f"Data.data_root={root}",
              f"Data.val_list={list_file}", f"Data.class_names={repository}/lists/pascal/classes.txt",
              f"Runtime.output={tmp_path}/exp", "Test_Finetune.seeds=[5, 6]", "Test_Finetune.test_num=20"]  # fmt: skip
     monkeypatch.chdir(tmp_path)  # the cache

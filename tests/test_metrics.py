@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 import torch
 
+from tests.make import restore
+from util.data.transforms import Placed
 from util.errors import UserError
-from util.metrics import FewShotMeter, SemanticMeter, to_original
+from util.score.metrics import FewShotMeter, SemanticMeter, seen_unseen
 
 
 def iou_counts(pred: np.ndarray, truth: np.ndarray, value: int) -> list[int]:
@@ -79,7 +81,7 @@ def test_wrong_values_are_not_counted(pred, target):
 
 
 def test_semantic_equals_the_oracle():
-    rng, meter = np.random.default_rng(3), SemanticMeter(5)
+    rng, meter = np.random.default_rng(3), SemanticMeter(range(5))
     pairs = [masks(rng, 4) for _ in range(3)]  # class 4 never appears
     for pred, truth in pairs:
         meter.update(torch.from_numpy(pred), torch.from_numpy(truth))
@@ -87,16 +89,15 @@ def test_semantic_equals_the_oracle():
     ious = [i / u for i, u in (iou_counts(pred, truth, c) for c in range(4))]
     result = meter.result()
     assert result["per_class"] == {**dict(enumerate(ious)), 4: None}
-    assert result["absent"] == [4]
-    assert result["miou_foreground"] == pytest.approx(np.mean(ious[1:]))
-    assert result["miou_with_background"] == pytest.approx(np.mean(ious))
+    assert result["miou"] == pytest.approx(np.mean(ious[1:]))
+    assert result["background_miou"] == pytest.approx(np.mean(ious))
     assert result["pixel_accuracy"] == pytest.approx((pred == truth)[truth != 255].mean())
 
 
 def test_semantic_without_foreground_is_an_error():
-    meter = SemanticMeter(3)
+    meter = SemanticMeter(range(3))
     meter.update(torch.zeros(2, 2), torch.zeros(2, 2))
-    with pytest.raises(UserError, match="no foreground class"):
+    with pytest.raises(UserError, match="no class but background"):
         meter.result()
 
 
@@ -110,15 +111,42 @@ def test_rectangle_returns_to_its_place(hw, squash):
     y, x = torch.arange(side)[:, None] / to_y, torch.arange(side)[None] / to_x
     inside = (y >= top) & (y <= bottom) & (x >= left) & (x <= right)
     logits = torch.stack([torch.zeros_like(inside), inside * 2.0 - 1]).half()
-    got = to_original(logits, hw, squash)
+    got = restore(logits, hw, squash)
     assert got.shape == (2, height, width) and got.dtype == torch.float32
     ys, xs = torch.nonzero(got.argmax(0), as_tuple=True)
     edges = torch.stack([ys.min(), ys.max(), xs.min(), xs.max()])
     assert (edges - torch.tensor([top, bottom, left, right])).abs().max() <= 2.5  # one cell of the square
-    assert torch.equal(to_original(logits[None], hw, squash)[0], got)
+    assert torch.equal(restore(logits[None], hw, squash)[0], got)
 
 
 def test_corners_stay_corners():
     ramp = torch.linspace(0, 1, 7).expand(1, 7, 7)
-    assert torch.allclose(to_original(ramp, (5, 10), squash=True)[0, 2], torch.linspace(0, 1, 10))
-    assert torch.allclose(to_original(ramp, (10, 5), squash=False)[0, 2], torch.linspace(0, 1, 10)[:5])
+    assert torch.allclose(restore(ramp, (5, 10), squash=True)[0, 2], torch.linspace(0, 1, 10))
+    assert torch.allclose(restore(ramp, (10, 5), squash=False)[0, 2], torch.linspace(0, 1, 10)[:5])
+
+
+def test_half_pixel_centres_where_they_are_asked_for():
+    """mmsegmentation's way back (align_corners=False): outer cells are flat, and a letterbox is cut as before."""
+    ramp = torch.tensor([0.0, 1.0]).expand(1, 2, 2)
+    got = Placed((4, 8), (4, 8), corners=False).restore(ramp)
+    assert torch.allclose(got[0, 0], torch.tensor([0, 0, 0.125, 0.375, 0.625, 0.875, 1, 1]))
+    assert torch.allclose(Placed((3, 8), (8, 8), corners=False).restore(ramp)[0], got[0, :1].expand(3, 8))
+    assert torch.allclose(Placed((8, 3), (8, 8), corners=False).restore(ramp)[0], got[0, :1, :3].expand(8, 3))
+
+
+def test_seen_and_unseen_by_hand():
+    """A class that neither has is in no mean; one that only the prediction has counts as 0."""
+    meter = SemanticMeter([0, 3, 5, 8, 9])  # channels 0..4
+    meter.update(torch.tensor([1, 1, 1, 2, 3, 0]), torch.tensor([1, 1, 2, 2, 0, 0]))
+    found = meter.result(seen=[3, 5, 9], unseen=[8])
+    assert found["per_class"] == {0: 1 / 2, 3: 2 / 3, 5: 1 / 2, 8: 0.0, 9: None}
+    assert found["miou"] == pytest.approx((2 / 3 + 1 / 2 + 0) / 3)
+    assert found["background_miou"] == pytest.approx((1 / 2 + 2 / 3 + 1 / 2 + 0) / 4)
+    assert (found["seen_miou"], found["unseen_miou"], found["hiou"]) == (pytest.approx(7 / 12), 0, 0)
+    meter.update(torch.tensor([3, 3]), torch.tensor([3, 3]))
+    found = meter.result(seen=[3, 5, 9], unseen=[8])
+    assert found["unseen_miou"] == pytest.approx(2 / 3) and found["hiou"] == pytest.approx(2 * 7 / 12 * 2 / 3 / (7 / 12 + 2 / 3))
+    assert "hiou" not in meter.result(seen=[3, 5], unseen=[9]) and "hiou" not in meter.result()
+    state, unseen = meter.state, [3]
+    assert seen_unseen(state, unseen)["miou"] == pytest.approx(found["background_miou"])
+    assert seen_unseen(state, unseen)["miou_unseen"] == pytest.approx(2 / 3)

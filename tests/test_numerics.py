@@ -23,15 +23,13 @@ from model.few_shot.bam import BAM
 from model.few_shot.hdmnet import HDMNet
 from model.few_shot.pfenet import PFENet
 from model.few_shot.system import FewShot
-from tests.test_clip import small_clip
-from tests.test_few_shot import random_episode, small_system
-from tests.test_pi_clip import pi_clip
+from tests.make import pi_clip, random_episode, restore, small_clip, small_system
 from util.data.episodes import Episode, EpisodeDataset, EpisodeList, collate
 from util.data.folds import fold, read_class_names
 from util.data.index import build_index, scan
 from util.data.transforms import TrainTransform, ValTransform, bbox_mask, image_hw, read_image
 from util.errors import UserError
-from util.metrics import FewShotMeter, to_original
+from util.score.metrics import FewShotMeter
 
 SYSTEMS = ("PI_CLIP", "HDMNet", "BAM", "PFENet")
 NAMES = read_class_names(Path(__file__).resolve().parents[1] / "lists/pascal/classes.txt")
@@ -93,7 +91,7 @@ def check_finite(model: FewShot, batch: Episode, bf16: bool) -> dict[str, Tensor
         assert not wrong, f"{kind} of {wrong}"
     meter = FewShotMeter([7])
     for scores, truth in zip(prediction.final, batch.query_mask, strict=True):
-        assert 0 <= meter.update(to_original(scores, (65, 65), True).argmax(0), truth, 7).iou <= 1
+        assert 0 <= meter.update(restore(scores, (65, 65), True).argmax(0), truth, 7).iou <= 1
     return losses
 
 
@@ -123,7 +121,7 @@ def test_large_weights(name: str, bf16: bool) -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             prediction = model.eval().predict(episode())
         with pytest.raises(UserError, match="not finite"):
-            to_original(prediction.final, (65, 65), squash=True)
+            restore(prediction.final, (65, 65), squash=True)
     finally:
         model.trained.load_state_dict(before)
 
@@ -182,7 +180,7 @@ SHAPES = ((1, 1), (1, 2), (3, 1), (1, 40), (60, 1), (8, 160), (160, 8))
 
 
 @pytest.mark.parametrize("transform", [
-    TrainTransform(65, 0.9, 1.1), TrainTransform(65, 0.1, 0.2, crop=True), TrainTransform(65, 0.5, 2.0, -90, 90),
+    TrainTransform(65, 0.9, 1.1), TrainTransform(65, 0.1, 0.2, crop=True), TrainTransform(65, 0.5, 2.0, rotate=(-90, 90)),
     ValTransform(65, squash=True), ValTransform(65, squash=False),
 ], ids=["train", "train, crop, tiny scale", "train, turned", "squash", "letterbox"])  # fmt: skip
 def test_tiny_and_thin_images(transform: TrainTransform | ValTransform, write_voc: Callable[..., tuple[Path, Path]]) -> None:
@@ -202,7 +200,7 @@ def test_tiny_and_thin_images(transform: TrainTransform | ValTransform, write_vo
     prediction = model.eval().predict(batch)
     assert all(torch.isfinite(value) for value in losses.values()) and torch.isfinite(prediction.maps["vtp"]).all()
     for scores, truth in zip(prediction.final, batch.original_mask, strict=True):
-        meter.update(to_original(scores, tuple(truth.shape), transform.squash).argmax(0), truth, 7)
+        meter.update(restore(scores, tuple(truth.shape), transform.squash).argmax(0), truth, 7)
     assert 0 <= meter.result()["miou"] <= 1
 
 

@@ -3,16 +3,13 @@
 import pytest
 import torch
 
+from bench import oracle
+from bench.oracle import plain_scores
 from model.clip import Clip
 from model.clip.load import clip_from_state
 from model.few_shot import conv4d, hsnet, imr_hsnet
 from model.few_shot.hdmnet import HDMNet
-from tests import oracle
-from tests.oracle import plain_scores
-from tests.test_cache import keyed
-from tests.test_clip import small_clip
-from tests.test_few_shot import small_system
-from tests.test_pi_clip import episode, pi_clip
+from tests.make import clip_episode, keyed, pi_clip, small_clip, small_system
 from util.cache import TensorCache
 
 
@@ -25,7 +22,7 @@ def systems() -> list[HDMNet]:
 @pytest.mark.parametrize("fixed", [None, False, True], ids=["plain", "cached", "cached, head fixed"])
 @pytest.mark.parametrize("system", systems(), ids=lambda s: type(s).__name__)
 def test_scores_are_those_of_the_plain_computation(system: HDMNet, fixed: bool | None) -> None:
-    batch = episode(shot=2)
+    batch = clip_episode(shot=2)
     batch.support_mask[1, 1] = 0  # a shot without an object
     if fixed is not None:
         system.remember(TensorCache(2**30), fixed)

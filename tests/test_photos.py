@@ -10,13 +10,11 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from demo import world
-from util.data.photos import ORIENTATION, box_mask, doubt, read_mask, read_photo
+from tests.make import upright
+from util.data.transforms import read_image
 from util.errors import UserError
-from util.polygons import Coco, polygons
-
-
-def upright(rng: np.random.Generator, hw: tuple[int, int] = (40, 60)) -> np.ndarray:
-    return cv2.resize(rng.integers(0, 255, (5, 7, 3), dtype=np.uint8), hw[::-1], interpolation=cv2.INTER_NEAREST)
+from util.photos.polygons import Coco, polygons
+from util.photos.reading import ORIENTATION, box_mask, doubt, read_mask, read_photo
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -115,7 +113,7 @@ def test_what_is_no_photo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         with pytest.raises(UserError, match=message) as raised:
             read_photo(tmp_path / name)
         assert str(tmp_path / name) in str(raised.value)
-    monkeypatch.setattr("util.data.photos.MAX_PIXELS", 80_000)
+    monkeypatch.setattr("util.photos.reading.MAX_PIXELS", 80_000)
     with pytest.raises(UserError, match="decompression bomb"):
         read_photo(tmp_path / "whole.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
@@ -142,3 +140,60 @@ def test_polygons_give_the_mask_back() -> None:
             assert np.array_equal(coco_mask.decode(coco_mask.merge(runs)).astype(bool), mask)
             assert made["area"] == mask.sum() and made["bbox"] == coco_mask.toBbox(coco_mask.merge(runs)).tolist()
     assert len(polygons(ring)) == 3 and all(len(polygon) >= 4 for polygon in polygons(ring))
+
+
+def test_masks_that_show_another_meaning(tmp_path: Path) -> None:
+    """Soft edges, opaque colours and palettes: what the picture shows, or a refusal."""
+    true = np.zeros((120, 160), np.uint8)
+    true[30:80, 40:100] = 255
+    photo = read_photo(np.zeros((120, 160, 3), np.uint8))
+    half = cv2.resize(true, (80, 60), interpolation=cv2.INTER_AREA)
+    brush = cv2.fillPoly(np.zeros((120, 160), np.uint8), [np.array([[400, 300], [1003, 350], [700, 799]])], 200, cv2.LINE_AA, 3)
+    softs = {"blur": cv2.GaussianBlur(true, (15, 15), 0), "wide": cv2.GaussianBlur(true, (31, 31), 0), "brush": brush,
+             "resized": cv2.resize(half, (160, 120), interpolation=cv2.INTER_LINEAR)}  # fmt: skip
+    code = cv2.imencode(".jpg", cv2.blur(true, (2, 2)), [cv2.IMWRITE_JPEG_QUALITY, 60])[1]
+    softs["JPEG"] = cv2.imdecode(code, cv2.IMREAD_GRAYSCALE)
+    for name, soft in softs.items():
+        expected = soft >= 128
+        opaque = np.dstack([soft, soft, soft, np.full_like(soft, 255)])
+        kinds = (soft, Image.fromarray(soft), Image.fromarray(opaque), Image.fromarray(opaque).convert("LA"),
+                 Image.fromarray(np.dstack([soft, 0 * soft, 0 * soft])), Image.fromarray(soft.astype(np.uint16) * 257),
+                 Image.fromarray(soft.astype(np.uint16) * 16 + soft // 16))  # the last: 12 bits
+        for number, kind in enumerate(kinds):
+            found = read_mask(kind, photo) == 1
+            assert (found != expected).mean() < 0.002, (name, number)
+    with pytest.raises(UserError, match="nowhere brighter than"):
+        read_mask(softs["blur"] // 3, photo)
+    with pytest.raises(UserError, match="floating point"):
+        read_mask(Image.fromarray(softs["blur"] / np.float32(255)), photo)
+
+    objects = np.kron(np.arange(48).reshape(6, 8) * 5, np.ones((20, 20))).astype(np.uint8)  # instances, side by side
+    for kind in (objects, Image.fromarray(objects), Image.fromarray(objects.astype(np.uint16) * 7)):
+        assert np.array_equal(read_mask(kind, photo), objects != 0)
+
+    clear = Image.fromarray((true == 0).astype(np.uint8), "P")
+    clear.putpalette([0, 0, 0, 255, 255, 255])
+    clear.save(tmp_path / "clear.png", transparency=1)
+    assert np.array_equal(read_mask(tmp_path / "clear.png", photo), true == 255)  # what is opaque, in a palette too
+    for colours in ([255, 255, 255, 0, 0, 0], [90, 20, 0, 200, 0, 0], [0, 0, 0, 255, 255, 255, 0, 0, 0]):
+        palette = Image.fromarray((true == 0) + np.uint8(len(colours) > 6), "P")
+        palette.putpalette(colours)
+        with pytest.raises(UserError, match="must be black"):
+            read_mask(palette, photo)
+    grey = Image.fromarray(softs["blur"]).convert("RGB").quantize(200, dither=Image.Dither.NONE)
+    order = np.argsort(np.reshape(grey.getpalette(), (-1, 3)).sum(1))
+    order[1:] = order[:0:-1]  # black first, then white to dark
+    read = read_mask(grey.remap_palette(order.tolist()), photo)
+    assert ((read == 1) != (softs["blur"] >= 128)).mean() < 0.002
+
+
+@pytest.mark.parametrize("bits", [8, 10, 12, 14])
+def test_sixteen_bits_that_are_not_filled(tmp_path: Path, bits: int) -> None:
+    values = np.random.default_rng(5).integers(0, 2**bits, (40, 60, 3)).astype(np.uint16)
+    for name, content in (("grey.png", values[..., 0]), ("colour.png", values), ("colour.tif", values)):
+        cv2.imwrite(str(tmp_path / name), content)
+        for read in (read_photo, read_image) if name != "colour.tif" else (read_image,):
+            with pytest.raises(UserError, match=rf"{name}.*16 bits whose values have \d+: .*nearly black"):
+                read(tmp_path / name)
+        cv2.imwrite(str(tmp_path / name), content << (16 - bits))
+        assert np.array_equal(read_image(tmp_path / name)[..., 0], ((content << (16 - bits)) >> 8).reshape(40, 60, -1)[..., -1])

@@ -14,22 +14,22 @@ from demo import world
 from model import load_weights, open_system
 from model.build import text_bank
 from model.few_shot.prior import TextPrior
-from model.predictor import Predictor
+from model.predict.predictor import Predictor
+from model.predict.text_predictor import TextPredictor
 from model.system import Prediction
-from model.text_predictor import TextPredictor
-from tests.test_photos import upright
-from tests.untrained import CONFIG, ROOT, make, palette_mask, star
+from tests.make import CONFIG, ROOT, make, palette_mask, restore, star, upright
 from util.cache import TensorCache
 from util.data.episodes import Episode, EpisodeList, mask_table
 from util.data.folds import fold
-from util.data.photos import read_photo
 from util.data.transforms import read_label
-from util.distributed import Context
 from util.errors import UserError
-from util.evaluate import evaluate_episodes
-from util.experiment import Experiment
-from util.log import RunLog
-from util.metrics import FewShotMeter, to_original, vote
+from util.photos.reading import read_photo
+from util.run.distributed import Context
+from util.run.log import RunLog
+from util.run.place import Experiment
+from util.score.episodes import evaluate_episodes
+from util.score.metrics import FewShotMeter, vote
+from util.score.task import How
 
 
 @pytest.fixture(autouse=True)
@@ -57,8 +57,7 @@ def test_bit_for_bit_what_evaluation_gives(arch: str, overrides: list[str], scen
         return seen[-1][1]
 
     with RunLog(tmp_path, "log") as log:
-        _, rows = evaluate_episodes(watched, data, 4, source.fold, Context(torch.device("cpu")), log, batch=1, workers=0,
-                                    squash=config.Train.resized_val)  # fmt: skip
+        rows = evaluate_episodes(watched, data, 4, source.fold, How(Context(torch.device("cpu")), log)).rows
     predictor = Predictor.from_checkpoint(weight, device="cpu")
     for row, (episode, theirs) in zip(rows, seen, strict=True):
         spec, records = episodes.spec(row.number), episodes.index.records
@@ -69,14 +68,14 @@ def test_bit_for_bit_what_evaluation_gives(arch: str, overrides: list[str], scen
         truth = torch.from_numpy(mask_table(spec.cls)[read_label(scenes / records[spec.query].label)])
         assert FewShotMeter([spec.cls]).update(torch.from_numpy(ours.mask).long(), truth, spec.cls) == row.counts
         if arch == "PI_CLIP":
-            scores = to_original(theirs.final[0], tuple(truth.shape), config.Train.resized_val)
+            scores = restore(theirs.final[0], tuple(truth.shape), config.Train.resized_val)
             np.testing.assert_allclose(ours.score, scores.softmax(0)[1].numpy(), atol=1e-4)
             prior = next(prior for prior in system.priors if prior.name == "vtp")
             whole = prior.bank
             prior.use(text_bank(system.clip, [text]))
             theirs = system.predict(replace(episode, cls=torch.tensor([1]), present=torch.zeros(1, 1, dtype=torch.bool)))
             prior.use(whole)
-        scores = to_original(theirs.final[0], tuple(truth.shape), config.Train.resized_val)
+        scores = restore(theirs.final[0], tuple(truth.shape), config.Train.resized_val)
         assert ours.score.std() > 1e-4
         assert np.array_equal(ours.score, scores.softmax(0)[1].numpy())
         assert np.array_equal(ours.mask, scores.argmax(0).numpy() == 1)

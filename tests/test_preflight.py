@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from util import preflight
-from util.config import load_config
+from model import configure, needs_clip, system_class
 from util.errors import UserError
-from util.experiment import Experiment
-from util.preflight import Finding, check, require
+from util.run import preflight
+from util.run.place import Experiment
+from util.run.preflight import Finding, Start, inspect, require
 
 CONFIG = "config/pascal/pascal_split0_resnet50.yaml"
 
@@ -17,7 +17,7 @@ CONFIG = "config/pascal/pascal_split0_resnet50.yaml"
 @pytest.fixture(autouse=True)
 def in_root(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(Path(__file__).parents[1])
-    monkeypatch.setattr(preflight, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr("util.data.source.CACHE", tmp_path / "cache")
 
 
 @pytest.fixture
@@ -28,22 +28,27 @@ def voc(block, write_voc) -> list[str]:
             "Method.backbone_weight=none", "Train.workers=0", f"Runtime.output={root}/exp"]  # fmt: skip
 
 
+def start(overrides: list[str], arch: str, lists: tuple[str, ...] = ("train_list", "val_list")) -> Start:
+    config, cls = configure(CONFIG, arch, overrides), system_class(arch)
+    place = Experiment.from_config_path(arch, CONFIG, config.Runtime.output)
+    return Start(config, place, cls.facts, cls.task, needs_clip(arch, config), lists)
+
+
 def bad(overrides: list[str], arch: str = "PFENet", **how: bool) -> dict[str, Finding]:
-    return {f.what: f for f in check(CONFIG, arch, overrides, **how) if not f.ok}
+    return {f.what: f for f in inspect(start(overrides, arch), read=True, **how) if not f.ok}
 
 
 def test_a_sound_config(voc: list[str]) -> None:
     assert not bad(voc) and not bad(voc, "PSPNet", full=True)
-    found = {f.what: f.detail for f in check(CONFIG, "PFENet", voc)}
+    found = {f.what: f.detail for f in inspect(start(voc, "PFENet"), read=True)}
     assert found["val_list: classes"] == "15 images of 5 classes, fewest of aeroplane: 3"
 
 
 def test_everything_at_once(voc: list[str], tmp_path: Path) -> None:
     wrong = [*voc, "Data.data_root=nowhere", "Data.val_list=none.txt", "CLIP.clip_path=clip.pt", "Method.pre_weight=base.pth"]
     assert bad(wrong, "PI_CLIP").keys() == {"data", "val_list", "CLIP", "base learner"}
-    config = load_config(CONFIG, "PI_CLIP", wrong)
     with pytest.raises(UserError) as error:
-        require(config, Experiment.from_config_path("PI_CLIP", CONFIG, str(tmp_path)), ("val_list",))
+        require(start(wrong, "PI_CLIP", ("val_list",)))
     for text in ("nowhere", "none.txt", "clip.pt", "base.pth", "ARCH=PSPNet"):
         assert text in str(error.value)
 

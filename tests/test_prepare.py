@@ -17,9 +17,9 @@ pytest.importorskip("pycocotools")
 
 from util.data.folds import read_class_names  # noqa: E402
 from util.data.index import read_list  # noqa: E402
-from util.data.prepare import archives, coco, common, pascal  # noqa: E402
-from util.data.prepare.__main__ import main  # noqa: E402
 from util.data.transforms import read_label  # noqa: E402
+from util.prepare import archives, coco, common, pascal  # noqa: E402
+from util.prepare.__main__ import main  # noqa: E402
 
 REPO = Path(__file__).resolve().parents[1]
 SHARED = REPO.parent / "shared/data"

@@ -5,22 +5,22 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.make import restore
+from tests.make.runs import check
 from util.data.episodes import EpisodeList
 from util.data.folds import fold
 from util.data.index import Index, Record, build_index
+from util.data.loading import RangeSampler
 from util.data.manifest import read_manifest, write_manifest
 from util.data.transforms import ValTransform, bbox_mask
-from util.distributed import Context, RangeSampler
 from util.errors import UserError
-from util.metrics import FewShotMeter, SemanticMeter, to_original
-from util.stats import COLUMNS, bootstrap, pooled, read_episodes
-
-
-def check(examples: int) -> settings:
-    return settings(max_examples=examples, deadline=None, derandomize=True)
+from util.run.distributed import Context
+from util.score.metrics import FewShotMeter, SemanticMeter
+from util.score.statistics import bootstrap, pooled
+from util.score.table import COLUMNS, read_episodes
 
 
 def arrays(values: Sequence[int], low: int = 1, high: int = 12) -> st.SearchStrategy[np.ndarray]:
@@ -185,7 +185,7 @@ def test_label_goes_to_the_network_and_back(height: int, width: int, size: int, 
     content = np.array([size, size]) if squash else np.maximum(hw * size // max(hw) // 8 * 8, 8)
     assert (small != 255).sum() == content.prod()
     scores = np.stack([small == 0, small == 1, small == 255])
-    back = to_original(torch.from_numpy(scores).half(), (height, width), squash)
+    back = restore(torch.from_numpy(scores).half(), (height, width), squash)
     assert back.shape == (3, height, width) and back.dtype == torch.float32
 
     scale = size / (hw if squash else hw.max())
@@ -239,7 +239,7 @@ def test_few_shot_scores_are_those_of_torchmetrics(episodes: list[tuple], rng) -
 @given(st.lists(st.tuples(arrays(range(5), 7, 7), arrays((*range(5), 255), 7, 7)), min_size=1, max_size=4))
 def test_semantic_scores_are_those_of_torchmetrics(images: list[tuple]) -> None:
     functional = pytest.importorskip("torchmetrics.functional.classification")
-    meter = SemanticMeter(5)
+    meter = SemanticMeter(range(5))
     for pred, truth in images:
         meter.update(torch.from_numpy(pred), torch.from_numpy(truth))
     pred, truth = (torch.cat([torch.from_numpy(image[k]).flatten() for image in images]) for k in (0, 1))

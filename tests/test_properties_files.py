@@ -16,7 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from tests.test_properties import check
+from model.few_shot.hdmnet import HDMNet
+from tests.make.runs import check
 from util.config import Config, load_config
 from util.data.folds import read_class_names, read_folds
 from util.data.index import _annotated, read_list, scan
@@ -33,7 +34,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 # ---- configs
 
-SECTIONS = {name: type(section) for name, section in vars(Config()).items()}
+SECTIONS = {name: type(section) for name, section in vars(Config(Method=HDMNet.Options())).items()}
 KEYS = [(section, key.name) for section, kind in SECTIONS.items() for key in dataclasses.fields(kind)]
 # What PyYAML fails on with errors that are not its own, what is too long or too deep, and what no number may be.
 AWKWARD = ["2024-13-45", "2001-01-01 25:61:61", "!!int x", "!!float a", "!!bool x", "!!timestamp x", "!!binary x", "!!set {a}",
@@ -61,14 +62,14 @@ def fits(value: object, kind: object) -> bool:
 def check_config(folder: Path, path: Path, overrides: list[str]) -> bool:
     """Whether it loads; then its types are right and what is written down of it loads to the same."""
     try:
-        config = load_config(path, "HDMNet", overrides)
+        config = load_config(path, "HDMNet", overrides, HDMNet.Options)
     except UserError:
         return False
     for section, kind in SECTIONS.items():
         values = getattr(config, section)
         assert all(fits(getattr(values, key), hint) for key, hint in typing.get_type_hints(kind).items())
     (folder / "again.yaml").write_text(config.to_yaml())
-    assert load_config(folder / "again.yaml") == config
+    assert load_config(folder / "again.yaml", options=HDMNet.Options) == config
     return True
 
 

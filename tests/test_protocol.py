@@ -6,8 +6,8 @@ import pytest
 
 from util import protocol
 from util.config import Config, load_config, protocol_names
-from util.data.build import Source
 from util.data.folds import fold
+from util.data.source import EpisodeSource
 from util.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -67,8 +67,8 @@ def test_selection_on_base_classes_never_sees_a_novel_object(block, write_voc, t
     labels["mixed"] = block((60, 80), (7, 2100), (1, 2100))
     root, list_file = write_voc(labels)
     given = [f"Data.data_root={root}", f"Data.val_list={list_file}", f"Data.class_names={ROOT}/lists/pascal/classes.txt"]
-    source = Source(config("BAM", "pascal", *given, "Train.selection=base"), "episodes", tmp_path)
-    data = source.validation()
+    source = EpisodeSource(config("BAM", "pascal", *given, "Train.selection=base"), tmp_path)
+    data = source.episodes(source.validation_episodes())
     novel = set(fold("pascal", 0).novel)
     assert {data.episodes.spec(i).cls for i in range(20)} == {7, 8}
     assert len(data) == 5 and not any(novel & set(r.pixels) for r in data.episodes.index.records)

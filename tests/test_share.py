@@ -11,15 +11,14 @@ import numpy as np
 import pytest
 import torch
 
-from model import load_weights, open_system
-from model.predictor import Predictor
-from model.share import export, main
-from tests.untrained import CONFIG, ROOT, make, star
-from util.checkpoint import read_meta
-from util.config import load_config
+from model import configure, load_weights, open_system
+from model.predict.predictor import Predictor
+from model.predict.share import export, main
+from tests.make import CONFIG, ROOT, make, star
 from util.errors import UserError
-from util.experiment import Experiment
 from util.files import save_json
+from util.run.checkpoint import read_meta
+from util.run.place import Experiment
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +42,7 @@ def test_one_file_to_share(piclip: Path, scenes: Path, tmp_path: Path, monkeypat
     assert np.array_equal(other.predict(images[1]).score, expected.score) and other.names == predictor.names
     monkeypatch.chdir(ROOT)
 
-    config = load_config(CONFIG, "PI_CLIP", ["Train.val_size=65", f"Runtime.output={tmp_path}"])  # as test.py does
+    config = configure(CONFIG, "PI_CLIP", ["Train.val_size=65", f"Runtime.output={tmp_path}"])  # as test.py does
     system, _ = open_system("PI_CLIP", config)
     load_weights(system, config, Experiment.from_config_path("PI_CLIP", CONFIG, str(tmp_path)), file)
     theirs, ours = system.state_dict(), predictor.system.state_dict()
@@ -52,7 +51,7 @@ def test_one_file_to_share(piclip: Path, scenes: Path, tmp_path: Path, monkeypat
     config.CLIP.vocabulary = "target"
     with pytest.raises(UserError, match="other frozen weights: clip"):
         Predictor.from_checkpoint(file, config=config)
-    config = load_config(CONFIG, "PI_CLIP", ["Train.val_size=65", "Train.split=1"])
+    config = configure(CONFIG, "PI_CLIP", ["Train.val_size=65", "Train.split=1"])
     with pytest.raises(UserError, match="Train.split: the checkpoint has 0"):
         Predictor.from_checkpoint(file, config=config)
     with pytest.raises(UserError, match="exported file already"):

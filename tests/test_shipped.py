@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from model.predictor import NAMED, Predictor
-from tests.untrained import ROOT, palette_mask
-from util.checkpoint import read_meta
+from model.predict.predictor import NAMED, Predictor
+from tests.make import ROOT, palette_mask
 from util.data.index import read_list
 from util.data.transforms import read_label
+from util.run.checkpoint import read_meta
 
 FILE = ROOT / NAMED["photos"]
 EPISODES = 20

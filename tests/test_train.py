@@ -83,7 +83,7 @@ def test_a_result_can_be_verified(world: list[str], trained: Path, tmp_path: Pat
     assert {"code", "config", "data", "clip", "base_learner", "weights", "torch", "hardware"} <= result["environment"].keys()
 
     def verify(file: Path) -> subprocess.CompletedProcess:
-        command = [sys.executable, "-m", "util.report", "verify", str(file)]
+        command = [sys.executable, "-m", "model.verify", str(file)]
         return subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
 
     run = verify(trained / "result/report.json")
@@ -115,7 +115,7 @@ def test_protocols_and_episode_files(world: list[str], trained: Path, tmp_path: 
 
     file = tmp_path / "episodes.txt"
     config = ["--config", "config/demo/demo_split0_resnet50.yaml"]
-    made = subprocess.run([sys.executable, "-m", "util.data.episodes", "export", *config, "--out", str(file), *few], cwd=ROOT)
+    made = subprocess.run([sys.executable, "-m", "util.data", "export", *config, "--out", str(file), *few], cwd=ROOT)
     assert made.returncode == 0
     run = sh("test.sh", *few, "Test_Finetune.protocol=strict", f"--episodes={file}")
     assert run.returncode == 0, run.stdout + run.stderr
@@ -127,7 +127,7 @@ def test_protocols_and_episode_files(world: list[str], trained: Path, tmp_path: 
 
 KILL = """
 import os, signal, sys
-import train, util.checkpoint as c
+import train, util.run.checkpoint as c
 calls = [0]
 def stop(path, value, f=c.save_json):
     calls[0] += 1
@@ -142,7 +142,7 @@ train.cli.run(train.main)
 def test_rerun_continues_bit_for_bit(world: list[str], trained: Path, tmp_path: Path) -> None:
     """Two epochs in one go equal a run that is killed while it writes a checkpoint in the middle of an epoch, then terminated,
     then finds its newest checkpoint damaged."""
-    common = [*world[:-1], *SMALL, "Train.epochs=2", "Train.evaluate=false", "Train.save_minutes=0", "Train.print_freq=1",
+    common = [*world[:-1], *SMALL, "Train.epochs=2", "Train.selection=last", "Train.save_minutes=0", "Train.print_freq=1",
               f"Method.pre_weight={trained.parents[2] / 'PSPNet/split0/resnet50/snapshot/best.safetensors'}"]  # fmt: skip
     assert sh("train.sh", *common, f"Runtime.output={tmp_path}/a", "Train.save_minutes=60", arch="HDMNet").returncode == 0
     broken = [*common, f"Runtime.output={tmp_path}/b"]

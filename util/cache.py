@@ -18,6 +18,7 @@ from torch import Tensor
 from util.errors import UserError
 from util.files import save_tensors
 
+CACHE = Path("exp/.cache")  # folder of what runs share: scans of lists, text banks
 Entry = dict[str, Tensor]
 
 

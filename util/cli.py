@@ -6,8 +6,7 @@ import os
 import sys
 from collections.abc import Callable
 
-from util.distributed import Terminated
-from util.errors import UserError
+from util.errors import Terminated, UserError
 
 
 def parse(description: str, episodes: bool = False, plan: bool = False) -> argparse.Namespace:
@@ -15,7 +14,7 @@ def parse(description: str, episodes: bool = False, plan: bool = False) -> argpa
     --dry-run."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="config/DATASET/DATASET_EXP_NET.yaml")
-    parser.add_argument("--arch", default="PI_CLIP", help="system (default PI_CLIP)")
+    parser.add_argument("--arch", required=True, help="system, PI_CLIP and so on (`train.sh` and `test.sh`: $ARCH)")
     parser.add_argument("--gpus", type=int, default=0, help="0 is the CPU; more than one goes through torchrun")
     parser.add_argument("overrides", nargs="*", metavar="Section.key=value")
     parser.add_argument("--quiet", action="store_true", help="only warnings and errors on the console; the log file has all")

@@ -1,4 +1,4 @@
-"""Typed configuration: dataclass defaults <- protocol <- YAML (with `extends`) <- the system's recipe <- command line.
+"""Typed configuration: dataclass defaults <- protocol <- the system's file <- YAML (with `extends`) <- recipe <- command line.
 
 Sections and keys carry the names of the PFENet / BAM / HDMNet YAML files. Every field is documented here, where it is
 defined. An unknown key or a wrong type is an error that names the file, the key and the nearest right one.
@@ -11,17 +11,16 @@ import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from reprlib import Repr
 from typing import Any, Literal
 
 import yaml
 
 from util.errors import UserError
+from util.yaml_text import parse_yaml, short
 
-PROTOCOLS = Path(__file__).parents[1] / "config/protocol"
-PAPER = {"PI_CLIP": "piclip-paper", "HDMNet": "hdmnet-paper", "BAM": "bam-paper", "PFENet": "pfenet-paper",
-         "HSNet": "hsnet-paper", "IMR_HSNet": "hsnet-paper"}  # ARCH -> `auto`
-VOTING = ("HSNet", "IMR_HSNet")  # systems whose shots vote: a checkpoint serves any number of them
+CONFIGS = Path(__file__).parents[1] / "config"
+PROTOCOLS, SYSTEMS = CONFIGS / "protocol", CONFIGS / "system"  # one file per protocol; what a system keeps on every data set
+STRICT = "strict"  # the protocol of a system that no paper has one for
 
 
 @dataclass
@@ -30,14 +29,20 @@ class Data:
     train_list: str = ""  # text file, one `image_path label_path` per line
     val_list: str = ""
     class_names: str = ""  # text file, one `NAME | text for CLIP` per line
+    same_by: Literal["time", "size", "content"] = "time"  # how a run that goes on knows its images: size and time, size, or bytes
     on_error: Literal["stop", "skip"] = "stop"  # a broken image or label: stop, or go on without it and count it in the report
-    folds: str = ""  # your own data set: YAML file, `split0: [class names]` and so on; published ones go by rules
+    image_labels: str = ""  # file of image-level labels (util/data/image_labels.py); "": the XML beside an image, else its label
+    label_table: str = ""  # YAML file `VALUE: CLASS`, where label values are no class ids (0 background, 255 ignore)
+    folds: str = ""  # YAML file, `split0: [class names]` and so on; without one the data set's published rule holds
+    maker: str = ""  # module that draws the data root where it is missing: `python -m MAKER DATA_ROOT`
+    images: Literal["photographs", "drawings"] = "photographs"  # drawings: predict.py warns on anything else
     min_pixels: int = 2048  # a class counts in an image from this many labelled pixels on (2 * 32 * 32)
 
 
 @dataclass
 class CLIP:
     clip_path: str = "initmodel/ViT-B-16.pt"  # file, folder, hub name MODEL/PRETRAINED, or `random` (no meaning, full path)
+    activation: Literal["auto", "quick_gelu", "gelu"] = "auto"  # of a file of weights that nothing else tells it of
     # VTP's image: undo the squash (PASCAL) or keep the network side (COCO). IMR-HSNet's: all of the image, or a centre square
     clip_size: Literal["original", "train", "whole", "crop"] = "original"
     vocabulary: Literal["present", "target", "base+target", "all"] = "present"  # texts that compete; `present` reads ground truth
@@ -59,56 +64,63 @@ class Train:
     crop: bool = False  # random crop (BAM, PFENet, base learner) instead of squashing the aspect ratio
     scale_min: float = 0.9
     scale_max: float = 1.1
-    rotate_min: float = -10.0  # degrees
-    rotate_max: float = 10.0
     resized_val: bool = True  # validation squashes to a square; False letterboxes
     # optimisation
     batch_size: int = 8  # global, whatever the number of GPUs
     base_lr: float = 1e-4
     optimizer: Literal["paper", "adamw"] = "paper"  # the system's own, or AdamW for short runs
     epochs: int = 200
-    power: float = 0.9  # poly schedule, per iteration
+    iterations: int = 0  # length of the training in steps; 0: `epochs` says it
+    power: float = 0.9  # poly schedule, per step (util/run/schedule.py)
+    warmup: int = 0  # steps in which the rate grows from `warmup_ratio` of itself
+    warmup_ratio: float = 0.0
+    warmup_of: Literal["initial", "decayed"] = "initial"  # which rate grows: the initial one (WeCLIP) or the decayed (mmcv)
+    min_lr: float = 0.0  # floor that the schedule ends at
     momentum: float = 0.9  # SGD only
     weight_decay: float = 0.01
     manual_seed: int = 321
     workers: int = 8
     # validation
-    evaluate: bool = True
     selection: Literal["novel", "base", "last"] = "novel"  # snapshot/best: best on novel (as published) or base classes, or last
-    SubEpoch_val: bool = False  # also in the middle of each epoch
+    watch: bool = False  # with selection `last`: validate all the same, to see the curve; nothing is chosen by it
+    # Epochs between validations (0.5: also in the middle of each), or steps where `iterations` counts; 0: the end of each epoch.
+    validate_every: float = 0.0
+    keep: list[int] = field(default_factory=list)  # steps after which the weights are kept as snapshot/STEP.safetensors
+    before: Literal["ask", "run"] = "ask"  # the run that must come first (a base learner): ask for it, or train it on the way
     val_episodes: int = 1000
     batch_size_val: int = 1
     print_freq: int = 10  # iterations between points of the TensorBoard curves
     save_minutes: float = 10.0  # between resume points within an epoch; its end is always one
+    start_from: str = ""  # weights to start from: EXP/STEP of the same system and network (or EXP/last), or a file
     resume: Literal["auto", "none"] = "auto"  # auto: the same command goes on where the last run stopped
 
 
 @dataclass
 class Method:
+    """What all systems share; a system's own options extend it (`class Options(Method)` beside the system)."""
+
     backbone: str = "resnet50"  # resnet50 | resnet101 | vgg16_bn | vgg16 | timm:NAME
     width: int = 64  # ResNet base width; 64 is the published network
     stem: Literal["deep", "plain"] = "deep"  # ResNet's: semseg's three 3x3, or torchvision's 7x7 (HSNet)
     backbone_weight: str = "hub"  # ImageNet weights the base learner starts from: file | hub | none
-    pre_weight: str = "auto"  # base learner checkpoint; auto: the one trained by ARCH=PSPNet for this fold
+    pre_weight: str = "auto"  # base learner checkpoint; auto: the one trained for this fold
     priors: list[str] | None = None  # cosine | similarity | vtp | vvp; None: the system's own
-    low_fea: Literal["layer1", "layer2", "layer3"] = "layer2"  # stage whose Gram matrices measure scene difference
-    stages: int = 2  # IMR-HSNet: how often the masks are refined; 3 on COCO
-    mask_mode: Literal["official", "paper"] = "official"  # IMR-HSNet: which side of a correlation is masked, see its page
-    kshot_trans_dim: int = 2  # hidden width of the K-shot weighting
-    ppm_scales: list[int] = field(default_factory=lambda: [60, 30, 15, 8])  # PFENet's pyramid: sides of its grids
-    aux_weight1: float = 1.0  # distillation between matcher levels
-    aux_weight2: float = 1.0  # base learner's cross entropy (reported; the base learner is frozen)
+
+    def check(self) -> None:
+        """Raises UserError for values that cannot be; a system extends it for its own options."""
 
 
 @dataclass
 class Test_Finetune:
     weight: str = "auto"  # checkpoint; auto: snapshot/best of the experiment; published .pth files are imported
     ann_type: Literal["mask", "bbox"] = "mask"  # support annotation
-    protocol: str = "auto"  # a file of config/protocol; auto: that of the system's paper
+    protocol: str = "auto"  # a file of config/protocol; auto: that of the system's paper (config/system), else `strict`
     leak_free: bool = True  # where the protocol leaks, also test without: another vocabulary, the last epoch's weights
-    episodes: str = ""  # run the episodes of this file (`python -m util.data.episodes export`) instead of drawing them
+    episodes: str = ""  # run the episodes of this file (`python -m util.data export`) instead of drawing them
     test_num: int = 1000  # episodes per seed
     seeds: list[int] = field(default_factory=lambda: [321, 322, 323, 324, 325])
+    crf: bool = False  # dense systems: also score the prediction after the paper's CRF (pip install pydensecrf2)
+    maps: str = ""  # dense systems: folder that gets a label map of every tested image, PNGs of class ids under the images' paths
     baselines: bool = False  # also score trivial predictions on the same episodes
 
 
@@ -137,40 +149,71 @@ class Config:
         return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False)
 
 
-def load_config(path: str | Path, arch: str | None = None, overrides: list[str] | None = None) -> Config:
-    """Reads a fold's YAML.
+def load_config(path: str | Path, arch: str | None = None, overrides: list[str] | None = None,
+                options: type[Method] | None = Method) -> Config:  # fmt: skip
+    """Reads a fold's YAML. (`model.configure` knows a system's options.)
 
-    Order, later wins: defaults, the protocol, the files it extends, `ARCH.yaml` beside it (a system's own recipe, when
-    there is one), the file itself, `Section.key=value` overrides.
+    Order, later wins: defaults, the protocol, config/system/ARCH.yaml, the files it extends, `ARCH.yaml` beside it (a system's
+    own recipe for the data set, where there is one) and `ARCH_EXP.yaml` (for one experiment), the file itself, overrides.
 
+    Args:
+        options: section Method with the system's own options; None: keys of Method that not all systems share are passed over.
     Raises:
-        UserError: missing file, bad YAML, unknown section or key, wrong type, malformed override.
+        UserError: missing file, bad YAML, unknown section or key, wrong type or value, malformed override.
     """
-    path = Path(path)
-    config = Config()
-    layers = _layers(path)
-    recipe = path.parent / f"{arch}.yaml"
-    if arch and recipe.is_file():
-        layers.insert(-1, (recipe, _read(recipe)))
-    layers += [(Path("command line"), _override(text)) for text in overrides or []]
-    _apply(config, layers)  # first without the protocol: which one, and of which data set?
-    name = PAPER.get(arch or "", "piclip-paper") if config.Test_Finetune.protocol == "auto" else config.Test_Finetune.protocol
-    _apply(config, [(PROTOCOLS / f"{name}.yaml", protocol_layer(name, config.Train.data_set)), *layers])
+    path, loose = Path(path), options is None
+    config = Config(Method=(options or Method)())
+    *bases, fold = _layers(path)
+    system, recipe = _system_layers(path, arch)
+    layers = [*system, *bases, *recipe, fold, *((Path("command line"), _override(text)) for text in overrides or [])]
+    named = [(content.get("Test_Finetune") or {}).get("protocol") for _, content in [*recipe, *system]]
+    paper = next(filter(None, named), STRICT)
+    _apply(config, layers, loose)  # first without the protocol: which one, and of which data set?
+    name = paper if config.Test_Finetune.protocol == "auto" else config.Test_Finetune.protocol
+    _apply(config, [(PROTOCOLS / f"{name}.yaml", protocol_layer(name, config.Train.data_set)), *layers], loose)
     config.Test_Finetune.protocol = name
     _validate(config)
     return config
 
 
-def config_of(content: dict, source: str, overrides: list[str] | None = None) -> Config:
+def config_of(content: dict, source: str, overrides: list[str] | None = None, options: type[Method] = Method) -> Config:
     """A config as a checkpoint or config.yaml of a run keeps it (`dataclasses.asdict`), with `Section.key=value` overrides.
 
     Raises:
         UserError: as `load_config`.
     """
-    config = Config()
-    _apply(config, [(Path(source), content), *((Path("command line"), _override(text)) for text in overrides or [])])
+    config = Config(Method=options())
+    _apply(config, [(Path(source), renewed(content, options))])
+    _apply(config, [(Path("command line"), _override(text)) for text in overrides or []])
     _validate(config)
     return config
+
+
+def renewed(content: dict, options: type[Method]) -> dict:
+    """A recorded config under the keys of today. Records of before had the options of all systems in section Method."""
+    content = {section: dict(values or {}) for section, values in content.items()}
+    train, own = content.get("Train", {}), {f.name for f in dataclasses.fields(options)}
+    for key in ("evaluate", "rotate_min", "rotate_max"):
+        train.pop(key, None)
+    if "SubEpoch_val" in train:
+        train["validate_every"] = 0.5 if train.pop("SubEpoch_val") else 0.0
+    content["Method"] = {key: value for key, value in content.get("Method", {}).items() if key in own}
+    return content
+
+
+def names_of(path: str | Path) -> tuple[str, str, str]:
+    """(DATASET, EXP, NET) of config/DATASET/DATASET_EXP_NET.yaml.
+
+    Raises:
+        UserError: the file is not called like this.
+    """
+    path = Path(path)
+    data_set = path.parent.name
+    rest = path.stem.removeprefix(f"{data_set}_")
+    exp, _, net = rest.partition("_")
+    if rest == path.stem or not net:
+        raise UserError(f"config file {path}: expected the name config/DATASET/DATASET_EXP_NET.yaml")
+    return data_set, exp, net
 
 
 def protocol_names() -> list[str]:
@@ -186,7 +229,8 @@ def protocol_layer(name: str, data_set: str) -> dict[str, dict]:
     if name not in protocol_names():
         raise UserError(f"Test_Finetune.protocol = {name!r}: there are {', '.join(protocol_names())} in {PROTOCOLS}")
     content = _read(PROTOCOLS / f"{name}.yaml")
-    special = {name: content.pop(name, {}) for name in ("pascal", "coco", "demo")}.get(data_set, {})
+    sections = {f.name for f in dataclasses.fields(Config)}
+    special = {name: content.pop(name) or {} for name in [*content] if name not in sections}.get(data_set, {})  # by data set
     return {section: content.get(section, {}) | special.get(section, {}) for section in content | special}
 
 
@@ -199,10 +243,12 @@ def _override(text: str) -> dict[str, dict]:
     return {section: {key: parse_yaml(value, f"override {text!r}: {value!r}")}}
 
 
-def _apply(config: Config, layers: list[tuple[Path, dict]]) -> None:
+def _apply(config: Config, layers: list[tuple[Path, dict]], loose: bool = False) -> None:
     for file, content in layers:
         for section, values in content.items():
             for key, value in _mapping(values, f"{file}: {section}").items():
+                if loose and section == "Method" and not hasattr(config.Method, str(key)):
+                    continue
                 _set(config, section, key, value, str(file))
 
 
@@ -219,6 +265,13 @@ def _layers(path: Path, seen: tuple[Path, ...] = ()) -> list[tuple[Path, dict]]:
     return [*_layers(path.parent / base, (*seen, path.resolve())), (path, content)]
 
 
+def _system_layers(path: Path, arch: str | None) -> tuple[list[tuple[Path, dict]], list[tuple[Path, dict]]]:
+    """What a system keeps on every data set, and its recipes beside a fold's file; empty lists where there is none."""
+    exp = path.stem.removeprefix(f"{path.parent.name}_").partition("_")[0]
+    system, recipes = [SYSTEMS / f"{arch}.yaml"], [path.parent / f"{arch}.yaml", path.parent / f"{arch}_{exp}.yaml"]
+    return tuple([(file, _read(file)) for file in files if arch and file.is_file()] for files in (system, recipes))
+
+
 def _read(path: Path) -> dict:
     try:
         text = path.read_text(encoding="utf-8")
@@ -229,43 +282,11 @@ def _read(path: Path) -> dict:
     return _mapping(parse_yaml(text, str(path)), str(path))
 
 
-class _Loader(yaml.SafeLoader):
-    """Refuses what YAML lets pass: a key that is there twice (the first would be lost), and values of absurd length."""
-
-    def construct_mapping(self, node: yaml.Node, deep: bool = False) -> dict:
-        names = [key.value for key, _ in node.value] if isinstance(node, yaml.MappingNode) else []
-        for key, _ in node.value if names else []:
-            if names.count(key.value) > 1:
-                raise yaml.constructor.ConstructorError(problem=f"{key.value!r} is there twice", problem_mark=key.start_mark)
-        return super().construct_mapping(node, deep)
-
-    def construct_scalar(self, node: yaml.Node) -> Any:
-        value = super().construct_scalar(node)
-        if len(value) > 2000:
-            raise yaml.constructor.ConstructorError(problem=f"a value of {len(value)} characters", problem_mark=node.start_mark)
-        return value
-
-
-def parse_yaml(text: str, where: str) -> Any:
-    """What a user's YAML holds. Raises UserError, beginning with `where`, for whatever is wrong with it."""
-    try:
-        return yaml.load(text, _Loader)
-    except Exception as error:  # PyYAML raises many kinds: on 2024-13-45, on a thousand brackets
-        raise UserError(f"{where} is no valid YAML: {error}") from error
-
-
-def _short(value: Any) -> str:
-    """repr, cut: YAML's aliases of aliases make it endless."""
-    view = Repr()
-    view.maxlevel, view.maxstring = 2, 100
-    return view.repr(value)
-
-
 def _mapping(value: Any, where: str) -> dict:
     if value is None:
         return {}
     if not isinstance(value, dict):
-        raise UserError(f"{where}: expected `key: value` lines, found {_short(value)}")
+        raise UserError(f"{where}: expected `key: value` lines, found {short(value)}")
     return value
 
 
@@ -291,9 +312,9 @@ def _convert(value: Any, expected: Any, where: str) -> Any:
     if origin is Literal:
         if value in arguments:
             return value
-        near = difflib.get_close_matches(_short(value).strip("'"), arguments, n=1)
+        near = difflib.get_close_matches(short(value).strip("'"), arguments, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
-        raise UserError(f"{where} = {_short(value)}: {hint}choose one of {', '.join(map(str, arguments))}")
+        raise UserError(f"{where} = {short(value)}: {hint}choose one of {', '.join(map(str, arguments))}")
     if origin is types.UnionType:
         if value is None:
             return None
@@ -317,40 +338,48 @@ def _convert(value: Any, expected: Any, where: str) -> Any:
     elif isinstance(value, expected) and (expected is bool or not isinstance(value, bool)):
         return value
     name = "a finite number" if expected is float else str(expected) if origin else expected.__name__
-    raise UserError(f"{where} = {_short(value)}: expected {name}")
+    raise UserError(f"{where} = {short(value)}: expected {name}")
+
+
+def options_of(values: Method | dict[str, Any], options: type[Method]) -> Method:
+    """Section Method with a system's own options; those that `values` does not name keep their defaults.
+
+    Raises:
+        UserError: unknown key, wrong type or value.
+    """
+    if isinstance(values, options):
+        return values
+    config = Config(Method=options())
+    _apply(config, [(Path("config"), {"Method": vars(values) if isinstance(values, Method) else values})])
+    config.Method.check()
+    return config.Method
 
 
 def _validate(config: Config) -> None:
-    train = config.Train
-    positive = ("shot", "train_h", "val_size", "batch_size", "epochs", "val_episodes", "batch_size_val", "print_freq")
-    for key in positive:
-        if getattr(train, key) < 1:
-            raise UserError(f"Train.{key} = {getattr(train, key)}: must be at least 1")
-    if train.workers < 0:
-        raise UserError(f"Train.workers = {train.workers}: must be 0 or more")
-    for key in ("base_lr", "power", "momentum", "weight_decay", "save_minutes"):
-        if getattr(train, key) < 0:
-            raise UserError(f"Train.{key} = {getattr(train, key)}: must be 0 or more")
+    train, test = config.Train, config.Test_Finetune
+
+    def need(key: str, value: Any, ok: bool, what: str) -> None:
+        if not ok:
+            raise UserError(f"{key} = {value}: must be {what}")
+
+    for section, smallest, keys in (
+        (train, 1, ("shot", "train_h", "val_size", "batch_size", "epochs", "val_episodes", "batch_size_val", "print_freq")),
+        (train, 0, ("workers", "base_lr", "power", "momentum", "weight_decay", "save_minutes", "iterations", "warmup", "min_lr")),
+        (test, 1, ("test_num",)),
+        (config.Runtime, 1, ("processes",)),
+        (config.Runtime, 0, ("threads", "cache_gb")),
+    ):
+        for key in keys:
+            need(f"{type(section).__name__}.{key}", getattr(section, key), getattr(section, key) >= smallest,
+                 "at least 1" if smallest else "0 or more")
     if not 0 < train.scale_min <= train.scale_max:
         raise UserError(f"Train.scale_min = {train.scale_min}, scale_max = {train.scale_max}: need 0 < min <= max")
-    for key, smallest in (("train_h", 33), ("val_size", 33)):
-        if getattr(train, key) < smallest:
-            raise UserError(f"Train.{key} = {getattr(train, key)}: must be at least {smallest}, four cells of the feature grid")
-    if not config.Method.ppm_scales or min(config.Method.ppm_scales) < 1:
-        raise UserError(f"Method.ppm_scales = {config.Method.ppm_scales}: name at least one side, each at least 1")
-    if config.Method.stages < 1:
-        raise UserError(f"Method.stages = {config.Method.stages}: must be at least 1")
-    if config.Method.kshot_trans_dim < 1:
-        raise UserError(f"Method.kshot_trans_dim = {config.Method.kshot_trans_dim}: must be at least 1")
-    if len(set(config.Test_Finetune.seeds)) < len(config.Test_Finetune.seeds):
-        raise UserError(f"Test_Finetune.seeds = {config.Test_Finetune.seeds}: a seed is there twice")
-    if config.Runtime.threads < 0:
-        raise UserError(f"Runtime.threads = {config.Runtime.threads}: must be 0 (all cores) or more")
-    if config.Runtime.processes < 1:
-        raise UserError(f"Runtime.processes = {config.Runtime.processes}: must be at least 1")
-    if config.Runtime.cache_gb < 0:
-        raise UserError(f"Runtime.cache_gb = {config.Runtime.cache_gb}: must be 0 (keep nothing) or more")
-    if not config.Test_Finetune.seeds:
-        raise UserError("Test_Finetune.seeds is empty: name at least one seed")
-    if config.Test_Finetune.test_num < 1:
-        raise UserError(f"Test_Finetune.test_num = {config.Test_Finetune.test_num}: must be at least 1")
+    for key in ("train_h", "val_size"):
+        need(f"Train.{key}", getattr(train, key), getattr(train, key) >= 33, "at least 33, four cells of the feature grid")
+    need("Train.warmup_ratio", train.warmup_ratio, 0 <= train.warmup_ratio <= 1, "in 0..1")
+    need("Train.validate_every", train.validate_every, train.validate_every >= 0, "0 or more")
+    need("Train.keep", train.keep, min(train.keep, default=1) >= 1, "steps, from 1 on")
+    need("Test_Finetune.seeds", test.seeds, len(test.seeds) > 0, "at least one seed")
+    if len(set(test.seeds)) < len(test.seeds):
+        raise UserError(f"Test_Finetune.seeds = {test.seeds}: a seed is there twice")
+    config.Method.check()

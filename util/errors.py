@@ -1,4 +1,4 @@
-"""The one exception that speaks to the user."""
+"""Exceptions that speak to the user."""
 
 
 class UserError(ValueError):
@@ -10,3 +10,7 @@ class UserError(ValueError):
 
 class BrokenFile(UserError):
     """A file of the data that is missing or damaged; `Data.on_error: skip` goes on without it."""
+
+
+class Terminated(BaseException):
+    """A run that saved its state and stops, because it was asked to."""

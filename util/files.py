@@ -10,13 +10,33 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from util.errors import UserError
 
+ROOT = Path(__file__).parents[1]  # of the repository
 NUMBERS = {torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.bool, torch.uint8, torch.int8, torch.int16,
            torch.int32, torch.int64}  # fmt: skip
+
+
+def entries(folder: Path) -> list[Path]:
+    """What lies in a folder, sorted, without hidden files: those that a Mac leaves beside `a.jpg` are called `._a.jpg`."""
+    return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+
+
+def local_path(source: str) -> Path | None:
+    """Where a source of weights lies on this machine, `~` expanded; None for a name that is no path (a hub's).
+
+    Whatever exists is a path, and so is what begins like one or ends like a file of weights.
+    """
+    path = Path(source)
+    if source.startswith("~"):
+        with contextlib.suppress(RuntimeError):  # no such user: the path stays as it is, and is missing
+            path = path.expanduser()
+    is_path = path.exists() or source.startswith((".", "/", "~")) or path.suffix in (".pt", ".pth", ".bin", ".safetensors")
+    return path if is_path else None
 
 
 @contextlib.contextmanager
@@ -35,6 +55,16 @@ def atomic(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def written(path: Path) -> Iterator[None]:
+    """Turns the many errors of a failed write into one for the user."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"{path} could not be written ({error}). Is the disk full? What was there before is unharmed; make room "
+                        "and run the same command again") from error
 
 
 def save_json(path: Path, value: Any) -> None:
@@ -59,7 +89,8 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     except FileNotFoundError as error:
         raise UserError(f"no file {path}") from error
     except Exception as error:  # lying headers raise many kinds
-        raise UserError(f"{path} is damaged or no safetensors file ({error}); delete it and make or download it again") from error
+        damaged = f"{path} is damaged or no safetensors file ({error}); delete it and make or download it again"
+        raise UserError(_other_kind(path) or damaged) from error
     return _checked(path, tensors)
 
 
@@ -79,12 +110,29 @@ def load_state(path: Path) -> dict[str, Tensor]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged and foreign files raise many kinds
-        raise UserError(f"{path} is damaged, or holds more than tensors; it is not opened otherwise, since unpickling could run "
-                        f"code ({type(error).__name__}: {error})") from error
+        kind = type(error).__name__  # not its text, in which torch advises to open the file all the same
+        damaged = (f"{path} is damaged, or holds more than tensors ({kind}); it is not opened otherwise, since unpickling could "
+                   "run code. Download it again, or convert it to safetensors")
+        raise UserError(_other_kind(path) or damaged) from error
     for key in ("state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
     return {key.removeprefix("module."): value for key, value in _checked(path, content).items()}
+
+
+def _other_kind(path: Path) -> str:
+    """What a file is that was saved in the place of weights, and what to do; "" where its beginning does not show it."""
+    with open(path, "rb") as file:
+        start = file.read(1024).lstrip(b"\xef\xbb\xbf \t\r\n")
+    lower = start.lower()
+    if start.startswith(b"version https://git-lfs"):
+        return f"{path} is a Git LFS pointer and not weights: fetch them with `git lfs pull`, or download the file from its page"
+    if lower.startswith((b"<!doctype", b"<html", b"<head", b"<?xml", b"<!--", b"<script")):
+        return f"{path} is a web page (HTML) and not weights: the link needs a click or a login; download it with a browser"
+    text = start.decode(errors="replace")
+    if len(text) > 8 and all(character.isprintable() or character in "\r\n\t" for character in text):
+        return f"{path} is a text and not weights, it begins with {text[:60]!r}: what a server answers instead? Download it again"
+    return ""
 
 
 def zip_members(path: Path) -> list[zipfile.ZipInfo]:

@@ -27,8 +27,10 @@ case ${1:-} in "" | -h | --help) usage ;; esac
 [ $# -ge 2 ] || usage
 exp=$1 dataset=$2; shift 2
 config=config/$dataset/${dataset}_${exp}_$net.yaml
+only() { if [ $# -eq 1 ] && [ -f "$1" ]; then config=$1; fi; }  # an experiment with one network alone needs no NET
+[ -n "${NET:-}" ] || [ -f "$config" ] || only "config/$dataset/${dataset}_${exp}_"*.yaml
 if [ ! -f "$config" ]; then
-    [ -d "config/$dataset" ] || fail "unknown data set '$dataset'; there are:" $(cd config && ls -d -- */)
+    [ -d "config/$dataset" ] || fail "unknown data set '$dataset'; there are:" $(cd config && ls -d -- */ | grep -vx -e protocol/ -e system/ -e template/)
     echo "$stage.sh: no $config (EXP=$exp, NET=$net); for $dataset there are:" >&2
     ls "config/$dataset" >&2
     exit 2

@@ -1,5 +1,6 @@
 """A function of many jobs on all cores."""
 
+import contextlib
 import signal
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -15,9 +16,16 @@ def parallel(function: Callable[[Any], Any], jobs: Collection[Any], workers: int
     Raises:
         UserError: a worker died. (multiprocessing.Pool would wait for it for ever.)
     """
-    with ProcessPoolExecutor(workers, initializer=_signals) as pool:
+    with pool(workers) as processes:
+        yield from processes.map(function, jobs, chunksize=chunk)
+
+
+@contextlib.contextmanager
+def pool(workers: int) -> Iterator[ProcessPoolExecutor]:
+    """Worker processes. What their jobs raise is raised by `result()`; a dead worker is a UserError at the end of the block."""
+    with ProcessPoolExecutor(workers, initializer=_signals) as processes:
         try:
-            yield from pool.map(function, jobs, chunksize=chunk)
+            yield processes
         except BrokenProcessPool as error:
             raise UserError("a worker process died: killed (out of memory?), or crashed by a damaged file. Run the same command "
                             "again with more memory, or on one core to see at which file (taskset -c 0)") from error

@@ -7,14 +7,15 @@ system's paper did). Results whose hashes are equal can be compared.
 import dataclasses
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-from util.config import Config, protocol_layer
+from util.config import STRICT, Config, protocol_layer
 from util.errors import UserError
 
-STRICT = "strict"
 KEYS = {  # what a protocol fixes, and what it says in a report
     "Train.use_split_coco": ("folds", {True: "interleaved", False: "contiguous"}),
     "Train.filter_novel": ("training images", {True: "without novel objects (BAM)", False: "novel objects are background"}),
@@ -29,6 +30,16 @@ KEYS = {  # what a protocol fixes, and what it says in a report
     "CLIP.vocabulary": ("text vocabulary", {"present": "classes in the query's annotation (a leak, as published)",
                                             "target": "the target alone", "base+target": "base classes and the target",
                                             "all": "all classes"}),
+    "Method.static_steps": ("steps before attention is filtered (RFM)", {}),
+    "Method.statistics": ("pixel statistics", {"clip": "CLIP's", "imagenet": "ImageNet's (not CLIP's, as published)"}),
+    "Method.setting": ("setting", {
+        "inductive": "inductive: names and labels of the seen classes; pixels of unseen objects count as no class",
+        "transductive": "transductive: all names, guessed labels for the pixels of unseen classes; which pixels these are is "
+                        "read from the ground truth (a leak, as published)",
+        "transductive-strict": "transductive: all names, guessed labels where no seen class is labelled; no label of an "
+                               "unseen class is read",
+        "full": "full: labels of all classes; seen and unseen are those of the other settings"}),
+    "Method.inference": ("inference", {"slide": "windows, their scores averaged", "whole": "the whole image at once"}),
     "Data.min_pixels": ("smallest object", {}),
     "Test_Finetune.ann_type": ("support annotation", {}),
     "Test_Finetune.test_num": ("episodes per seed", {}),
@@ -37,7 +48,8 @@ KEYS = {  # what a protocol fixes, and what it says in a report
 }  # fmt: skip
 
 
-LATER = {"Train.draw": "image", "Train.augment": True, "Train.antialias": False}  # told where they differ
+# Keys that came later, with the values that all protocols had before: a hash counts them only where they differ.
+LATER = {"Train.draw": "image", "Train.augment": True, "Train.antialias": False}
 
 
 @dataclass(frozen=True)
@@ -51,20 +63,22 @@ class Protocol:
     def hash(self) -> str:
         return hashlib.sha256(json.dumps(self.values, sort_keys=True).encode()).hexdigest()[:12]
 
-    def describe(self, text_prior: bool = True, base_learner: bool = False) -> dict[str, str]:
+    def describe(self, text_prior: bool = True, says: Mapping[str, str] = MappingProxyType({})) -> dict[str, str]:
         """Lines for people; a leak is called one.
 
         Args:
             text_prior: whether the system reads class texts.
-            base_learner: whether it is the base learner, of which only the resize and the selection mean anything.
+            says: what keys mean for a task where that differs from few-shot episodes; "": nothing.
         """
         lines = {"name": self.name, "hash": self.hash}
         for key, value in self.values.items():
             words, meaning = KEYS[key]
             if key == "CLIP.vocabulary" and not text_prior:
                 value, meaning = "no text is read", {}
-            if base_learner and key == "Train.selection" and value != "last":
-                value, meaning = "best mIoU on base classes in all validation images, novel objects painted background", {}
+            if key in says and value != "last":
+                value, meaning = says[key], {}
+            if value == "":
+                continue
             lines[words] = str(value) if isinstance(value, list) else str(meaning.get(value, value))
         return lines
 
@@ -74,7 +88,7 @@ def of(config: Config) -> Protocol:
     coco = config.Train.data_set == "coco"  # which alone has two styles of folds
     values = {key: lookup(config, key) for key in KEYS if key != "Test_Finetune.episodes"}
     values["Train.use_split_coco"] = values["Train.use_split_coco"] and coco
-    values = {key: value for key, value in values.items() if key not in LATER or value != LATER[key]}
+    values = {key: value for key, value in values.items() if value is not None and (key not in LATER or value != LATER[key])}
     if config.Test_Finetune.episodes:
         del values["Test_Finetune.test_num"], values["Test_Finetune.seeds"]
         values["Test_Finetune.episodes"] = hashlib.sha256(read_bytes(Path(config.Test_Finetune.episodes))).hexdigest()[:16]
@@ -91,13 +105,14 @@ def read_bytes(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise UserError(f"Test_Finetune.episodes = {path}: {error.strerror}; `python -m util.data.episodes export` writes "
+        raise UserError(f"Test_Finetune.episodes = {path}: {error.strerror}; `python -m util.data export` writes "
                         "such a file") from error
 
 
 def lookup(config: Config, key: str) -> Any:
+    """The value of a key; None where the system has no such option."""
     section, name = key.split(".")
-    return getattr(getattr(config, section), name)
+    return getattr(getattr(config, section), name, None)
 
 
 def without_leaks(config: Config, text_prior: bool, last_epoch: bool) -> tuple[Config, list[str]]:

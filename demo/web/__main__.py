@@ -13,20 +13,21 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import env
 from demo.shapes import NAMES
 from demo.web.session import Model, demo_examples
+from demo.world import NOVEL
 from model import SYSTEMS
-from model.predictor import NAMED, Predictor, find_weights
-from model.text_predictor import TextPredictor
-from predict import asked_config, check_model, model_options
+from model.predict.options import asked_config, check_model, model_options
+from model.predict.predictor import NAMED, Predictor, find_weights
+from model.predict.text_predictor import TextPredictor
 from util import cli
-from util.data.folds import fold
 from util.errors import UserError
-from util.experiment import ROOT
+from util.files import ROOT
 
+OLDEST = (6, 31)  # gradio
 OFFLINE = {"GRADIO_ANALYTICS_ENABLED": "False", "NO_PROXY": "*", "no_proxy": "*"}  # gradio asks for its own page, without a proxy
 
 
@@ -58,15 +59,19 @@ def clip_alone(given: argparse.Namespace) -> tuple[Model, Sequence[int]]:
     predictor = TextPredictor.from_clip(given.clip, given.device)
     demo = Path(given.clip).resolve() == ROOT / "demo/clip"
     about = f"CLIP {given.clip} · text alone, without a trained network · on {predictor.device}"
-    return Model(predictor, about, NAMES if demo else ()), fold("demo", 0).novel if demo else ()
+    return Model(predictor, about, NAMES if demo else ()), NOVEL if demo else ()
 
 
 def check_gradio() -> None:
     """Raises UserError where it is not installed, or too old."""
-    oldest = env.ranges("web")["gradio"]
-    found = env.check_package("gradio", oldest)
-    if not found.ok:
-        raise UserError(f"the page needs the optional package gradio ({found.detail}): "
+    try:
+        found = version("gradio")
+    except PackageNotFoundError:
+        found = "0"
+    if [int(n) for n in found.split(".")[:2]] < [*OLDEST]:
+        what = "not installed" if found == "0" else f"{found} is too old"
+        oldest = ".".join(map(str, OLDEST))
+        raise UserError(f"the page needs the optional package gradio ({what}): "
                         f'{sys.executable} -m pip install "gradio>={oldest}"')  # fmt: skip
 
 

@@ -18,10 +18,11 @@ from PIL import Image
 
 from demo.shapes import NAMES
 from demo.world import VAL, scene
-from model.predictor import Predictor
-from model.text_predictor import TextPredictor
-from util.data.photos import MAX_SIDE, Photo, read_mask, read_photo, shrink
+from model.predict.predictor import Predictor
+from model.predict.text_predictor import TextPredictor
+from util.data.transforms import open_image
 from util.errors import UserError
+from util.photos.reading import MAX_SIDE, Photo, read_mask, read_photo, shrink
 
 MAX_SUPPORTS = 5
 MAX_TEXT = 100  # characters
@@ -222,8 +223,8 @@ def read_painted(uri: str, photo: Photo) -> np.ndarray:
     try:
         if head != "data:image/png;base64" or len(code) > MAX_PAINTED:
             raise ValueError
-        image = Image.open(io.BytesIO(base64.b64decode(code, validate=True)), formats=["PNG"])
-        if image.size[::-1] != photo.hw:
+        image = open_image(io.BytesIO(base64.b64decode(code, validate=True)))
+        if image.format != "PNG" or image.size[::-1] != photo.hw:
             raise ValueError
         opaque = np.asarray(image.convert("RGBA"))[..., 3] >= 128
     except (ValueError, OSError, SyntaxError, binascii.Error) as error:
@@ -240,7 +241,7 @@ def reduced(photo: Photo) -> Photo:
 def check_size(path: str) -> None:
     """Before anything is unpacked. What is no image is for `read_photo` and `read_mask` to tell."""
     try:
-        with Image.open(path) as image:
+        with open_image(path) as image:
             size = image.size
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
         return

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from demo.web.session import Example, Found, Support
-from util.viz import COLOURS, heatmap, jpeg_data_uri, overlay, png_data_uri
+from util.report.viz import COLOURS, heatmap, jpeg_data_uri, overlay, png_data_uri
 
 SIDE = 480  # pixels: smaller pictures are enlarged to about this before masks are drawn, so that outlines stay sharp
 MAPS = {

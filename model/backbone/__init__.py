@@ -2,5 +2,6 @@
 
 from model.backbone.base_learner import BaseLearner
 from model.backbone.encoder import Encoder, build_encoder, hub_state
+from model.backbone.patch import PatchEncoder
 
-__all__ = ["BaseLearner", "Encoder", "build_encoder", "hub_state"]
+__all__ = ["BaseLearner", "Encoder", "PatchEncoder", "build_encoder", "hub_state"]

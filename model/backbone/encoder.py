@@ -11,11 +11,13 @@ import torch.nn.functional as F
 from timm.models.resnet import Bottleneck, ResNet
 from torch import Tensor, nn
 
+from model.ops import Pixels
 from util.errors import UserError
 
 Statistic = tuple[float, float, float]
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+TRIED = 65  # side of the image that a network of timm is tried with: 8 n + 1, as all sides of training
 
 
 class Encoder(nn.Module):
@@ -33,8 +35,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.channels = channels
         self.hub = hub
-        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1) * 255, persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(3, 1, 1) * 255, persistent=False)
+        self.normalise = Pixels(mean, std)
 
     def forward(self, images: Tensor, mask: Tensor | None = None, last: int = 4) -> list[Tensor]:
         """Runs stages 0..last.
@@ -47,9 +48,6 @@ class Encoder(nn.Module):
         """
         x = self.normalise(images)
         return self.maps(x if mask is None else x * mask, last)
-
-    def normalise(self, images: Tensor) -> Tensor:
-        return (images.to(self.mean.dtype) - self.mean) / self.std
 
     def pyramid(self, images: Tensor) -> list[Tensor]:
         """B 3 S S RGB 0..255 -> what enters the last ReLU of every block (HSNet), levels fine to coarse: 3 x B n C h w."""
@@ -223,6 +221,29 @@ class TimmEncoder(Encoder):
             raise UserError(f"Method.backbone = 'timm:{name}' has {len(channels)} feature levels, five are needed")
         super().__init__(channels, name, body.pretrained_cfg["mean"], body.pretrained_cfg["std"])
         self.body = body
+        self._try(name)
+
+    def _try(self, name: str) -> None:
+        """Runs one small image. Raises UserError where it cannot run, or its levels are other than `Encoder.forward` promises."""
+        mode = self.training
+        self.eval()
+        try:
+            with torch.no_grad():
+                maps = self.maps(torch.linspace(-2, 2, 3 * TRIED**2).view(1, 3, TRIED, TRIED), 4)
+                last = self.last_stage(maps[3])
+        except Exception as error:  # fixed sizes, levels that end within a block: every network fails in its own way
+            raise UserError(f"Method.backbone = 'timm:{name}' cannot run on {TRIED} x {TRIED} pixels with features at stride 8 "
+                            f"({type(error).__name__}: {error}); choose another network") from error
+        finally:
+            self.train(mode)
+        sizes = [tuple(x.shape[-2:]) for x in maps]
+        wrong = ""
+        if len(set(sizes[2:])) > 1 or tuple(x.shape[1] for x in maps) != self.channels:
+            wrong = f"its levels have sizes {sizes} for {TRIED} x {TRIED} pixels, but levels 2 to 4 must be of one size"
+        elif last.shape != maps[4].shape or not torch.allclose(last, maps[4], rtol=1e-3, atol=1e-5):
+            wrong = "its level 4 is not what follows from level 3"
+        if wrong:
+            raise UserError(f"Method.backbone = 'timm:{name}': {wrong}; choose another network")
 
     def maps(self, x: Tensor, last: int) -> list[Tensor]:
         return self.body(x)[: last + 1]

@@ -15,6 +15,25 @@ def min_max(x: Tensor, eps: float = 1e-7) -> Tensor:
     return x / (x.amax(-1, keepdim=True) + eps)
 
 
+def components(above: Tensor) -> Tensor:
+    """Label the 8-connected components of a bool map B h w: B (h*w) int64, 0 outside, equal within a component and different
+    between two.
+
+    Each round hooks the label of a cell on the largest label around it, then follows one link. Spirals and combs need about
+    log2(h*w) rounds, other maps fewer; twice as many run always, so that the device is never asked whether it is done.
+    """
+    B, h, w = above.shape
+    own = torch.arange(1, h * w + 1, device=above.device).view(1, h, w)
+    label = F.pad((own * above).flatten(1), (1, 0))  # entry 0 is the outside, and links to itself
+    for _ in range(2 * (h * w).bit_length()):
+        around = F.max_pool2d(label[:, 1:].view(B, h, w).float(), 3, stride=1, padding=1) * above
+        around = F.pad(around.long().flatten(1), (1, 0))
+        label = label.scatter_reduce(1, label, around, "amax")
+        label = torch.maximum(label, around)
+        label = label.gather(1, label)
+    return label[:, 1:]
+
+
 def box_mask(cam: Tensor, threshold: float = 0.4) -> Tensor:
     """Union of the bounding boxes of the 8-connected components of a thresholded map.
 
@@ -31,14 +50,7 @@ def box_mask(cam: Tensor, threshold: float = 0.4) -> Tensor:
     level = (255 * cam).trunc().double()
     above = level > (threshold * level.amax((1, 2), keepdim=True)).trunc()
 
-    # Connected components: every cell takes the largest label among its neighbours until nothing changes.
-    label = torch.arange(1, h * w + 1, device=cam.device, dtype=torch.float32).view(1, h, w) * above
-    while True:
-        grown = F.max_pool2d(label, 3, stride=1, padding=1) * above
-        if torch.equal(grown, label):
-            break
-        label = grown
-    label = label.long().flatten(1)  # 0 is background
+    label = components(above)
 
     def extent(coordinate: Tensor, reduce: str, start: int) -> Tensor:
         """Smallest or largest coordinate of each component, B (h*w + 1)."""
@@ -71,6 +83,11 @@ def normalise_affinity(affinity: Tensor, rounds: int = 1) -> Tensor:
         affinity = affinity / affinity.sum(-2, keepdim=True).clamp(min=tiny)
         affinity = affinity / affinity.sum(-1, keepdim=True).clamp(min=tiny)
     return affinity
+
+
+def symmetric(transition: Tensor) -> Tensor:
+    """CLIP-ES's relations: mean of T and its transpose, B n n."""
+    return (transition + transition.transpose(-2, -1)) / 2
 
 
 def high_order(transition: Tensor) -> Tensor:

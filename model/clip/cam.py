@@ -13,7 +13,7 @@ from torch import Tensor
 from model.clip.affinity import min_max
 from model.clip.resnet import ResNetTower
 from model.clip.trunk import ClipTrunk, attend
-from model.ops import resize
+from model.ops import full, resize
 
 
 class Cam(NamedTuple):
@@ -22,6 +22,7 @@ class Cam(NamedTuple):
     map: Tensor  # P h w in 0..1
     probability: Tensor  # P M, softmax over the candidates, 0 elsewhere
     attention: Tensor  # P N N, head-averaged attention of the last block
+    raw: Tensor  # P h w >= 0, the map before rescaling
 
 
 def softmax_grad_cam(
@@ -45,7 +46,7 @@ def softmax_grad_cam(
     """
     last = trunk.blocks[-1]
     with torch.autocast(tokens.device.type, enabled=False), torch.enable_grad():
-        tokens = tokens.float()
+        tokens = full(tokens)
         a = last.ln_1(tokens).detach().requires_grad_()
         out, attention = attend(last, a, want_map=True)
         z = tokens + out
@@ -57,9 +58,9 @@ def softmax_grad_cam(
         score = probability.gather(1, target[:, None]).sum()  # rows are independent, so one backward serves all
         (gradient,) = torch.autograd.grad(score, a)
     alpha = gradient[:, 1:].mean(1)  # P C
-    cam = torch.einsum("pnc,pc->pn", a.detach()[:, 1:], alpha).relu()
-    cam = min_max(min_max(cam))  # twice, as published: raw maxima are ~1e-4, one pass leaves the peak at 0.999
-    return Cam(cam.view(-1, *grid), probability.detach(), attention.detach())
+    raw = torch.einsum("pnc,pc->pn", a.detach()[:, 1:], alpha).relu()
+    cam = min_max(min_max(raw))  # twice, as published: raw maxima are ~1e-4, one pass leaves the peak at 0.999
+    return Cam(cam.view(-1, *grid), probability.detach(), attention.detach(), raw.view(-1, *grid))
 
 
 def resnet_grad_cam(tower: ResNetTower, activation: Tensor, texts: Tensor, candidates: Tensor, target: Tensor

@@ -1,16 +1,20 @@
 """BAM (CVPR 2022): a meta learner over prototype and prior, corrected by the base learner."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from model.few_shot import system
 from model.few_shot.ensemble import Ensemble
 from model.few_shot.parts import PrototypeHead, classifier, double_conv, reduce_block
 from model.few_shot.prior import Features, join
-from model.few_shot.system import Decoded, FewShot
+from model.few_shot.system import IDENTITY, Decoded, FewShot
 from model.losses import segmentation_loss
 from util.data.episodes import Episode
+from util.errors import UserError
+from util.run.identity import Facts
 
 
 class ASPP(nn.Module):
@@ -64,10 +68,22 @@ class Head(PrototypeHead):
         return self.ensemble(meta, base, (difference * weights).sum(1), own), meta
 
 
+@dataclass
+class Options(system.Options):
+    """BAM's own options."""
+
+    kshot_trans_dim: int = 2  # hidden width of the K-shot weighting
+
+    def check(self) -> None:
+        if self.kshot_trans_dim < 1:
+            raise UserError(f"Method.kshot_trans_dim = {self.kshot_trans_dim}: must be at least 1")
+
+
 class BAM(FewShot):
     """BAM with its own cosine prior, or any other."""
 
-    default_priors = ("cosine",)
+    facts = Facts(identity=(*IDENTITY, "Train.shot", "Method.low_fea"), before="PSPNet", priors=("cosine",))
+    Options = Options
     official = (
         ("base_learner.module.encoder.stages.", "layer"),
         ("base_learner.module.ppm.", "learner_base.0."),
@@ -81,7 +97,7 @@ class BAM(FewShot):
     )
 
     def build_head(self, channels: int, priors: int) -> Head:
-        return Head(channels, priors, self.shot, self.method.kshot_trans_dim)
+        return Head(channels, priors, self.shot, self.options.kshot_trans_dim)
 
     def decode(self, head: nn.Module, features: Features, maps: Sequence[Tensor], own: Tensor) -> Decoded:
         query, support, difference = features.query, features.support, self.difference(features)
@@ -92,5 +108,5 @@ class BAM(FewShot):
         return {
             "main": segmentation_loss(decoded.final, target),
             "meta": segmentation_loss(decoded.meta, target),
-            "base": self.method.aux_weight2 * segmentation_loss(features.query.base, episode.base_label.long()),
+            "base": segmentation_loss(features.query.base, episode.base_label.long()),
         }

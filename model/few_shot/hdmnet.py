@@ -1,19 +1,22 @@
 """HDMNet (CVPR 2023), and PI-CLIP (CVPR 2024) which is HDMNet with CLIP priors in place of its similarity prior."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from model.few_shot import bam
 from model.few_shot.ensemble import Ensemble
 from model.few_shot.matcher import Matcher
 from model.few_shot.parts import PrototypeHead, masked_average, reduce_block
 from model.few_shot.prior import Features, join
-from model.few_shot.system import Decoded, FewShot
+from model.few_shot.system import IDENTITY, Decoded, FewShot
 from model.losses import distillation_loss, segmentation_loss
 from util.config import Train
 from util.data.episodes import Episode
+from util.run.identity import Facts
 
 PRIOR_SCALE = 10.0  # of the priors in the query feature; the matcher gets them unscaled
 
@@ -82,10 +85,19 @@ class Head(PrototypeHead):
         return Encoded(prototype, torch.cat([tokens for tokens, _ in levels], 1))
 
 
+@dataclass
+class Options(bam.Options):
+    """HDMNet's own options."""
+
+    aux_weight1: float = 1.0  # weight of the distillation between matcher levels
+
+
 class HDMNet(FewShot):
     """HDMNet with its own similarity prior, or any other."""
 
-    default_priors = ("similarity",)
+    facts = Facts(identity=(*IDENTITY, "Train.shot", "Method.low_fea"), before="PSPNet", priors=("similarity",))
+    Options = Options
+    optimizer_name = "adamw"
     masks_support = True
     official = (
         ("base_learner.module.encoder.stages.", "layer"),
@@ -100,7 +112,7 @@ class HDMNet(FewShot):
     )
 
     def build_head(self, channels: int, priors: int) -> Head:
-        return Head(channels, priors, self.shot, self.method.kshot_trans_dim)
+        return Head(channels, priors, self.shot, self.options.kshot_trans_dim)
 
     def decode(self, head: nn.Module, features: Features, maps: Sequence[Tensor], own: Tensor) -> Decoded:
         query, support, difference = features.query, features.support, self.difference(features)
@@ -115,20 +127,19 @@ class HDMNet(FewShot):
         target = episode.query_mask.long()
         return {
             "main": segmentation_loss(decoded.final, target) + segmentation_loss(decoded.meta, target),
-            "distil": self.method.aux_weight1 * distillation_loss(decoded.correlations, episode.query_mask == 1),
-            "base": self.method.aux_weight2 * segmentation_loss(features.query.base, episode.base_label.long()),
+            "distil": self.options.aux_weight1 * distillation_loss(decoded.correlations, episode.query_mask == 1),
+            "base": segmentation_loss(features.query.base, episode.base_label.long()),
         }
 
-    def optimizer(self, train: Train) -> torch.optim.Optimizer:
-        """AdamW; ten times the rate outside the matcher; `kshot_rw` keeps its initial value, as published."""
+    def groups(self, train: Train) -> list[dict[str, Any]]:
+        """Ten times the rate outside the matcher; `kshot_rw` keeps its initial value, as published."""
         head: Head = self.trained
         rest = [head.down_query, head.down_supp, head.query_merge, head.supp_merge]
         rest += [head.ensemble.gram_merge, head.ensemble.cls_merge]
-        groups = [
+        return [
             {"params": list(head.matcher.parameters()), "lr": train.base_lr},
             {"params": [p for module in rest for p in module.parameters()], "lr": 10 * train.base_lr},
         ]
-        return torch.optim.AdamW(groups, weight_decay=train.weight_decay, fused=groups[0]["params"][0].is_cuda)
 
     def official_name(self, name: str) -> str | None:
         levels = "head.matcher.levels."
@@ -138,7 +149,7 @@ class HDMNet(FewShot):
 class PICLIP(HDMNet):
     """HDMNet decoding PI-CLIP's text and visual priors."""
 
-    default_priors = ("vtp", "vvp")
+    facts = replace(HDMNet.facts, priors=("vtp", "vvp"))
 
 
 _LEVEL_PART = {

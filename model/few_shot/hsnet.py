@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from model.few_shot.conv4d import CenterPivotConv4d, CorrelationConv4d, Cosines, NormReLU4d, Pair, on_query_grid, unit
 from model.few_shot.prior import Features
-from model.few_shot.system import Decoded, FewShot
+from model.few_shot.system import IDENTITY, Decoded, FewShot
 from model.losses import segmentation_loss
 from model.ops import resize
-from util.config import Train
+from util.config import Method
 from util.data.episodes import Episode
 from util.errors import UserError
+from util.run.identity import Facts
 
 WIDTHS, GROUPS = (16, 64, 128), 4
 SQUEEZE = {"4": ((3, 3, 3), (2, 2, 2)), "3": ((5, 3, 3), (4, 2, 2)), "2": ((5, 5, 3), (4, 4, 2))}  # level: kernels, strides
@@ -102,7 +103,7 @@ class Head(nn.Module):
 
 
 def vote_scores(votes: Tensor) -> Tensor:
-    """Logits B K 2 h w of each shot -> B 2 h w, whose argmax is the vote (util.metrics.vote); of one shot they are its own."""
+    """Logits B K 2 h w of each shot -> B 2 h w, whose argmax is the vote ; of one shot they are its own."""
     if votes.shape[1] == 1:
         return votes[:, 0]
     count = votes.argmax(2).sum(1).float()
@@ -112,8 +113,10 @@ def vote_scores(votes: Tensor) -> Tensor:
 class HSNet(FewShot):
     """HSNet. It is trained with one shot; several vote. Its backbone keeps the ImageNet weights and its strides."""
 
-    default_priors = ()
-    uses_base_learner, dilated = False, False
+    facts = Facts(identity=IDENTITY)  # without the shots: a checkpoint serves any number of them
+    Options = Method
+    dilated = False
+    optimizer_name = "adam"  # its rate is constant where Train.power is 0, as published
     official = (("head.encoder.", "hpn_learner."), ("head.decoder.", "hpn_learner."))
 
     unused: ClassVar[tuple[str, ...]] = ("backbone.fc.", "backbone.classifier.")  # parts of published checkpoints
@@ -126,7 +129,7 @@ class HSNet(FewShot):
 
     def check_backbone(self) -> None:
         if self.encoder.blocks is None:
-            raise UserError(f"Method.backbone = {self.method.backbone!r}: HSNet reads every block of a resnet50, "
+            raise UserError(f"Method.backbone: HSNet cannot use {self.encoder.hub!r}, it reads every block of a resnet50, "
                             "resnet101, vgg16 or vgg16_bn")
 
     def view(self, images: Tensor, mask: Tensor | None, needs: frozenset[str]) -> dict[str, Tensor]:
@@ -145,12 +148,6 @@ class HSNet(FewShot):
     def terms(self, decoded: Decoded, features: Features, episode: Episode) -> dict[str, Tensor]:
         target = (episode.query_mask == 1).long()  # unlabelled pixels are background, as published
         return {"main": segmentation_loss(decoded.votes.flatten(0, 1), target.repeat_interleave(features.shot, 0))}
-
-    def optimizer(self, train: Train) -> torch.optim.Optimizer:
-        """Adam; its rate is constant where Train.power is 0, as published."""
-        if train.optimizer == "paper":
-            return torch.optim.Adam(self.trained.parameters(), train.base_lr, weight_decay=train.weight_decay)
-        return super().optimizer(train)
 
     def official_name(self, name: str) -> str | None:
         if name.startswith("backbone."):

@@ -5,6 +5,8 @@ Shapes as in hsnet.py. Query and support go through the network as one batch of 
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,11 +17,13 @@ from model.few_shot.conv4d import Pair, Products, keep, shrink, unit
 from model.few_shot.hsnet import WIDTHS, Decoder, Encoder4d, HSNet, vote_scores
 from model.few_shot.parts import binary_mask
 from model.few_shot.prior import Features
-from model.few_shot.system import Decoded
+from model.few_shot.system import IDENTITY, Decoded
 from model.losses import segmentation_loss
 from model.ops import full, resize
+from util.config import Method
 from util.data.episodes import Episode
 from util.errors import UserError
+from util.run.identity import Facts
 
 WIDTH, MIDDLE, SIDE = WIDTHS[-1], 512, 50  # channels of state and of the mid feature; grid of the learned first state
 Levels = Sequence[Tensor]
@@ -129,10 +133,23 @@ class Head(nn.Module):
         return (1 - z) * state + z * self.h(shown, encoded, shares[2], r * state).tanh()
 
 
+@dataclass
+class Options(Method):
+    """IMR-HSNet's own options."""
+
+    stages: int = 2  # how often the masks are refined; 3 on COCO
+    mask_mode: Literal["official", "paper"] = "official"  # which side of a correlation is masked, see docs/systems/imr-hsnet.md
+
+    def check(self) -> None:
+        if self.stages < 1:
+            raise UserError(f"Method.stages = {self.stages}: must be at least 1")
+
+
 class IMRHSNet(HSNet):
     """IMR-HSNet: reads the supports' class, not their masks; those only teach it. It needs CLIP for the activation maps."""
 
-    default_priors = ("cam",)
+    facts = Facts(identity=(*IDENTITY, "Method.stages", "Method.mask_mode", "CLIP.clip_size"), priors=("cam",))
+    Options = Options
     official = (
         ("head.encoder.", "hpn_learner."), ("head.decoder.", ""), ("head.state", "state"), ("head.adapter.", "conv1024_512."),
         ("head.residual.", "res."),
@@ -144,7 +161,7 @@ class IMRHSNet(HSNet):
         if self.prior_names != ["cam"]:
             raise UserError(f"Method.priors = {self.prior_names}: IMR-HSNet reads its CAM and no other prior, leave it out")
         self.check_backbone()
-        return Head(self.encoder.blocks, self.encoder.channels[3], self.method.stages, self.method.mask_mode)
+        return Head(self.encoder.blocks, self.encoder.channels[3], self.options.stages, self.options.mask_mode)
 
     def prior_maps(self, episode: Episode, features: Features) -> dict[str, Tensor]:
         cam: CamPrior = self.priors[0]

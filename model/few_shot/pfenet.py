@@ -1,17 +1,23 @@
 """PFENet (TPAMI 2020): a feature enrichment pyramid over query, prototype and prior, on a frozen ImageNet backbone."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.few_shot import system
 from model.few_shot.parts import PrototypeHead, classifier, double_conv, reduce_block
 from model.few_shot.prior import Features, join
-from model.few_shot.system import Decoded, FewShot
+from model.few_shot.system import IDENTITY, Decoded, FewShot
 from model.losses import segmentation_loss
 from model.ops import resize
 from util.data.episodes import Episode
+from util.errors import UserError
+from util.run.identity import Facts
+
+PUBLISHED = (60, 30, 15, 8)  # sides of the pyramid's grids on a feature grid of 60, images of 473 pixels
 
 
 class Head(PrototypeHead):
@@ -20,18 +26,18 @@ class Head(PrototypeHead):
     Args:
         channels: of stage 2 + stage 3 together.
         priors: number of prior channels.
-        scales: sides of the pyramid's square grids, finest first.
+        scales: sides of the pyramid's square grids, finest first; None: PUBLISHED, in proportion to the feature grid.
     """
 
-    def __init__(self, channels: int, priors: int, scales: Sequence[int], width: int = 256):
+    def __init__(self, channels: int, priors: int, scales: Sequence[int] | None, width: int = 256):
         super().__init__(channels, width)
-        self.scales = tuple(scales)
-        each = range(len(self.scales))
+        self.scales = scales and tuple(scales)
+        each = range(len(self.scales or PUBLISHED))
         self.init_merge = nn.ModuleList(reduce_block(2 * width + priors, width) for _ in each)
         self.alpha_conv = nn.ModuleList(reduce_block(2 * width, width) for _ in each[1:])
         self.beta_conv = nn.ModuleList(double_conv(width) for _ in each)
         self.inner_cls = nn.ModuleList(classifier(width) for _ in each)
-        self.res1 = reduce_block(len(self.scales) * width, width)
+        self.res1 = reduce_block(len(each) * width, width)
         self.res2 = double_conv(width)
         self.cls = classifier(width)
 
@@ -45,7 +51,7 @@ class Head(PrototypeHead):
         query, _, prototypes = self.reduced(query, support, mask)
         prototype, prior = prototypes.mean(1), join(maps)
         pyramid, inner, finer = [], [], None
-        for i, side in enumerate(self.scales):
+        for i, side in enumerate(self.sides(query.shape[-1])):
             pooled = F.adaptive_avg_pool2d(query, side)
             x = self.init_merge[i](torch.cat([pooled, prototype.expand_as(pooled), resize(prior, (side, side))], 1))
             if finer is not None:  # inter-scale interaction, from fine to coarse
@@ -58,15 +64,31 @@ class Head(PrototypeHead):
         return self.cls(x + self.res2(x)), inner
 
 
+    def sides(self, grid: int) -> Sequence[int]:
+        """Sides of the pyramid's grids for a feature grid of this side."""
+        return self.scales or [-(-grid * side // PUBLISHED[0]) for side in PUBLISHED]
+
+
+@dataclass
+class Options(system.Options):
+    """PFENet's own options."""
+
+    ppm_scales: list[int] | None = None  # sides of the pyramid's grids; None: as published, in proportion to the feature grid
+
+    def check(self) -> None:
+        if self.ppm_scales is not None and min(self.ppm_scales, default=0) < 1:
+            raise UserError(f"Method.ppm_scales = {self.ppm_scales}: name at least one side, each at least 1")
+
+
 class PFENet(FewShot):
     """PFENet with its own cosine prior, or any other. It has no base learner: its backbone keeps the ImageNet weights."""
 
-    default_priors = ("cosine",)
-    uses_base_learner = False
+    facts = Facts(identity=(*IDENTITY, "Train.shot", "Method.low_fea"), priors=("cosine",))
+    Options = Options
     official = (("backbone.module.stages.", "layer"), ("head.", ""))
 
     def build_head(self, channels: int, priors: int) -> Head:
-        return Head(channels, priors, self.method.ppm_scales)
+        return Head(channels, priors, self.options.ppm_scales)
 
     def decode(self, head: nn.Module, features: Features, maps: Sequence[Tensor], own: Tensor) -> Decoded:
         logits, inner = head(features.query.middle, features.support.middle, features.mask, maps)

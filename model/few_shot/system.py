@@ -3,16 +3,16 @@
 A subclass gives the trained head (`decode`), its losses (`terms`) and the names of its published tensors.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from model.backbone import BaseLearner
 from model.backbone.encoder import Encoder
-from model.clip.load import clip_tensors
+from model.clip.load import without_clip
 from model.few_shot.memo import Memo
 from model.few_shot.parts import binary_mask, gram, scene_difference
 from model.few_shot.prior import CosinePrior, Features, Prior, View
@@ -22,12 +22,13 @@ from util.cache import TensorCache
 from util.config import Method
 from util.data.episodes import Episode
 from util.errors import UserError
-from util.experiment import code_hash
+from util.run.identity import code_hash
+from util.score.episodes import FewShotTask
 
 
 @dataclass
 class Decoded:
-    """What a head makes of an episode batch, on the feature grid."""
+    """Result of a head for an episode batch, on the feature grid."""
 
     final: Tensor  # B 2 h w
     meta: Tensor | None = None  # B 2 h w logits, the few-shot branch before the ensemble
@@ -36,22 +37,32 @@ class Decoded:
     votes: Tensor | None = None  # B K 2 h w, see Prediction
 
 
+IDENTITY = ("Method.priors", "Train.filter_novel", "Train.crop", "Train.selection")  # of every few-shot checkpoint
+
+
+@dataclass
+class Options(Method):
+    """Options that every few-shot system with prototypes has."""
+
+    low_fea: Literal["layer1", "layer2", "layer3"] = "layer2"  # stage whose Gram matrices measure scene difference
+
+
 class FewShot(System):
     """A frozen backbone, training-free priors, and the trained head.
 
     Args:
-        backbone: a frozen base learner, or a frozen encoder where `uses_base_learner` is False.
+        backbone: a frozen base learner where `facts.before` names one, else a frozen encoder.
         priors: given to the head in this order.
-        method: hyper-parameters.
+        options: the system's own, an `Options`.
         clip: the frozen CLIP that priors use, if any.
     """
 
-    default_priors: ClassVar[tuple[str, ...]]
-    uses_base_learner: ClassVar[bool] = True
+    task = FewShotTask
+    Options = Options
     masks_support: ClassVar[bool] = False  # multiply the support image by its mask before the backbone (HDMNet)
     official: ClassVar[tuple[tuple[str, str], ...]]  # prefixes: ours -> published, first match wins
 
-    def __init__(self, backbone: Frozen, priors: Sequence[Prior], shot: int, method: Method, clip: Frozen | None = None):
+    def __init__(self, backbone: Frozen, priors: Sequence[Prior], shot: int, options: Any, clip: Frozen | None = None):
         super().__init__()
         if self.uses_base_learner:
             self.base_learner = backbone
@@ -60,8 +71,7 @@ class FewShot(System):
         self.clip = clip
         self.priors = list(priors)
         self.shot = shot
-        self.method = method
-        self.low_stage = int(method.low_fea[-1])
+        self.options = options
         self.memo, self.fixed_head = Memo(TensorCache(0), ""), ""
         channels = self.encoder.channels
         self.prior_names = [prior.name for prior in priors]
@@ -73,6 +83,15 @@ class FewShot(System):
         if clip is not None and clip.module.random:
             self.mark = "[random CLIP]"
             self.warnings = ("CLIP has random weights (CLIP.clip_path=random): the priors and every score mean nothing.",)
+
+    @property
+    def uses_base_learner(self) -> bool:
+        return bool(self.facts.before)
+
+    @property
+    def low_stage(self) -> int:
+        """Backbone stage whose Gram matrices measure scene difference."""
+        return int(self.options.low_fea[-1])
 
     # What a subclass gives.
 
@@ -91,13 +110,19 @@ class FewShot(System):
     # What all share.
 
     @property
+    def reads_text(self) -> bool:
+        return bool({"vtp", "cam"} & set(self.prior_names))
+
+    @property
     def encoder(self) -> Encoder:
         return self.base_learner.module.encoder if self.uses_base_learner else self.backbone.module
 
     def remember(self, cache: TensorCache, fixed_head: bool) -> None:
         """See System; acts on episodes that carry keys (evaluation)."""
-        made_by = [code_hash(), torch.__version__, str(self.encoder.mean.device.type), *self.frozen_hashes().values()]
-        self.memo = Memo(cache, " ".join([*made_by, str(self.low_stage), str(self.masks_support), str(self.dilated)]))
+        device = next(self.encoder.parameters()).device.type
+        made_by = [code_hash(), torch.__version__, device, *self.frozen_hashes().values()]
+        made_by += [] if self.clip is None else [self.clip.module.settings]
+        self.memo = Memo(cache, " ".join([*made_by, repr(self.options), str(self.masks_support), str(self.dilated)]))
         self.fixed_head = content_hash(self.trained) if fixed_head else ""
 
     def features(self, episode: Episode, query_needs: frozenset[str] = frozenset(), support_needs: frozenset[str] = frozenset()
@@ -156,22 +181,29 @@ class FewShot(System):
     def prior_maps(self, episode: Episode, features: Features) -> dict[str, Tensor]:
         return {prior.name: prior(episode, features) for prior in self.priors}
 
-    def losses(self, batch: Episode) -> dict[str, Tensor]:
+    def losses(self, batch: Episode, step: int = 0) -> dict[str, Tensor]:
         self._check(batch)
         features = self.features(batch)
         maps = self.prior_maps(batch, features)
         return self.terms(self.decode(self.head, features, list(maps.values()), batch.base_rank), features, batch)
 
-    def stages(self, batch: Episode, *needs: frozenset[str]) -> tuple[Features, dict[str, Tensor], Decoded]:
-        """What `predict` goes through: frozen features, prior maps by name, what the head makes of them. needs: as `features`."""
+    def run(self, batch: Episode, *needs: frozenset[str]) -> tuple[Features, dict[str, Tensor], Decoded]:
+        """What `predict` goes through: frozen features, prior maps by name, the head's result. needs: as `features`."""
         features = self.features(batch, *needs)
         maps = self.prior_maps(batch, features)
         return features, maps, self.decode(self.trained, features, list(maps.values()), batch.base_rank)
 
+    def stages(self, batch: Episode) -> dict[str, dict[str, Tensor]]:
+        features, priors, decoded = self.run(batch)
+        views = {f"{role} {name}": value for role, view in (("query", features.query), ("support", features.support))
+                 for name, value in vars(view).items() if value is not None}  # fmt: skip
+        matcher = {"final": decoded.final} | ({} if decoded.meta is None else {"meta": decoded.meta})
+        return {"data": batch.tensors(), "features": views, "prior": priors, "matcher": matcher}
+
     @torch.no_grad()
     def predict(self, batch: Episode, baselines: bool = False) -> Prediction:
         self._check(batch)
-        features, maps, decoded = self.stages(batch, *((CosinePrior.query_needs, CosinePrior.support_needs) if baselines else ()))
+        features, maps, decoded = self.run(batch, *((CosinePrior.query_needs, CosinePrior.support_needs) if baselines else ()))
         shown = {name: prior.float().flatten(1, -3).mean(1) for name, prior in maps.items()}
         if decoded.correlations:
             shown["correlation"] = decoded.correlations[-1].float()
@@ -179,7 +211,7 @@ class FewShot(System):
         scores = (decoded.final, decoded.meta, features.query.base)
         final, meta, base = (None if x is None else resize(x.float(), side) for x in scores)
         trivial = self.baselines(batch, features, shown) if baselines else {}
-        return Prediction(final, meta, base, shown, trivial, decoded.votes)
+        return Prediction(final, meta, base, maps=shown, priors=tuple(self.prior_names), baselines=trivial, votes=decoded.votes)
 
     def baselines(self, batch: Episode, features: Features, maps: dict[str, Tensor]) -> dict[str, Tensor]:
         """Predictions that cost no training: everything is foreground; a prior, which is in 0..1, above one half.
@@ -196,7 +228,10 @@ class FewShot(System):
             found["text prior (VTP) > 0.5"] = resize(maps["vtp"][:, None], side)[:, 0] > 0.5
         return found
 
-    def load_base_learner(self, state: dict[str, Tensor], name: str) -> None:
+    def encoders(self, training: bool) -> list[nn.Module]:
+        return [] if self.uses_base_learner else [self.encoder]
+
+    def load_before(self, state: Mapping[str, Tensor], name: str) -> None:
         """Loads what ARCH=PSPNet trained, or a published base-learner checkpoint (`layerK...`, `ppm...`, `cls...`)."""
         ours = {key.replace("layer", "encoder.stages.", 1) if key.startswith("layer") else key: v for key, v in state.items()}
         load_exactly(self.base_learner.module, ours, name)
@@ -212,25 +247,8 @@ class FewShot(System):
         """CLIP tensors inside a checkpoint must equal the CLIP in use (to fp16, in which published code keeps them)."""
         if self.clip is None:
             return foreign
-        own = clip_tensors(self.clip.module)
-        rest, differing = {}, []
-        for key, value in foreign.items():
-            bare = next((k for k in suffixes(key) if k in own), None)
-            if bare is None:
-                rest[key] = value
-            elif value.shape != own[bare].shape or not torch.equal(value.half(), own[bare].half()):
-                differing.append(key)
-        if differing:
-            raise UserError(f"{name} was trained with another CLIP than CLIP.clip_path gives: {len(differing)} tensors differ "
-                            f"({', '.join(differing[:3])}); nothing was loaded")
-        return rest
+        return without_clip(foreign, self.clip.module, name)
 
     def _check(self, batch: Episode) -> None:
         if batch.support.shape[1] != self.shot:
             raise UserError(f"the batch has {batch.support.shape[1]} shots, this model was built for {self.shot} (Train.shot)")
-
-
-def suffixes(key: str) -> list[str]:
-    """a.b.c -> [a.b.c, b.c, c]: a published checkpoint keeps CLIP under some attribute name."""
-    parts = key.split(".")
-    return [".".join(parts[i:]) for i in range(len(parts))]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from tests.golden.check import CHECKS, WHOLE, check_file, system_of
+from tests.golden.check import CHECKS, check_file, system_of
 
 
 def main(arguments: list[str]) -> int:
@@ -21,7 +21,7 @@ def main(arguments: list[str]) -> int:
             print(f"{file}: no such file")
             missed += 1
             continue
-        if system_of(file) not in CHECKS | WHOLE:
+        if system_of(file) not in CHECKS:
             print(f"{file.name}: of a system that is not built yet, left out")
             continue
         print(f"{file.name}")

@@ -21,11 +21,15 @@ from model.few_shot.prior import CosinePrior, SimilarityPrior, TextPrior, Visual
 from model.few_shot.system import FewShot
 from model.ops import resize
 from model.system import Frozen
+from tests.golden.check_clip_rc import check_clip_rc
 from tests.golden.check_hsnet import check_hsnet
 from tests.golden.check_imr_hsnet import check_clip, check_imr_hsnet
+from tests.golden.check_insid3 import check_insid3
+from tests.golden.check_ovs import check_ovs
+from tests.golden.check_weclip import check_weclip
 from tests.golden.fill import tensor_for
 from tests.golden.rows import Row, compare
-from util.config import Method, Train
+from util.config import Train
 from util.data.episodes import Episode
 from util.data.folds import fold, read_class_names
 from util.data.transforms import clip_input
@@ -49,6 +53,10 @@ class Golden:
     def __contains__(self, key: str) -> bool:
         return key in self.arrays
 
+    def text(self, key: str, default: str) -> str:
+        """What the file says of the system it is of, or what the public files mean."""
+        return str(self[key]) if key in self else default
+
     def rows(self, prefix: str) -> list[np.ndarray]:
         return [self[f"{prefix}_{i}"] for i in range(len(self["query"])) if f"{prefix}_{i}" in self]
 
@@ -60,9 +68,10 @@ class Golden:
 
 
 def system_of(path: Path) -> str:
-    """What made a file: a system; files of another layout go by their name."""
+    """The system whose arrays a file holds; where the file does not say it, the start of its name does."""
     with np.load(path, allow_pickle=False) as archive:
-        return str(archive["system"]) if "system" in archive else path.stem
+        name = str(archive["system"]) if "system" in archive else path.stem
+    return next((system for system in CHECKS if name.replace("cliprc", "clip_rc").startswith(system)), name)
 
 
 def filled_clip(golden: Golden) -> Clip:
@@ -78,21 +87,23 @@ def open_clip_config() -> dict:
 def build(golden: Golden) -> FewShot:
     """The system of a file with every tensor filled under its official name, loaded by `import_official`."""
     data = fold(golden.data_set, 0)
-    encoder = build_encoder("resnet50")
+    encoder = build_encoder(golden.text("backbone", "resnet50"))
+    low = {"low_fea": golden.text("low_fea", "layer2")}
     base_learner = Frozen(BaseLearner(encoder, len(data.base) + 1))
     system: FewShot
     if golden.system == "pfenet":
-        system = PFENet(Frozen(encoder), [CosinePrior()], golden.shot, Method(ppm_scales=[21, 10, 5, 2]))
+        scales = golden["ppm_scales"].tolist() if "ppm_scales" in golden else [21, 10, 5, 2]  # of the public files
+        system = PFENet(Frozen(encoder), [CosinePrior()], golden.shot, PFENet.Options(**low, ppm_scales=scales))
     elif golden.system == "bam":
-        system = BAM(base_learner, [CosinePrior()], golden.shot, Method())
+        system = BAM(base_learner, [CosinePrior()], golden.shot, BAM.Options(**low))
     elif golden.system == "hdmnet":
-        system = HDMNet(base_learner, [SimilarityPrior()], golden.shot, Method())
+        system = HDMNet(base_learner, [SimilarityPrior()], golden.shot, HDMNet.Options(**low))
     else:
         clip = Frozen(filled_clip(golden))
         names = read_class_names(LISTS / golden.data_set / "classes.txt").texts
         bank = clip.module.text.bank([template.format(name) for template in (FOREGROUND, BACKGROUND) for name in names])
         priors = [TextPrior(clip, bank, "present", data.base), VisualPrior(clip, golden.shot)]
-        system = PICLIP(base_learner, priors, golden.shot, Method(), clip)
+        system = PICLIP(base_learner, priors, golden.shot, PICLIP.Options(**low), clip)
     own = {system.official_name(ours): value.shape for ours, value in system.state_dict().items()}
     own.pop(None, None)  # CLIP, filled above
     system.import_official({name: golden.fill(name, shape) for name, shape in own.items()})
@@ -124,12 +135,13 @@ def episode(golden: Golden) -> Episode:
 
 def check_file(path: Path) -> Iterator[Row]:
     """Yields one row per array of the file (and per stage fed from the file)."""
-    if (name := system_of(path)) in WHOLE:
-        yield from WHOLE[name](path)
-        return
+    yield from CHECKS[system_of(path)](path)
+
+
+def check_few_shot(path: Path) -> Iterator[Row]:
     golden = Golden(path)
     system, batch = build(golden), episode(golden)
-    yield from CHECKS[golden.system](golden, system, batch)
+    yield from {"bam": check_bam, "pfenet": check_pfenet}.get(golden.system, check_hdmnet)(golden, system, batch)
 
 
 def check_hdmnet(golden: Golden, system: HDMNet, batch: Episode) -> Iterator[Row]:
@@ -234,9 +246,9 @@ def check_training(golden: Golden, system: FewShot, batch: Episode, terms: Seque
         yield compare("param_norms (large)", norms[~small], reference[~small], 1e-5, relative=True)
 
 
-CHECKS: dict[str, Callable[[Golden, FewShot, Episode], Iterator[Row]]] = {
-    "pi_clip": check_hdmnet, "hdmnet": check_hdmnet, "bam": check_bam, "pfenet": check_pfenet,
-}  # fmt: skip
-WHOLE: dict[str, Callable[[Path], Iterator[Row]]] = {  # files that need nothing of the above
-    "hsnet_r50": check_hsnet, "imr_hsnet_r50": check_imr_hsnet, "clip_rn50_cam": check_clip,
+CHECKS: dict[str, Callable[[Path], Iterator[Row]]] = {
+    "pi_clip": check_few_shot, "hdmnet": check_few_shot, "bam": check_few_shot, "pfenet": check_few_shot,
+    "hsnet": check_hsnet, "imr_hsnet": check_imr_hsnet, "clip_rn50_cam": check_clip, "weclip": check_weclip,
+    "clip_rc": check_clip_rc,
+    "insid3": check_insid3, "sclip": check_ovs, "naclip": check_ovs, "clearclip": check_ovs, "proxyclip": check_ovs,
 }  # fmt: skip

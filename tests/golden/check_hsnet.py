@@ -7,17 +7,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from bench.oracle import masked, whole
 from model.backbone import build_encoder
 from model.few_shot.conv4d import CenterPivotConv4d, Cosines, unit
 from model.few_shot.hsnet import Head, HSNet
 from model.few_shot.system import FewShot
 from model.system import Frozen
 from tests.golden.fill import tensor_for
-from tests.golden.rows import Row, compare
-from tests.oracle import masked, whole
-from util.config import Method
+from tests.golden.rows import Row, compare, voted
 from util.data.episodes import Episode
-from util.metrics import FewShotMeter, decide, vote
+from util.score.metrics import FewShotMeter, vote
 
 LEVELS = ("l4", "l3", "l2")  # order of the file
 Arrays = dict[str, np.ndarray]
@@ -30,9 +29,14 @@ def load(path: Path) -> Arrays:
 
 def build(arrays: Arrays, cls: type[HSNet] = HSNet) -> HSNet:
     """The system with every tensor filled under its official name, loaded by `import_official`, `module.` and classifier too."""
-    system = cls(Frozen(build_encoder("resnet50", stem="plain", dilated=False)), [], 1, Method())
+    system = cls(encoder(arrays), [], 1, cls.Options())
     system.import_official({f"module.{key}": value for key, value in official(system, int(arrays["salt"])).items()})
     return system.eval()
+
+
+def encoder(arrays: Arrays) -> Frozen:
+    """The backbone that the file names, else ResNet-50."""
+    return Frozen(build_encoder(str(arrays.get("backbone", "resnet50")), stem="plain", dilated=False))
 
 
 def official(system: FewShot, salt: int) -> dict[str, Tensor]:
@@ -72,7 +76,7 @@ def check_hsnet(path: Path) -> Iterator[Row]:
         correlations = correlate(system, small)
         for name, by in (("l4", (1, 1, 1, 1)), ("l3", (3, 3, 2, 2)), ("l2", (5, 5, 4, 4))):
             yield compare(f"small_corr_{name}", every(correlations[name], *by), arrays[f"small_corr_{name}"], 1e-5)
-        yield compare("small_logits", system.stages(small)[2].final, arrays["small_logits"], 1e-5)
+        yield compare("small_logits", system.run(small)[2].final, arrays["small_logits"], 1e-5)
     yield from check_training(arrays, system, small, "small_")
 
 
@@ -126,7 +130,7 @@ def check_encoder(arrays: Arrays, system: HSNet, batch: Episode) -> Iterator[Row
     kept = Outputs(system.head.encoder, ("encoder_layer4", "encoder_layer3", "encoder_layer2", "encoder_layer4to3",
                                          "encoder_layer3to2"))  # fmt: skip
     kept.also(system.head, "encoder")
-    logits = system.stages(batch)[2].final
+    logits = system.run(batch)[2].final
     kept.remove()
     for name in kept.names[:-1]:
         yield compare(f"out_{name}", kept[name][:, ::16, ::6, ::6], arrays[f"out_{name}"], 3e-5)
@@ -140,11 +144,11 @@ def check_predictions(arrays: Arrays, system: HSNet, batch: Episode) -> Iterator
     votes = system.predict(batch).votes[0]
     system.shot = 1
     side, (width, height) = (400, 400), arrays["original_wh"].tolist()
-    shots = torch.stack([decide(None, v[None], side, True) for v in votes])
+    shots = torch.stack([voted(v[None], side) for v in votes])
     yield pixels("shot_predictions", shots, arrays["shot_predictions"][0])
     for shot, size, name in ((1, side, "prediction"), (5, side, "prediction"), (1, (height, width), "original_prediction"),
                              (5, (height, width), "original_prediction")):  # fmt: skip
-        yield pixels(f"{name}_{shot}shot", decide(None, votes[:shot], size, True), arrays[f"{name}_{shot}shot"][0])
+        yield pixels(f"{name}_{shot}shot", voted(votes[:shot], size), arrays[f"{name}_{shot}shot"][0])
     truth = torch.from_numpy(np.where(arrays["query_boundary"][0], 255, arrays["query_mask"][0]))
     for shot in (1, 5):
         counts = FewShotMeter([1]).update(torch.from_numpy(arrays[f"prediction_{shot}shot"][0]), truth, 1)
@@ -171,7 +175,7 @@ def check_training(arrays: Arrays, system: FewShot, batch: Episode, prefix: str,
         if key.startswith(f"{prefix}grad__"):
             name = key.removeprefix(f"{prefix}grad__")
             gradient = found[name][:, ::8, ::5, ::5] if name == "state" else found[name]
-            yield close(key, gradient, arrays[key], 3e-3)
+            yield close(key, gradient, arrays[key], 5e-3 if name == "state" else 3e-3)
     assert prefix or any(key.startswith("grad__") for key in arrays)
 
 

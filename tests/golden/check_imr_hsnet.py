@@ -11,21 +11,28 @@ import open_clip
 import torch
 from torch import Tensor
 
-from model.backbone import build_encoder
+from bench.oracle import whole
 from model.clip.cam import published_map, resnet_grad_cam
 from model.clip.load import clip_from_state
 from model.few_shot.cam import TEMPLATE
 from model.few_shot.imr_hsnet import IMRHSNet
 from model.ops import resize
-from model.system import Frozen
-from tests.golden.check_hsnet import Arrays, check_correlations, check_training, close, episode, every, load, official, pixels
+from tests.golden.check_hsnet import (
+    Arrays,
+    check_correlations,
+    check_training,
+    close,
+    encoder,
+    episode,
+    every,
+    load,
+    official,
+    pixels,
+)
 from tests.golden.fill import tensor_for
-from tests.golden.rows import Row, compare
-from tests.oracle import whole
-from util.config import Method
+from tests.golden.rows import Row, compare, voted
 from util.data.episodes import Episode
 from util.data.transforms import clip_crop
-from util.metrics import decide
 
 MODEL = "RN50-quickgelu"
 
@@ -49,9 +56,8 @@ class GivenCam:
 
 def check_imr_hsnet(path: Path) -> Iterator[Row]:
     arrays = load(path)
-    assert int(arrays["stages"]) == 2
-    encoder = Frozen(build_encoder("resnet50", stem="plain", dilated=False))
-    system = IMRHSNet(encoder, [GivenCam(arrays["query_cam"], arrays["support_cams"][:, :1])], 1, Method())
+    cams = GivenCam(arrays["query_cam"], arrays["support_cams"][:, :1])
+    system = IMRHSNet(encoder(arrays), [cams], 1, IMRHSNet.Options(stages=int(arrays["stages"])))
     state = official(system, int(arrays["salt"]))
     dead = {"hpn_learner.decoder1.0.weight": torch.zeros(128, 128, 3, 3)}  # of which older checkpoints have eight
     system.import_official({f"module.{key}": value for key, value in (state | dead).items()})
@@ -74,12 +80,12 @@ def check_imr_hsnet(path: Path) -> Iterator[Row]:
 
 def check_stages(arrays: Arrays, system: IMRHSNet, batch: Episode) -> Iterator[Row]:
     kept = record(system)
-    system.stages(batch)
+    system.run(batch)
     middle = resize(kept["adapter"][0], (50, 50)).chunk(2)
     for role, x in zip(("query", "support"), middle, strict=True):
         yield compare(f"{role}_mid", every(x, 16, 5, 5), arrays[f"{role}_mid"], 2e-4)
         yield close(f"{role}_mid_mean_std", torch.stack([x.mean(), x.std(correction=0)]), arrays[f"{role}_mid_mean_std"], 1e-5)
-    for t in range(2):
+    for t in range(system.head.stages):
         levels = dict(zip(("l2", "l3", "l4"), (x[:2] for x in kept["correlations"][t]), strict=True))
         for name, by in (("l4", (4, 4, 3, 3)), ("l3", (6, 6, 6, 6)), ("l2", (9, 9, 12, 12))):
             yield compare(f"corr_{name}_{t}", every(levels[name], *by), arrays[f"corr_{name}_{t}"], 1e-5)
@@ -122,7 +128,7 @@ def record(system: IMRHSNet) -> dict[str, list]:
 
 
 def check_losses(arrays: Arrays, system: IMRHSNet, batch: Episode) -> Iterator[Row]:
-    stages = system.stages(batch)[2].inner
+    stages = system.run(batch)[2].inner
     for i, role in enumerate(("query", "support")):
         large = resize(stages[-1].chunk(2)[i], (400, 400))
         yield compare(f"{role}_logits_400", large[..., ::16, ::16], arrays[f"{role}_logits_400"], 1e-5)
@@ -140,13 +146,13 @@ def check_shots(arrays: Arrays, system: IMRHSNet, batch: Episode) -> Iterator[Ro
         system.priors = [GivenCam(arrays["query_cam"], arrays["support_cams"][:, k : k + 1])]
         votes.append(system.predict(batch).votes)
     votes, side = torch.cat(votes, 1), (400, 400)
-    shots = torch.stack([torch.stack([decide(None, v[None], side, True) for v in each]) for each in votes])
+    shots = torch.stack([torch.stack([voted(v[None], side) for v in each]) for each in votes])
     yield pixels("shot_predictions", shots, arrays["shot_predictions"])
     for shot in (1, 5):
-        found = torch.stack([decide(None, v[:shot], side, True) for v in votes])
+        found = torch.stack([voted(v[:shot], side) for v in votes])
         yield pixels(f"prediction_{shot}shot", found, arrays[f"prediction_{shot}shot"])
     width, height = arrays["original_wh"].tolist()
-    original = decide(None, votes[0, :1], (height, width), True)
+    original = voted(votes[0, :1], (height, width))
     yield pixels("original_prediction_1shot", original, arrays["original_prediction_1shot"][0])
 
 
@@ -155,7 +161,7 @@ def check_state(arrays: Arrays, system: IMRHSNet, batch: Episode) -> Iterator[Ro
     batch.support = torch.from_numpy(arrays["support_images"][:, :1]).movedim(-1, -3).float()
     system.priors, system.head.stages = [GivenCam(arrays["query_cam"], arrays["support_cams"][:, :1])], 1
     system.head.state *= 100
-    for role, logits in zip(("query", "support"), system.stages(batch)[2].inner[0].chunk(2), strict=True):
+    for role, logits in zip(("query", "support"), system.run(batch)[2].inner[0].chunk(2), strict=True):
         yield compare(f"state100_{role}_logits", logits[..., ::2, ::2], arrays[f"state100_{role}_logits"], 1e-5)
 
 

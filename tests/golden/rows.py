@@ -5,6 +5,9 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
+from util.data.transforms import Placed
+from util.score.metrics import vote
+
 
 @dataclass
 class Row:
@@ -28,3 +31,8 @@ def compare(name: str, ours: Tensor | np.ndarray | float, reference: np.ndarray,
     if relative:
         error = error / np.maximum(np.abs(b), 1e-12)
     return Row(name, float(error.max(initial=0)), tolerance)
+
+
+def voted(votes: Tensor, hw: tuple[int, int]) -> Tensor:
+    """K 2 h w logits of the shots of one squashed image -> their vote at file size, H W."""
+    return vote(Placed(tuple(hw), tuple(hw)).restore(votes).argmax(1))

@@ -6,7 +6,7 @@ batch size, today or next year.
 
 from bisect import bisect_left, insort
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import lru_cache
 from hashlib import blake2b
@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 
 from util.data.folds import ClassNames, Fold
 from util.data.index import Index, Record
-from util.data.transforms import IGNORE, Augmented, ValTransform, bbox_mask, clip_crop, clip_input, read_pair, to_tensor
+from util.data.transforms import IGNORE, Augmented, Placed, ValTransform, bbox_mask, clip_crop, clip_input, read_pair, to_tensor
 from util.errors import UserError
 
 
@@ -30,6 +30,8 @@ class Transform(Protocol):
     squash: bool
 
     def __call__(self, rng: np.random.Generator | None, image: np.ndarray, labels: Sequence[np.ndarray]) -> Augmented: ...
+
+    def placed(self, hw: tuple[int, int]) -> Placed: ...
 
 
 ClipSize = Literal["original", "train", "whole", "crop"]
@@ -225,6 +227,11 @@ class Episode(Batch):
     query_key: list[str] = field(default_factory=list)  # hash of each query's pixels; evaluation only, else []
     support_key: list[list[str]] = field(default_factory=list)  # B lists of K: hash of pixels and mask; evaluation only
     original_label: list[Tensor] = field(default_factory=list)  # B of H W uint8: the query's label file; evaluation only
+    placed: list[Placed] = field(default_factory=list)  # B: the way back to file size; evaluation only
+
+    def truth(self, i: int) -> Tensor:
+        """What a prediction of episode i is compared with: H W uint8 at file size."""
+        return self.original_mask[i]
     clip_support: list[list[Tensor]] = field(default_factory=list)  # B of K of 3 s s uint8, for CLIP; [] unless asked for
 
 
@@ -239,15 +246,16 @@ def content_key(*arrays: np.ndarray) -> str:
 
 def mask_table(cls: int) -> np.ndarray:
     """Look-up table, 256 uint8: class id -> 1, ignore -> ignore, the rest 0."""
-    return _table({cls: 1})
+    return look_up({cls: 1})
 
 
 def base_table(fold: Fold) -> np.ndarray:
     """Look-up table, 256 uint8: base class -> its rank 1..N, ignore -> ignore, the rest 0."""
-    return _table({c: rank for rank, c in enumerate(fold.base, start=1)})
+    return look_up({c: rank for rank, c in enumerate(fold.base, start=1)})
 
 
-def _table(values: dict[int, int]) -> np.ndarray:
+def look_up(values: Mapping[int, int]) -> np.ndarray:
+    """Look-up table, 256 uint8: value -> what it becomes, ignore -> ignore, the rest 0."""
     table = np.zeros(256, np.uint8)
     table[list(values)] = list(values.values())
     table[IGNORE] = IGNORE
@@ -266,7 +274,7 @@ class Shot:
 
 
 class EpisodeMaker:
-    """Arrays -> an `Episode` of B = 1; what a data set on disk (`EpisodeDataset`) and anybody's photos (`model.predictor`) share.
+    """Arrays -> an `Episode` of B = 1; what a data set on disk (`EpisodeDataset`) and anybody's photos (`model.predict`) share.
 
     clip_size    the size that the clean query is brought to for CLIP: "original" = that of the file (PASCAL, undoes
                  the squash), "train" = S (COCO), rounded up to multiples of `patch`; None = no CLIP input; for query and
@@ -324,6 +332,7 @@ class EpisodeMaker:
             query_key=[content_key(query)] if self.evaluation else [],
             support_key=[[shot.key for shot in shots]] if self.evaluation else [],
             original_label=[to_tensor(original)] if self.evaluation else [],
+            placed=[self.transform.placed(original.shape)] if self.evaluation else [],
         )
 
 
@@ -331,6 +340,7 @@ class EpisodeDataset(Dataset):
     """Episode i, for any i >= 0, as an `Episode` of B = 1 read from disk and augmented.
 
     num_classes  C, the width of `Episode.present`
+    values       256 uint8, label value -> class; None: values are classes
     ann_type     support annotation: "mask", or "bbox" = each component's bounding box filled
     The rest: see `EpisodeMaker`.
     """
@@ -347,11 +357,12 @@ class EpisodeDataset(Dataset):
         patch: int,
         ann_type: AnnType = "mask",
         evaluation: bool,
+        values: np.ndarray | None = None,
     ) -> None:
         if ann_type not in get_args(AnnType):
             raise UserError(f"Test_Finetune.ann_type: unknown annotation {ann_type!r}; choose mask or bbox")
         self.episodes, self.fold, self.root = episodes, fold, Path(data_root)
-        self.num_classes, self.ann_type = num_classes, ann_type
+        self.num_classes, self.ann_type, self.values = num_classes, ann_type, values
         self.maker = EpisodeMaker(transform, fold, clip_size=clip_size, patch=patch, evaluation=evaluation)
 
     def __len__(self) -> int:
@@ -363,7 +374,7 @@ class EpisodeDataset(Dataset):
         record = self.episodes.index.records[spec.query]
         supports = [self.episodes.index.records[s] for s in spec.supports]
         shots = [self._shot(s, to_mask, generator(self.episodes.seed, i, "shot", k)) for k, s in enumerate(supports)]
-        image, label = read_pair(self.root / record.image, self.root / record.label)
+        image, label = read_pair(self.root / record.image, self.root / record.label, self.values)
         present = torch.zeros(self.num_classes, dtype=torch.bool)
         present[[c - 1 for c in record.annotated]] = True
         return self.maker.episode(
@@ -372,15 +383,8 @@ class EpisodeDataset(Dataset):
         )  # fmt: skip
 
     def _shot(self, record: Record, to_mask: np.ndarray, rng: np.random.Generator) -> Shot:
-        image, label = read_pair(self.root / record.image, self.root / record.label)
+        image, label = read_pair(self.root / record.image, self.root / record.label, self.values)
         mask = to_mask[label]
         if self.ann_type == "bbox":  # drawn on the file's mask, then augmented like any other
             mask = bbox_mask(mask)
         return self.maker.shot(image, mask, record.image, rng)
-
-
-if __name__ == "__main__":
-    from util import cli
-    from util.data.export import main  # here: it is built on this file
-
-    cli.run(main)

@@ -8,10 +8,13 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 
-from util.config import Config, parse_yaml
-from util.errors import UserError
+import numpy as np
 
-NUM_CLASSES = {"pascal": 20, "coco": 80, "demo": 20}
+from util.config import Config
+from util.errors import UserError
+from util.yaml_text import parse_yaml
+
+NUM_CLASSES = {"pascal": 20, "coco": 80}  # data sets whose folds follow from a rule
 NUM_FOLDS = 4
 
 
@@ -42,16 +45,20 @@ class ClassNames:
 
 
 def fold_of(config: Config) -> Fold:
-    """The fold that a config names: by its data set's rule, or from the file Data.folds."""
+    """The fold that a config names: by its data set's rule, or from a file: Data.folds, else folds.yaml beside the class names.
+
+    A split without novel classes has them all as base (seen) classes: full supervision.
+    """
     train, data = config.Train, config.Data
-    if not data.folds:
-        return fold(train.data_set, train.split, train.use_split_coco)
-    if train.data_set in NUM_CLASSES:
+    if data.folds and train.data_set in NUM_CLASSES:
         raise UserError(f"Data.folds = {data.folds}: {train.data_set} has its own folds; give yours another Train.data_set")
+    file = Path(data.folds or Path(data.class_names).with_name("folds.yaml"))
+    if train.data_set in NUM_CLASSES or not (data.folds or file.is_file()):
+        return fold(train.data_set, train.split, train.use_split_coco)
     names = read_class_names(data.class_names)
-    folds = read_folds(data.folds, names)
+    folds = read_folds(file, names)
     if train.split not in range(len(folds)):
-        raise UserError(f"Train.split: unknown fold {train.split!r}; {data.folds} has split0 to split{len(folds) - 1}")
+        raise UserError(f"Train.split: unknown fold {train.split!r}; {file} has split0 to split{len(folds) - 1}")
     novel = folds[train.split]
     base = tuple(c for c in range(1, len(names.names) + 1) if c not in novel)
     return Fold(train.data_set, train.split, novel, base)
@@ -60,7 +67,7 @@ def fold_of(config: Config) -> Fold:
 def fold(data_set: str, split: int, use_split_coco: bool = True) -> Fold:
     """The classes of fold `split` (0..3).
 
-    PASCAL and the demo hold out contiguous fives. COCO holds out every fourth class (`use_split_coco`, what nearly all
+    PASCAL holds out contiguous fives. COCO holds out every fourth class (`use_split_coco`, what nearly all
     papers report) or a contiguous twenty (PANet); numbers of the two are not comparable.
     """
     if data_set not in NUM_CLASSES:
@@ -82,8 +89,8 @@ def fold(data_set: str, split: int, use_split_coco: bool = True) -> Fold:
 def read_folds(path: str | Path, names: ClassNames) -> list[tuple[int, ...]]:
     """The novel classes of each fold, ascending, from YAML: `split0: [name, name]`, `split1: ...`.
 
-    A class in no fold is a base class of all. Raises UserError, naming the fold, for anything else than existing names in one
-    fold each, with a base class left in every one.
+    A class in no fold is a base class of all; a fold without names has only base classes. Raises UserError, naming the fold, for
+    anything else than existing names in one fold each, with a base class left in every one.
     """
     path = Path(path)
     try:
@@ -96,7 +103,7 @@ def read_folds(path: str | Path, names: ClassNames) -> list[tuple[int, ...]]:
     folds: list[tuple[int, ...]] = []
     place: dict[str, str] = {}
     for split, members in content.items():
-        if not isinstance(members, list) or not members or not all(isinstance(name, str) for name in members):
+        if not isinstance(members, list) or not all(isinstance(name, str) for name in members):
             raise UserError(f"{path}: {split} must be a list of class names, [bird, boat]; put no, on, 7 and the like in quotes")
         for name in members:
             if name not in names.names:
@@ -131,3 +138,37 @@ def read_class_names(path: str | Path) -> ClassNames:
         names.append(name)
         texts.append(spoken or name)
     return ClassNames(tuple(names), tuple(texts))
+
+
+def clean_name(where: str, name: object) -> str:
+    """A class name as the lists can hold it: line breaks and runs of blanks become one blank, those around it vanish.
+
+    Raises UserError, beginning with `where`: no text, none left, or with '|', which parts a name from its text for CLIP.
+    """
+    clean = " ".join(name.replace("\ufeff", "").split()) if isinstance(name, str) else ""
+    if not clean or "|" in clean or clean.encode(errors="replace").decode() != clean:
+        raise UserError(f"{where}: {name!r} is no name of a class: needed is a text of one line, without '|'")
+    return clean
+
+
+def read_label_table(path: str | Path, classes: int) -> np.ndarray:
+    """256 uint8, label value -> class 1..C, 0 background or 255 ignore, from YAML `VALUE: CLASS` (255 needs no line).
+
+    Values without a line become what is no class (their own number, or 254 where that is one): reading such a label is an error.
+
+    Raises:
+        UserError: no such file, or something else than whole numbers in these ranges.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise UserError(f"Data.label_table: {path} cannot be read ({error})") from error
+    content = parse_yaml(text, f"Data.label_table: {path}")
+    table = np.array([value if value > classes else 254 for value in range(256)], np.uint8)
+    for value, cls in content.items() if isinstance(content, dict) else [(None, None)]:
+        if type(value) is not int or type(cls) is not int or not 0 <= value <= 255 or not (0 <= cls <= classes or cls == 255):
+            raise UserError(f"{path}: expected lines `VALUE: CLASS`, values 0..255, classes 0..{classes} or 255; got {value!r}: "
+                            f"{cls!r}")
+        table[value] = cls
+    return table

@@ -1,7 +1,7 @@
 """Which images a fold uses and under which classes they are filed ("PI-CLIP Sec. 1, Per-fold index").
 
 `scan` reads every label once and caches what it saw; it knows nothing of folds. `build_index` applies a fold's rules.
-`python -m util.data.index --config FILE` shows the result (util/data/published.py).
+`python -m util.data index --config FILE` shows the result.
 """
 
 import hashlib
@@ -11,7 +11,7 @@ import os
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path, PureWindowsPath
 
@@ -19,6 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from util.data.folds import ClassNames
+from util.data.image_labels import Labels, classes_of
 from util.data.transforms import IGNORE, check_sizes, image_hw, read_label
 from util.errors import BrokenFile, UserError
 from util.files import save_json
@@ -57,18 +58,25 @@ def scan(
     cache_dir: str | Path,
     workers: int | None = None,
     skip: bool = False,
+    values: np.ndarray | None = None,
+    given: Labels | None = None,
+    masks: bool = True,
 ) -> list[Record]:
     """Read every label (and VOC XML) of a list, in list order.
 
     Cached under `cache_dir` by the list, the class names and name, size and time of every label and XML.
+    `given`: image-level labels, which come before those of an XML. `masks`: False where image-level labels are enough: a line may
+    have no label, a label is only opened where nothing else tells the classes, and records have no `pixels`.
     `workers`: processes, by default one a core. `skip`: leave out lines whose files are missing or damaged, with a warning.
-    Raises UserError on anything else that is wrong in the list or the files; all files that are, the first of them by name.
+    `values`: 256 uint8, label value -> class; None: values are classes.
+    Raises UserError on anything else that is wrong in the list or the files; it names the first files and counts the rest.
     """
     root, list_file = Path(data_root), Path(list_file)
     if not os.path.isdir(data_root):  # unlike Path.is_dir, no error for a name that cannot be one
         raise UserError(f"Data.data_root: no such folder: {str(data_root)!r}; the paths in the lists start there")
-    pairs = read_list(list_file)
-    cache = Path(cache_dir) / f"{list_file.stem}-{_fingerprint(root, pairs, class_names)}.json"
+    pairs = read_list(list_file, masks)
+    kind = [] if masks and given is None else [masks, sorted((given or {}).items())]
+    cache = Path(cache_dir) / f"{list_file.stem}-{_fingerprint(root, pairs, class_names, values, kind)}.json"
     if cache.is_file() and not skip:  # a file may be gone since
         with suppress(ValueError, LookupError, TypeError, AttributeError, RecursionError):  # damaged: read the labels again
             records = [_from_json(entry) for entry in json.loads(cache.read_text())]
@@ -76,7 +84,7 @@ def scan(
                 return records
 
     workers = len(os.sched_getaffinity(0)) if workers is None else workers
-    read = partial(_try_record, root, class_names.names)
+    read = partial(_try_record, _Reader(root, class_names.names, values, given, masks))
     progress = partial(tqdm, total=len(pairs), desc=f"reading the labels of {list_file.name}", disable=None)
     if workers < 2 or len(pairs) < SERIAL_BELOW:
         records = list(progress(map(read, pairs)))
@@ -95,16 +103,17 @@ def scan(
     return records
 
 
-def _try_record(root: Path, names: tuple[str, ...], pair: tuple[str, str]) -> Record | UserError:
+def _try_record(reader: "_Reader", pair: tuple[str, str]) -> Record | UserError:
     try:
-        return _read_record(root, names, pair)
+        return reader.record(*pair) if reader.masks else reader.image_record(*pair)
     except UserError as error:
         return error
 
 
-def read_list(list_file: str | Path) -> list[tuple[str, str]]:
+def read_list(list_file: str | Path, labelled: bool = True) -> list[tuple[str, str]]:
     """Read a list file: one `image_path label_path` a line, relative to the data root, no image twice.
 
+    Unless `labelled` a line may lack the label, which is then "".
     Raises UserError, naming the line, for paths that lead out of the data root or that only Windows understands.
     """
     path = Path(list_file)
@@ -120,13 +129,13 @@ def read_list(list_file: str | Path) -> list[tuple[str, str]]:
         fields = line.split()
         if not fields:
             continue
-        if len(fields) != 2:
+        if len(fields) != 2 and (labelled or len(fields) > 2):
             hint = "; a path must not hold spaces: rename the files, or link them under other names" * (len(fields) > 2)
             raise UserError(f"{path}:{number}: expected `image_path label_path`, got {line!r}{hint}")
         for name in fields:
             if wrong := _wrong_path(name):
                 raise UserError(f"{path}:{number}: {name!r} {wrong}; paths are relative to Data.data_root and use /")
-        image, label = fields
+        image, label = [*fields, ""][:2]
         if image in seen:
             raise UserError(f"{path}:{number}: {image} is already on line {seen[image]}; remove one")
         seen[image] = number
@@ -179,22 +188,47 @@ def _wrong_path(name: str) -> str:
     return "has a backslash, as Windows writes paths" if "\\" in name else ""
 
 
-def _read_record(root: Path, names: tuple[str, ...], pair: tuple[str, str]) -> Record:
-    image, label = pair
-    array = read_label(root / label)
-    counts = np.bincount(array.ravel(), minlength=IGNORE + 1)
-    values = [int(v) for v in np.flatnonzero(counts) if v not in (0, IGNORE)]
-    strange = [v for v in values if v > len(names)]
-    if strange:
-        raise UserError(
-            f"{root / label}: label values {strange} are no class; expected 0..{len(names)} and 255 (ignore). "
-            "Is it the label of this data set (Train.data_set, Data.data_root), with contiguous class ids?"
-        )
-    check_sizes(root / image, image_hw(root / image), root / label, array.shape)
-    annotated = _annotated(_xml_path(root, image), names)
-    if annotated is None:
-        annotated = tuple(values)
-    return Record(image, label, *array.shape, {v: int(counts[v]) for v in values}, annotated)
+@dataclass(frozen=True)
+class _Reader:
+    """Makes a record of a line, see `scan`."""
+
+    root: Path
+    names: tuple[str, ...]
+    values: np.ndarray | None
+    given: Labels | None
+    masks: bool
+
+    def record(self, image: str, label: str) -> Record:
+        array = read_label(self.root / label)
+        array = array if self.values is None else self.values[array]
+        counts = np.bincount(array.ravel(), minlength=IGNORE + 1)
+        values = [int(v) for v in np.flatnonzero(counts) if v not in (0, IGNORE)]
+        strange = [v for v in values if v > len(self.names)]
+        if strange:
+            raise UserError(
+                f"{self.root / label}: label values {strange} are no class; expected 0..{len(self.names)} and 255 (ignore). "
+                "Is it the label of this data set (Train.data_set, Data.data_root), with contiguous class ids?"
+            )
+        check_sizes(self.root / image, image_hw(self.root / image), self.root / label, array.shape)
+        annotated = self._annotated(image)
+        if annotated is None:
+            annotated = tuple(values)
+        return Record(image, label, *array.shape, {v: int(counts[v]) for v in values}, annotated)
+
+    def image_record(self, image: str, label: str) -> Record:
+        """Without `pixels`; the label is opened where nothing else tells the classes."""
+        annotated = self._annotated(image)
+        if annotated is not None:
+            return Record(image, label, *image_hw(self.root / image), {}, annotated)
+        if not label or not (self.root / label).is_file():
+            raise UserError(f"{self.root / image}: nothing tells which classes it shows; needed is a line in Data.image_labels, "
+                            f"{_xml_path(self.root, image)}, or a label")
+        return replace(self.record(image, label), pixels={})
+
+    def _annotated(self, image: str) -> tuple[int, ...] | None:
+        if self.given is not None:
+            return classes_of(self.given, image, "Data.image_labels")
+        return _annotated(_xml_path(self.root, image), self.names)
 
 
 def _xml_path(root: Path, image: str) -> Path:
@@ -215,9 +249,12 @@ def _annotated(xml: Path, names: tuple[str, ...]) -> tuple[int, ...] | None:
     return tuple(sorted(names.index(name) + 1 for name in found))
 
 
-def _fingerprint(root: Path, pairs: Iterable[tuple[str, str]], class_names: ClassNames) -> str:
+def _fingerprint(
+    root: Path, pairs: Iterable[tuple[str, str]], class_names: ClassNames, values: np.ndarray | None, kind: Sequence = ()
+) -> str:
     """Hash of everything a scan depends on, without opening a label."""
-    digest = hashlib.blake2b(repr((SCAN_VERSION, class_names.names)).encode(), digest_size=16)
+    digest = hashlib.blake2b(repr((SCAN_VERSION, class_names.names, *kind)).encode(), digest_size=16)
+    digest.update(b"" if values is None else values.tobytes())
     for image, label in pairs:
         states = []
         for path in (root / label, _xml_path(root, image)):
@@ -233,10 +270,3 @@ def _fingerprint(root: Path, pairs: Iterable[tuple[str, str]], class_names: Clas
 def _from_json(entry: dict) -> Record:
     pixels = {int(c): n for c, n in entry["pixels"].items()}
     return Record(**entry | {"pixels": pixels, "annotated": tuple(entry["annotated"])})
-
-
-if __name__ == "__main__":
-    from util import cli
-    from util.data.published import main  # here: it is built on this file
-
-    cli.run(main)

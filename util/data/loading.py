@@ -5,22 +5,54 @@ stop` it is raised here. With `skip` training takes another sample in its place,
 evaluation leaves the episode out and counts it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from util.data.episodes import collate
 from util.data.transforms import worker_init
-from util.distributed import RangeSampler
 from util.errors import BrokenFile, UserError
-from util.log import RunLog
 
 PATIENCE = 900  # seconds without a batch until a worker counts as hanging
 ATTEMPTS = 10  # samples in place of a broken one
 FAR = 10**12 + 39  # a substitute's number is that far away, where no other sample of the run is; prime
+
+
+class Shard(Protocol):
+    """This process among all (`util.run.distributed.Context` is one)."""
+
+    rank: int
+    world: int
+
+
+class RangeSampler(Sampler[list[int]]):
+    """Batches over start..stop-1 in order, each global batch cut evenly among the ranks.
+
+    So 1 process with batch 8 and 2 with batch 4 see the same episodes in the same steps.
+
+    Args:
+        drop_last: leave out an incomplete global batch (training); else its rows are dealt out as far as they go.
+    """
+
+    def __init__(self, start: int, stop: int, batch: int, shard: Shard, drop_last: bool):
+        if batch % shard.world:
+            raise UserError(f"a global batch of {batch} cannot be divided among {shard.world} processes")
+        self.start, self.stop, self.batch, self.shard, self.drop_last = start, stop, batch, shard, drop_last
+
+    def __len__(self) -> int:
+        count = self.stop - self.start
+        return count // self.batch if self.drop_last else -(-count // self.batch)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        share = self.batch // self.shard.world
+        for step in range(len(self)):
+            first = self.start + step * self.batch + self.shard.rank * share
+            rows = list(range(first, min(first + share, self.stop)))
+            if rows:
+                yield rows
 
 
 @dataclass(frozen=True)
@@ -36,6 +68,7 @@ class Loader:
     """Batches of a data set in the sampler's order, decoded by `workers` processes.
 
     Args:
+        warn: gets a line about every sample that is skipped.
         training: a skipped sample is replaced, so that every batch is full.
     Attributes:
         skipped: failures of this process so far.
@@ -43,9 +76,10 @@ class Loader:
         UserError: a file is broken and `on_error` is "stop", or nothing but broken files is found.
     """
 
-    def __init__(self, data: Dataset, sampler: RangeSampler, workers: int, device: torch.device, log: RunLog, *,
+    def __init__(self, data: Dataset, sampler: RangeSampler, workers: int, device: torch.device,
+                 warn: Callable[[str], None], *,
                  on_error: str = "stop", training: bool = False):  # fmt: skip
-        self.on_error, self.training, self.log = on_error, training, log
+        self.on_error, self.training, self.warn = on_error, training, warn
         self.skipped: list[Failure] = []
         self.batches = DataLoader(
             _Guarded(data, ATTEMPTS if training and on_error == "skip" else 0), batch_sampler=sampler, num_workers=workers,
@@ -53,6 +87,9 @@ class Loader:
             timeout=PATIENCE if workers else 0,
             generator=torch.Generator(),  # its own: drawing from the global one would shift dropout after a resume
         )  # fmt: skip
+
+    def __len__(self) -> int:
+        return len(self.batches)
 
     def __iter__(self) -> Iterator[Any]:
         for batch, failures, missing in self.batches:
@@ -62,7 +99,7 @@ class Loader:
                 if self.on_error == "stop":
                     raise BrokenFile(f"{failure.message}. (Data.on_error=skip goes on without such files, and counts them)")
                 self.skipped.append(failure)
-                self.log.warning(f"skipped, number {failure.number}: {failure.message}")
+                self.warn(f"skipped, number {failure.number}: {failure.message}")
             if missing and self.training:
                 raise UserError(f"{1 + ATTEMPTS} samples in a row cannot be read; the last one: {failures[-1].message}")
             if batch is not None:

@@ -6,7 +6,7 @@
 
 Header lines `# key: value`, then one episode a line: seed, class (1-based), query, one support per shot; images as
 Data.val_list names them. The episodes of a seed are numbered from 0 in the order in which they appear.
-Written by `python -m util.data.episodes export`, evaluated by `test.py --episodes FILE`.
+Written by `python -m util.data export`, evaluated by `test.py --episodes FILE`.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -118,7 +118,7 @@ def _text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); `python -m util.data.episodes export` writes one") from error
+        raise UserError(f"{path}: cannot be read ({error.strerror}); `python -m util.data export` writes one") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not a text file in UTF-8 ({error.reason} at byte {error.start})") from error
 

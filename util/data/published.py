@@ -1,20 +1,15 @@
-"""`python -m util.data.index --config FILE`: the images of a fold, counted, stored and compared with the published index.
+"""The published counts of each fold's images, and the comparison with ours (`python -m util.data index`).
 
 The numbers: spec "PI-CLIP" section 1, Per-fold index.
 """
 
-import argparse
 import json
-from collections import Counter
 from collections.abc import Sequence
 from hashlib import blake2b
 from pathlib import Path
 
-from util.config import Config, load_config
-from util.data.build import Source
-from util.data.episodes import EpisodeList, check_novel, episodes_per_class
-from util.data.index import MIN_PIXELS, Index, Record, table
-from util.experiment import CACHE
+from util.config import Config
+from util.data.index import MIN_PIXELS, Index, Record
 from util.files import save_json
 
 LINES = {("pascal", "train"): 5953, ("pascal", "val"): 1449, ("coco", "train"): 82081, ("coco", "val"): 40137}
@@ -62,36 +57,6 @@ def store(folder: Path, config: Config, part: str, records: Sequence[Record], in
     by_class = {names[c - 1]: [index.records[p].image for p in filed] for c, filed in index.by_class.items()}
     save_json(path, {"hash": digest, **rules, "images": [r.image for r in index.records], "by_class": by_class})
     return path
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Both parts of the fold of a config. Raises UserError when a novel class has no episode."""
-    parser = argparse.ArgumentParser(prog="python -m util.data.index", description="The images of a fold, counted and stored.")
-    parser.add_argument("--config", required=True, help="config/DATASET/DATASET_EXP_NET.yaml")
-    parser.add_argument("--arch", default="PI_CLIP", help="system whose recipe counts (default PI_CLIP)")
-    parser.add_argument("overrides", nargs="*", metavar="Section.key=value")
-    given = parser.parse_intermixed_args(arguments)
-    config = load_config(given.config, given.arch, given.overrides)
-    source = Source(config, "episodes", CACHE)
-    for part in ("train", "val"):
-        records, index = source.records(f"{part}_list"), source.index(training=part == "train")
-        print(f"\n{config.Train.data_set}, fold {config.Train.split}, {part}: {getattr(config.Data, f'{part}_list')}")
-        counts = None
-        try:
-            if part == "val":
-                counts = _episodes(config, source, index)
-        finally:  # the table helps to understand an error too
-            print(table(index, source.names, counts))
-        print(verdict(config, part, len(records), len(index.records), sum(map(len, index.by_class.values()))))
-        print(f"stored in {store(CACHE, config, part, records, index, source.names.names)}")
-
-
-def _episodes(config: Config, source: Source, index: Index) -> Counter[int]:
-    """Class -> episodes, of the first seed."""
-    test = config.Test_Finetune
-    episodes = EpisodeList(index, config.Train.shot, test.seeds[0], start=config.Train.draw)
-    check_novel(episodes, source.fold, source.names, test.test_num)
-    return episodes_per_class(episodes, test.test_num)
 
 
 def _other_rules(config: Config, part: str) -> list[str]:

@@ -1,62 +1,108 @@
-"""Plain semantic segmentation over a fold's base classes: what the base learner is trained on ("PI-CLIP Sec. 2").
+"""Single images with labels: what the base learner and the dense systems learn from and are tested on.
 
-Every image of the list is used, not the filtered index: novel objects are painted background.
+Every image of the list is used, not the filtered index of a fold.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from util.data.episodes import Batch, Transform, base_table, generator, shuffled
-from util.data.folds import Fold
+from util.data.episodes import Batch, Transform, content_key, generator, look_up, shuffled
 from util.data.index import Record
-from util.data.transforms import read_pair, to_tensor
+from util.data.transforms import IGNORE, Placed, read_image, read_pair, to_tensor
 from util.errors import UserError
 
 
 @dataclass
-class SemanticBatch(Batch):
-    """B images of side S; labels hold 0 background, 1..N base classes, 255 ignore. Joined by `episodes.collate`."""
+class Images(Batch):
+    """B images of one size. Images are RGB 0..255: every encoder normalises itself. Joined by `episodes.collate`."""
 
-    image: Tensor  # B 3 S S float32 RGB 0..255
-    label: Tensor  # B S S uint8
-    original_label: list[Tensor]  # B of H W uint8: the label at file size; evaluation only, else []
+    image: Tensor  # B 3 h w float32
+    label: Tensor  # B h w uint8: channel that each pixel belongs to, 255 ignore
+    present: Tensor  # B C bool, image-level labels; column c-1: class c is annotated in the image; stays on the CPU
+    valid: Tensor  # B 4 int64: y0 y1 x0 x1 (ends exclusive) of what shows the image; a crop may reach beyond it
+    number: Tensor  # B int64, which image it is
+    original_label: list[Tensor]  # B of H W uint8: `label` at file size; evaluation only, else []
+    placed: list[Placed]  # B: the way back to file size; evaluation only, else []
     name: list[str]  # B image paths relative to the data root
+    key: list[str]  # hash of each image's pixels; evaluation only, else []
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Images":
+        """All but `present`, which decides how much is computed: a GPU would have to be waited for."""
+        moved = super().to(device, non_blocking)
+        moved.present = self.present
+        return moved
+
+    def truth(self, i: int) -> Tensor:
+        """What a prediction of image i is compared with: H W uint8 at file size."""
+        return self.original_label[i]
 
 
 class SemanticDataset(Dataset):
-    """Item i, for any i >= 0, as a `SemanticBatch` of B = 1; in training every pass has its own order."""
+    """Item i, for any i >= 0, as `Images` of B = 1; in training every pass has its own order.
+
+    target        class -> channel, or 255; classes that it does not name are background, 0
+    values        256 uint8, label value -> class (`util.data.folds.read_label_table`); None: values are classes
+    num_classes   C, the width of `Images.present`
+    labelled      False: no label file is opened, every pixel of `label` is 255 (image-level labels are all there is)
+    """
 
     def __init__(
         self,
         records: Sequence[Record],
-        fold: Fold,
+        target: Mapping[int, int],
+        num_classes: int,
         data_root: str | Path,
         transform: Transform,
         seed: int,
         evaluation: bool,
+        values: np.ndarray | None = None,
+        labelled: bool = True,
     ) -> None:
         if not records:
             raise UserError("no images to read: the list is empty")
         self.records, self.root, self.transform = records, Path(data_root), transform
-        self.seed, self.evaluation = seed, evaluation
-        self._table = base_table(fold)
+        self.num_classes, self.seed, self.evaluation = num_classes, seed, evaluation
+        self._table, self.values, self.labelled = look_up(target), values, labelled
 
     def __len__(self) -> int:
         return len(self.records)
 
-    def __getitem__(self, i: int) -> SemanticBatch:
+    def __getitem__(self, i: int) -> Images:
         n = len(self)
-        record = self.records[i % n if self.evaluation else shuffled(n, self.seed, i)]
-        image, label = read_pair(self.root / record.image, self.root / record.label)
+        number = i % n if self.evaluation else shuffled(n, self.seed, i)
+        record = self.records[number]
+        image, label = self._read(record)
         original = self._table[label]
-        image, _, (label,) = self.transform(generator(self.seed, i, "semantic"), image, [original])
-        return SemanticBatch(
+        shown = np.zeros_like(original)
+        image, _, (label, shown) = self.transform(generator(self.seed, i, "semantic"), image, [original, shown])
+        present = torch.zeros(self.num_classes, dtype=torch.bool)
+        present[[c - 1 for c in record.annotated]] = True
+        return Images(
             image=to_tensor(image)[None],
             label=to_tensor(label)[None],
+            present=present[None],
+            valid=torch.tensor([box_of(shown != IGNORE)]),
+            number=torch.tensor([number]),
             original_label=[to_tensor(original)] if self.evaluation else [],
+            placed=[self.transform.placed(original.shape)] if self.evaluation else [],
             name=[record.image],
+            key=[content_key(image)] if self.evaluation else [],
         )
+
+    def _read(self, record: Record) -> tuple[np.ndarray, np.ndarray]:
+        if self.labelled:
+            return read_pair(self.root / record.image, self.root / record.label, self.values)
+        image = read_image(self.root / record.image)
+        return image, np.full(image.shape[:2], IGNORE, np.uint8)
+
+
+def box_of(shown: np.ndarray) -> tuple[int, int, int, int]:
+    """H W bool -> y0 y1 x0 x1 of the smallest box around what is true, ends exclusive."""
+    rows, columns = (np.flatnonzero(shown.any(axis)) for axis in (1, 0))
+    return (0, 0, 0, 0) if not len(rows) else (int(rows[0]), int(rows[-1]) + 1, int(columns[0]), int(columns[-1]) + 1)

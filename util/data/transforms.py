@@ -7,17 +7,23 @@ ignore and are only ever moved with nearest neighbour, so recolouring a label co
 import os
 import signal
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import cv2
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 from util.errors import BrokenFile, UserError
 
 IMAGENET_MEAN = (123.675, 116.28, 103.53)
 IGNORE = 255
+ROTATE = (-10.0, 10.0)  # degrees; every published recipe has them
+FORMATS = "JPEG", "MPO", "PNG", "WEBP", "BMP", "DIB", "TIFF", "GIF", "PPM", "AVIF", "JPEG2000"  # pictures; no programs
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".avif")  # of pictures in a folder
 
 Augmented = tuple[np.ndarray, np.ndarray, list[np.ndarray]]
 
@@ -29,26 +35,56 @@ def worker_init(worker_id: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
+def open_image(source: str | Path | BinaryIO) -> Image.Image:
+    """Open a picture with Pillow, whose pixels are read later. The one way in this house.
+
+    Only `FORMATS`: Pillow goes by content, not by name, and for an EPS it starts Ghostscript, which runs what the file says.
+    Raises what Pillow raises; UnidentifiedImageError for every other kind of file.
+    """
+    Image.init()
+    return Image.open(source, formats=[name for name in FORMATS if name in Image.OPEN])  # an older Pillow has no AVIF
+
+
 def read_image(path: str | Path) -> np.ndarray:
     """Read an image as H W 3 float32 RGB 0..255, as stored: EXIF rotation is not applied, labels do not know of it.
 
     Grey becomes three equal channels, transparency is dropped, 16 bits are cut to 8, of an animation the first frame counts.
+    Raises BrokenFile: missing, damaged, or a kind that OpenCV does not know. UserError: other values than 8 or whole 16 bits.
     """
     image_hw(path)  # the header first: a bomb is refused before it takes memory
+    kinds = cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH | cv2.IMREAD_IGNORE_ORIENTATION
     try:  # from memory, for cv2.imread paints the missing rows of a truncated JPEG grey, without a word
-        image = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
+        image = cv2.imdecode(np.fromfile(path, np.uint8), kinds)
     except cv2.error:
         image = None
     if image is None:
-        raise BrokenFile(f"{path}: not a readable image; fetch it again")
+        raise BrokenFile(f"{path}: not a readable image (truncated, or of a kind that OpenCV does not know); fetch it again, or "
+                         "save it as JPEG or as PNG with 8 bits")
+    if image.dtype == np.uint16:
+        image = upper_byte(image, path)
+    if image.dtype != np.uint8:
+        raise UserError(f"{path}: values are {image.dtype}, which have no fixed white; save it with 8 bits")
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB).astype(np.float32)
+
+
+def upper_byte(values: np.ndarray, name: str | Path) -> np.ndarray:
+    """The upper 8 of 16 bits, uint8. Raises UserError: see `check_depth`."""
+    check_depth(int(values.max()), name)
+    return (values >> 8).astype(np.uint8)
+
+
+def check_depth(peak: int, name: str | Path) -> None:
+    """Raise UserError where the largest of 16-bit values has 14 bits or fewer, as a camera's do: cut to 8 bits it is dark."""
+    if 0 < peak < 2**14:
+        raise UserError(f"{name}: a file of 16 bits whose values have {peak.bit_length()}: it would be nearly black. Spread them "
+                        "over 0..65,535, or save it with 8 bits")
 
 
 def image_hw(path: str | Path) -> tuple[int, int]:
     """Height and width of an image, from its header alone."""
     _require(path, "image")
     try:
-        with Image.open(path) as image:
+        with open_image(path) as image:
             return image.height, image.width
     except Exception as error:  # PIL raises many kinds on damaged files, and its own on absurd sizes
         raise BrokenFile(f"{path}: not a readable image ({error}); fetch it again") from error
@@ -58,7 +94,7 @@ def read_label(path: str | Path) -> np.ndarray:
     """Read a label as H W uint8 class indices. Palette PNGs (VOC's own) give their index, never their colour."""
     _require(path, "label")
     try:
-        with Image.open(path) as label:
+        with open_image(path) as label:
             mode, array = label.mode, np.array(label) if label.mode in ("P", "L") else None
     except Exception as error:  # as in image_hw
         raise BrokenFile(f"{path}: not a readable label ({error}); fetch it again") from error
@@ -67,9 +103,12 @@ def read_label(path: str | Path) -> np.ndarray:
     return array
 
 
-def read_pair(image_path: str | Path, label_path: str | Path) -> tuple[np.ndarray, np.ndarray]:
-    """Read an image and its label; they must have the same height and width."""
+def read_pair(
+    image_path: str | Path, label_path: str | Path, values: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Read an image and its label; they must have the same height and width. values: 256 uint8, label value -> class."""
     image, label = read_image(image_path), read_label(label_path)
+    label = label if values is None else values[label]
     check_sizes(image_path, image.shape[:2], label_path, label.shape)
     return image, label
 
@@ -90,6 +129,35 @@ def _require(path: str | Path, what: str) -> None:
         raise BrokenFile(f"{what} not found: {path} (Data.data_root and the path in the list file are joined)")
 
 
+@dataclass(frozen=True)
+class Placed:
+    """What a resize did to an image, and the way back. The network's grid shows `canvas`, whose top left corner is the image.
+
+    hw       height and width of the file
+    canvas   height and width in file pixels of what the network saw: `hw` where the aspect ratio was ignored (squash) or kept
+             without padding; the square on the longer side where the image was letterboxed
+    corners  align_corners of the bilinear way back; the few-shot systems say True, mmsegmentation's False
+    """
+
+    hw: tuple[int, int]
+    canvas: tuple[int, int]
+    corners: bool = True
+
+    def restore(self, scores: torch.Tensor) -> torch.Tensor:
+        """C h w or B C h w scores of any float type -> float32 C H W or B C H W at file size, (H, W) = hw.
+
+        PFENet pads the truth of a letterboxed image to the square with 255 instead of cutting: the same counts.
+        Raises UserError for NaN or infinite scores: their argmax is background, so they would pass for a poor result.
+        """
+        if not torch.isfinite(scores).all():
+            raise UserError("the prediction is not finite: are the weights those of a training that diverged, or damaged? "
+                            "Use another checkpoint (Test_Finetune.weight), or Runtime.precision=fp32")
+        batch = scores.float() if scores.dim() == 4 else scores.float()[None]
+        full = F.interpolate(batch, size=self.canvas, mode="bilinear", align_corners=self.corners)
+        full = full[..., : self.hw[0], : self.hw[1]]
+        return full if scores.dim() == 4 else full[0]
+
+
 class TrainTransform:
     """Scale, rotate, blur, flip, then squash to `size` x `size` (PI-CLIP, HDMNet) or crop it at random (BAM, PFENet).
 
@@ -102,17 +170,13 @@ class TrainTransform:
         size: int,
         scale_min: float,
         scale_max: float,
-        rotate_min: float = -10,
-        rotate_max: float = 10,
         crop: bool = False,
+        rotate: tuple[float, float] = ROTATE,
     ) -> None:
-        if not 0 < scale_min <= scale_max or not rotate_min <= rotate_max:
-            raise UserError(
-                "Train.scale_*, Train.rotate_*: need 0 < scale_min <= scale_max and rotate_min <= rotate_max, "
-                f"got scale {scale_min}..{scale_max}, rotate {rotate_min}..{rotate_max}"
-            )
+        if not 0 < scale_min <= scale_max:
+            raise UserError(f"Train.scale_*: need 0 < scale_min <= scale_max, got {scale_min}..{scale_max}")
         self.size, self.crop, self.squash = size, crop, not crop
-        self.scale, self.rotate = (scale_min, scale_max), (rotate_min, rotate_max)
+        self.scale, self.rotate = (scale_min, scale_max), rotate
 
     def __call__(self, rng: np.random.Generator, image: np.ndarray, labels: Sequence[np.ndarray]) -> Augmented:
         scale, angle = rng.uniform(*self.scale), rng.uniform(*self.rotate)
@@ -139,6 +203,10 @@ class TrainTransform:
             images = [_squash_image(x, self.size) for x in images]
             labels = [_squash_label(x, self.size) for x in labels]
         return images[0], images[-1], labels
+
+    def placed(self, hw: tuple[int, int]) -> Placed:
+        """As if the image were only resized: augmentation is not undone."""
+        return Placed(tuple(hw), tuple(hw))
 
     def _crop(self, x: np.ndarray, offset: np.ndarray, fill: float | Sequence[float]) -> np.ndarray:
         """Pad to at least `size` (evenly on both sides), then cut the window at `offset` (0..1 down, 0..1 right)."""
@@ -170,12 +238,45 @@ class ValTransform:
             labels = [self._letterbox(x, cv2.INTER_NEAREST, IGNORE) for x in labels]
         return image, image, labels
 
+    def placed(self, hw: tuple[int, int]) -> Placed:
+        """Where an image of that size lies in the network's square."""
+        return Placed(tuple(hw), tuple(hw) if self.squash else (max(hw), max(hw)))
+
     def _letterbox(self, x: np.ndarray, interpolation: int, fill: int) -> np.ndarray:
         long = max(x.shape[:2])
         height, width = (max(side * self.size // long // 8 * 8, 8) for side in x.shape[:2])
         out = np.full((self.size, self.size, *x.shape[2:]), fill, x.dtype)
         out[:height, :width] = cv2.resize(x, (width, height), interpolation=interpolation)
         return out
+
+
+def short_side(image: np.ndarray, side: int) -> np.ndarray:
+    """Resize an image, H W 3, to a shorter side of `side` pixels; bilinear, without antialias (mmsegmentation's test)."""
+    scale = side / min(image.shape[:2])
+    height, width = (int(length * scale + 0.5) for length in image.shape[:2])
+    return cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
+
+
+class KeepTransform:
+    """Evaluation of dense systems: the image as it is, or resized to a shorter side, aspect ratio kept. Same call as
+    TrainTransform; sides differ from image to image, so batches hold one image.
+
+    short: pixels of the shorter side; None: the file's own size.
+    """
+
+    squash = False
+
+    def __init__(self, short: int | None = None) -> None:
+        self.short = short
+
+    def __call__(self, rng: np.random.Generator | None, image: np.ndarray, labels: Sequence[np.ndarray]) -> Augmented:
+        if self.short is not None:
+            image = short_side(image, self.short)
+            labels = [cv2.resize(x, image.shape[1::-1], interpolation=cv2.INTER_NEAREST) for x in labels]
+        return image, image, list(labels)
+
+    def placed(self, hw: tuple[int, int]) -> Placed:
+        return Placed(tuple(hw), tuple(hw), corners=False)
 
 
 def _squash_image(image: np.ndarray, size: int, antialias: bool = False) -> np.ndarray:

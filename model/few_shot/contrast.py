@@ -1,0 +1,44 @@
+"""The contrast map: likeness to the supports' object minus likeness to their background. Nothing trained, no parameter.
+
+A cell's feature is a patch token (ViT) or stages 3 and 4 side by side (CNN); positive where the object is more alike.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model.ops import resize
+from util.errors import UserError
+
+
+def stage_features(stage3: Tensor, stage4: Tensor) -> Tensor:
+    """Unit features of a CNN on the grid of stage 3: each stage to unit length, both with equal weight. B (C3 + C4) h w."""
+    stages = (stage3, resize(stage4, stage3.shape[2:], corners=False))
+    return torch.cat([F.normalize(stage, dim=1) for stage in stages], 1) / 2**0.5
+
+
+def contrast(target: Tensor, supports: Tensor, masks: Sequence[Tensor]) -> Tensor:
+    """Cosine to the mean support foreground minus cosine to the mean support background.
+
+    Args:
+        target: C h w; supports: K C h w, of unit length.
+        masks: K annotations H W of any size: 1 object, 0 background, anything else (255) counts as neither. A support without
+            an object is left out.
+    Returns:
+        h w in -2..2.
+    Raises:
+        UserError: no support has an object.
+    """
+    sides: tuple[list[Tensor], list[Tensor]] = ([], [])  # mean features of object and background, C each
+    for support, mask in zip(supports, masks, strict=True):
+        if not (mask == 1).any():
+            continue
+        for means, value in zip(sides, (1, 0), strict=True):
+            share = F.adaptive_avg_pool2d((mask == value).to(support.dtype)[None], support.shape[1:])[0]
+            means.append((support * share).sum((1, 2)) / share.sum().clamp(min=torch.finfo(share.dtype).tiny))
+    if not sides[0]:
+        raise UserError("contrast: no support has a foreground pixel")
+    likeness = [torch.einsum("chw,c->hw", target, F.normalize(torch.stack(means).mean(0), dim=0)) for means in sides]
+    return likeness[0] - likeness[1]

@@ -1,0 +1,1 @@
+"""Segmentation learned from image-level labels: CLIP-ES (training-free) and WeCLIP."""

@@ -1,0 +1,81 @@
+"""Commands about the data of a config.
+
+    python -m util.data index --config FILE      the images of its fold: counted, stored, compared with the published index
+    python -m util.data export --config FILE     its episodes as a file that other codebases can run
+"""
+
+import argparse
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from util import cli, protocol
+from util.cache import CACHE
+from util.config import Config, load_config, names_of
+from util.data.episodes import EpisodeList, check_novel, episodes_per_class
+from util.data.index import Index, table
+from util.data.manifest import episode_hash, manifest_text, write_manifest
+from util.data.published import store, verdict
+from util.data.source import EpisodeSource
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m util.data", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    commands = parser.add_subparsers(required=True, dest="command")
+    for name, what in (("index", "count and store the images of a fold"), ("export", "write the episodes as a text file")):
+        command = commands.add_parser(name, help=what)
+        command.add_argument("--config", required=True, help="config/DATASET/DATASET_EXP_NET.yaml")
+        command.add_argument("--arch", help="system whose recipe and protocol count (default: none, the protocol strict)")
+        command.add_argument("overrides", nargs="*", metavar="Section.key=value")
+    command.add_argument("--out", help="file, or - for the console (default OUTPUT/episodes/DATASET_EXP_SHOTshot.txt)")
+    given = parser.parse_args(arguments)
+    config = load_config(given.config, given.arch, given.overrides, options=None)
+    if given.command == "index":
+        index(config)
+    else:
+        export(config, given.config, given.out)
+
+
+def index(config: Config) -> None:
+    """Prints both parts of a fold. Raises UserError when a novel class has no episode."""
+    source = EpisodeSource(config)
+    for part in ("train", "val"):
+        records, index = source.records(f"{part}_list"), source.index(training=part == "train")
+        print(f"\n{config.Train.data_set}, fold {config.Train.split}, {part}: {getattr(config.Data, f'{part}_list')}")
+        counts = None
+        try:
+            if part == "val":
+                counts = _episodes(config, source, index)
+        finally:  # the table helps to understand an error too
+            print(table(index, source.names, counts))
+        print(verdict(config, part, len(records), len(index.records), sum(map(len, index.by_class.values()))))
+        print(f"stored in {store(CACHE, config, part, records, index, source.names.names)}")
+
+
+def _episodes(config: Config, source: EpisodeSource, index: Index) -> Counter[int]:
+    """Class -> episodes, of the first seed."""
+    test = config.Test_Finetune
+    episodes = EpisodeList(index, config.Train.shot, test.seeds[0], start=config.Train.draw)
+    check_novel(episodes, source.fold, source.names, test.test_num)
+    return episodes_per_class(episodes, test.test_num)
+
+
+def export(config: Config, file: str, out: str | None) -> None:
+    """Writes the episodes of a config's protocol. Raises UserError when a novel class has no episode."""
+    train, test, used = config.Train, config.Test_Finetune, protocol.of(config)
+    lists = EpisodeSource(config).test_episodes()
+    count = None if test.episodes else test.test_num
+    header = {"data set": train.data_set, "split": train.split, "shot": train.shot, "protocol": used.name,
+              "protocol hash": used.hash, "list": config.Data.val_list}
+    if out == "-":
+        print(manifest_text(header, lists, count), end="")
+        return
+    data_set, exp, _ = names_of(file)
+    path = Path(out or Path(config.Runtime.output) / "episodes" / f"{data_set}_{exp}_{train.shot}shot.txt")
+    write_manifest(path, header, lists, count)
+    print(f"{len(lists)} seeds × {test.test_num:,} episodes ({episode_hash(lists, count)}): {path}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,1 +1,0 @@
-"""From the official downloads to the label PNGs and lists that training reads: `python -m util.data.prepare --help`."""

@@ -1,0 +1,171 @@
+"""From a config to data sets: the one place that knows which keys make which data."""
+
+from pathlib import Path
+
+from torch.utils.data import Dataset
+
+from util.cache import CACHE
+from util.config import Config
+from util.data.episodes import EpisodeDataset, EpisodeList, Transform, check_novel
+from util.data.folds import ClassNames, Fold, fold_of, read_class_names, read_label_table
+from util.data.image_labels import read_image_labels
+from util.data.index import Index, Record, build_index, scan
+from util.data.manifest import AnyEpisodes, read_manifest
+from util.data.semantic import SemanticDataset
+from util.data.transforms import TrainTransform, ValTransform
+from util.errors import UserError
+
+
+class Source:
+    """The data of one fold: its lists, read once, and how its images are resized. Each task makes its samples of them.
+
+    Attributes:
+        unit: what a sample is called, "episodes" or "images"; setting: what a result is of, beside the data set.
+        clip_patch: patch side of CLIP where the system wants images for it, else None.
+    """
+
+    unit: str
+    clip_patch: int | None = None
+
+    def __init__(self, config: Config, cache: Path | None = None) -> None:
+        self.config, self.cache = config, cache or CACHE
+        self._records: dict[str, list[Record]] = {}
+        self.fold: Fold = self.folds(config)
+        self.names: ClassNames = read_class_names(config.Data.class_names)
+        if len(self.names.names) != self.fold.num_classes:
+            raise UserError(f"Data.class_names: {config.Data.class_names} names {len(self.names.names)} classes, "
+                            f"{config.Train.data_set} has {self.fold.num_classes}")
+
+        table = config.Data.label_table
+        self.values = read_label_table(table, self.fold.num_classes) if table else None
+
+    @property
+    def setting(self) -> str:
+        return f"split {self.config.Train.split}"
+
+    def folds(self, config: Config) -> Fold:
+        """Which classes it has labels of, and which it has not."""
+        return fold_of(config)
+
+    def records(self, key: str) -> list[Record]:
+        """Scanned lines of Data.train_list or Data.val_list; read once."""
+        if key not in self._records:
+            data = self.config.Data
+            given = read_image_labels(data.image_labels, self.names) if data.image_labels else None
+            self._records[key] = scan(data.data_root, getattr(data, key), self.names, self.cache, skip=data.on_error == "skip",
+                                      values=self.values, given=given, masks=self.labelled(key))  # fmt: skip
+        return self._records[key]
+
+    @classmethod
+    def labelled(cls, key: str) -> bool:
+        """Whether the label files of a list are read; else image-level labels are enough."""
+        return True
+
+    def training(self) -> Dataset:
+        """What it is trained on, endless: sample i is a pure function of i."""
+        raise NotImplementedError
+
+    def transform(self, training: bool) -> Transform:
+        """How images are resized and augmented."""
+        train = self.config.Train
+        if training and train.augment:
+            return TrainTransform(train.train_h, train.scale_min, train.scale_max, train.crop)
+        if training:
+            return ValTransform(train.train_h, squash=True, antialias=train.antialias)
+        return ValTransform(train.val_size, squash=train.resized_val, antialias=train.antialias)
+
+
+class EpisodeSource(Source):
+    """Few-shot episodes of a fold."""
+
+    unit = "episodes"
+
+    @property
+    def setting(self) -> str:
+        return f"split {self.config.Train.split} · {self.config.Train.shot}-shot"
+
+    def index(self, training: bool, base: bool = False) -> Index:
+        """Images of the fold: base classes (BAM's filter if asked for) in training, novel classes in validation.
+
+        `base`: base classes of the validation list instead, in images without any novel object.
+        """
+        train, minimum = self.config.Train, self.config.Data.min_pixels
+        if training:
+            return build_index(self.records("train_list"), self.fold.base, only=train.filter_novel, min_pixels=minimum)
+        classes = self.fold.base if base else self.fold.novel
+        return build_index(self.records("val_list"), classes, only=base, min_pixels=minimum)
+
+    def listed(self, index: Index, seed: int, shuffle: bool = False) -> EpisodeList:
+        """The endless list of episodes over an index that the protocol draws."""
+        return EpisodeList(index, self.config.Train.shot, seed, shuffle, start=self.config.Train.draw)
+
+    def drawn(self, seed: int, count: int) -> EpisodeList:
+        """Episodes over the novel classes, of which the first `count` are to be evaluated.
+
+        Raises:
+            UserError: a novel class has no image or no episode among them.
+        """
+        episodes = self.listed(self.index(training=False), seed)
+        check_novel(episodes, self.fold, self.names, count)
+        return episodes
+
+    def training(self) -> EpisodeDataset:
+        episodes = self.listed(self.index(training=True), self.config.Train.manual_seed, shuffle=True)
+        return self._dataset(episodes, self.transform(training=True), "mask", evaluation=False)
+
+    def validation_episodes(self) -> EpisodeList:
+        """What chooses the checkpoint: episodes of the classes that Train.selection names."""
+        train = self.config.Train
+        if train.selection == "base":
+            return self.listed(self.index(training=False, base=True), train.manual_seed)
+        return self.drawn(train.manual_seed, train.val_episodes)
+
+    def test_episodes(self) -> dict[int, AnyEpisodes]:
+        """Seed -> its episodes: drawn, or those of the file Test_Finetune.episodes."""
+        test = self.config.Test_Finetune
+        if not test.episodes:
+            return {seed: self.drawn(seed, test.test_num) for seed in test.seeds}
+        found = read_manifest(test.episodes, self.records("val_list"), self.fold.novel, self.config.Train.shot,
+                              repeats=self.config.Train.draw != "image")  # fmt: skip
+        for episodes in found.values():
+            check_novel(episodes, self.fold, self.names, len(episodes))
+        return found
+
+    def episodes(self, episodes: AnyEpisodes) -> EpisodeDataset:
+        """Episodes as evaluation reads them."""
+        return self._dataset(episodes, self.transform(training=False), self.config.Test_Finetune.ann_type, evaluation=True)
+
+    def _dataset(self, episodes: AnyEpisodes, transform: Transform, ann_type: str, evaluation: bool) -> EpisodeDataset:
+        return EpisodeDataset(
+            episodes, self.fold, self.config.Data.data_root, transform, num_classes=self.fold.num_classes,
+            clip_size=self.config.CLIP.clip_size if self.clip_patch else None, patch=self.clip_patch or 1,
+            ann_type=ann_type, evaluation=evaluation, values=self.values,
+        )  # fmt: skip
+
+
+class ImageSource(Source):
+    """Single images with their labels: the base classes of a fold, all else background.
+
+    Attributes:
+        channels: class of each channel that a system predicts; 0 is the background.
+    """
+
+    unit = "images"
+
+    @property
+    def channels(self) -> tuple[int, ...]:
+        return (0, *self.fold.base)
+
+    def target(self, training: bool) -> dict[int, int]:
+        """Class -> channel that it teaches or counts for, or 255: does not count. Other classes are background."""
+        return {cls: channel for channel, cls in enumerate(self.channels)}
+
+    def training(self) -> SemanticDataset:
+        return self.images("train_list", training=True)
+
+    def images(self, key: str, training: bool) -> SemanticDataset:
+        """Every image of Data.train_list or Data.val_list."""
+        return SemanticDataset(
+            self.records(key), self.target(training), self.fold.num_classes, self.config.Data.data_root, self.transform(training),
+            self.config.Train.manual_seed, evaluation=not training, values=self.values, labelled=self.labelled(key),
+        )  # fmt: skip

@@ -1,0 +1,133 @@
+"""What predict.py writes: masks, overlays, scores and polygons. Results of one run appear together, at its end, or not at all."""
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from PIL import Image
+
+from util.errors import UserError
+from util.files import atomic, save_json
+from util.photos import polygons
+from util.photos.reading import Photo, shrink
+from util.report import viz
+
+UNFINISHED = "unfinished"  # folder of a run that has not come to its end
+OVERLAY_SIDE = 1600  # pixels: overlays of larger photos are reduced to it
+SHEET = 30  # overview.jpg shows so many at most, supports first,
+ROW = 6  # so many in a row,
+TILE = 200  # of so many pixels in height
+
+
+class Results:
+    """Writes into OUT/unfinished; `close` puts everything into OUT in the place of an earlier run's results.
+
+    Args:
+        kind: of polygons: "coco", "labelme" or None.
+        name: of the object, for the polygons.
+        record: what scores.json tells of the run.
+    Raises:
+        UserError: the folder cannot be written.
+    """
+
+    def __init__(self, out: Path, kind: str | None, name: str, record: dict[str, Any]) -> None:
+        self.out, self.kind, self.name = out / UNFINISHED, kind, name
+        with _writing(out):
+            shutil.rmtree(self.out, ignore_errors=True)
+            self.out.mkdir(parents=True)
+        self.record = record | {"images": [], "unread": []}
+        self._names: set[str] = set()
+        self._coco = polygons.Coco(name)
+        self._panels: list[viz.Panel] = []
+
+    def support(self, number: int, photo: Photo, mask: np.ndarray) -> None:
+        """A support as it was understood; mask: H W {0, 1, 255}."""
+        self._save_overlay(f"supports/{number}.jpg", f"example {number}", photo.image, mask, "support mask")
+
+    def add(self, stem: str, photo: Photo, mask: np.ndarray, score: np.ndarray, seconds: float) -> dict[str, Any]:
+        """Writes the files of one image and returns what scores.json will tell of it.
+
+        Args:
+            stem: of the names of its files; a number is added where it is taken.
+            mask: H W bool; score: H W in 0..1.
+        """
+        name = self._free(stem)
+        mean = round(float(score[mask].mean()), 4) if mask.any() else None
+        self._save(f"masks/{name}.png", mask.astype(np.uint8) * 255, "PNG")
+        self._save_overlay(f"overlays/{name}.jpg", name, photo.image, mask.astype(np.uint8), "prediction")
+        if self.kind == "labelme":
+            with _writing(self.out):
+                save_json(self.out / f"labelme/{name}.json", polygons.labelme(self._from_labelme(photo), mask, self.name))
+        if self.kind == "coco":
+            self._coco.add(Path(photo.name).name, mask, mean)
+        found = {
+            "image": photo.name, "mask": f"masks/{name}.png", "overlay": f"overlays/{name}.jpg",
+            "height": photo.hw[0], "width": photo.hw[1], "fraction": round(float(mask.mean()), 4), "score": mean,
+            "highest": round(float(score.max()), 4), "seconds": round(seconds, 3),
+        }  # fmt: skip
+        self.record["images"].append(found)
+        return found
+
+    def unread(self, source: str, reason: str) -> None:
+        """An image that could not be read."""
+        self.record["unread"].append({"image": source, "reason": reason})
+
+    def close(self) -> None:
+        """Write what is about all images, and put the results where they belong."""
+        self.finish()
+        with _writing(final := self.out.parent):
+            for made in sorted(self.out.iterdir()):
+                if (final / made.name).is_dir():
+                    shutil.rmtree(final / made.name)
+                made.replace(final / made.name)
+            self.out.rmdir()
+        self.out = final
+
+    def finish(self) -> None:
+        """Write what is about all images so far, without touching an earlier run's results."""
+        with _writing(self.out):
+            if self.kind == "coco":
+                save_json(self.out / "coco.json", self._coco.content())
+            save_json(self.out / "scores.json", self.record)
+        if self._panels:
+            rows = [self._panels[i : i + ROW] for i in range(0, len(self._panels), ROW)]
+            self._save_jpeg("overview.jpg", viz.contact_sheet(rows, height=TILE))
+
+    def _from_labelme(self, photo: Photo) -> str:
+        """Path of a photo as seen from OUT/labelme: both folders can move together."""
+        return os.path.relpath(Path(photo.name).resolve(), (self.out.parent / "labelme").resolve())
+
+    def _free(self, stem: str) -> str:
+        name, count = stem, 2
+        while name in self._names:
+            name, count = f"{stem}-{count}", count + 1
+        self._names.add(name)
+        return name
+
+    def _save_overlay(self, name: str, caption: str, image: np.ndarray, mask: np.ndarray, colour: str) -> None:
+        image, mask = shrink(image, OVERLAY_SIDE), shrink(mask, OVERLAY_SIDE, cv2.INTER_NEAREST)
+        shown = viz.overlay(image, mask, viz.COLOURS[colour], outline=max(1, round(max(mask.shape) / 300)))
+        self._save_jpeg(name, shown)
+        if len(self._panels) < SHEET:
+            self._panels.append((caption, viz.fit(shown, TILE)))
+
+    def _save_jpeg(self, name: str, image: np.ndarray) -> None:
+        self._save(name, image, "JPEG", quality=92, subsampling=0)
+
+    def _save(self, name: str, image: np.ndarray, kind: str, **options: int) -> None:
+        with _writing(self.out), atomic(self.out / name) as temporary:
+            Image.fromarray(image).save(temporary, kind, **options)
+
+
+@contextlib.contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UserError(f"--out {folder}: cannot be written ({reason}); choose another folder, or make room") from error

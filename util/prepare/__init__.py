@@ -1,0 +1,1 @@
+"""From the official downloads to the label PNGs and lists that training reads: `python -m util.prepare --help`."""

@@ -1,0 +1,70 @@
+"""Commands about results.
+
+    python -m util.report compare A.json B.json [--html OUT.html]     is B another than A, on the same episodes?
+    python -m util.report figures RESULT_DIR                          RESULT_DIR/figures/*.pdf and .png, for papers
+
+`python -m model.verify RESULT.json` checks whether a result still holds.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from util import cli
+from util.errors import UserError
+from util.report import figures, side_by_side
+from util.report.write import check_keys, fingerprint
+from util.score.statistics import bootstrap, compare, describe, load_result, read_result
+from util.score.table import read_episodes
+
+
+def main() -> None:
+    """Exit code 0: done, whether a difference is significant or not; 1: not comparable; 2: a wrong file."""
+    parser = argparse.ArgumentParser(prog="python -m util.report", description="Reports of evaluations (report.json).")
+    commands = parser.add_subparsers(required=True, dest="command")
+    comparing = commands.add_parser("compare", help="is B another than A, on the same episodes?")
+    comparing.add_argument("a", metavar="A.json")
+    comparing.add_argument("b", metavar="B.json")
+    comparing.add_argument("--html", metavar="OUT.html", type=Path, help="also write a page with both side by side")
+    drawing = commands.add_parser("figures", help="figures for papers, as PDF and PNG")
+    drawing.add_argument("folder", metavar="RESULT_DIR", type=Path, help="the folder of a report.json")
+    given = parser.parse_args()
+    if given.command == "figures":
+        draw(given.folder)
+    else:
+        sys.exit(not compare_files(given.a, given.b, given.html))
+
+
+def compare_files(a_file: str, b_file: str, html: Path | None) -> bool:
+    """Prints the comparison, and writes the page where one is asked for; returns whether the two are comparable."""
+    if html is not None and html.is_dir():
+        raise UserError(f"--html {html} is a folder: name a file")
+    a, b = load_result(a_file), load_result(b_file)
+    if html is not None:
+        for file in (a_file, b_file):
+            read_result(file, check_keys)
+    comparison = compare(a, b)
+    print(describe(comparison, a, b))
+    if html is not None and comparison.comparable:
+        pairs = ((a_file, a), (b_file, b))
+        galleries = [side_by_side.read_gallery(Path(file).parent, fingerprint(result)) for file, result in pairs]
+        side_by_side.write(html, a, b, comparison, galleries)
+        print(f"page: {html}")
+    return comparison.comparable
+
+
+def draw(folder: Path) -> None:
+    """Writes the figures of folder/report.json to folder/figures."""
+    result = read_result(folder / "report.json", check_keys)
+    if result.get("episodes") and "per_class" not in (result.get("interval") or {}):  # an older report: the rows tell it
+        result["interval"] = bootstrap(read_episodes(result))
+    found = figures.of(result)
+    for name, figure in found.items():
+        for path in figures.save(folder / "figures", name, figure):
+            print(path)
+    if absent := [name for name in ("curves", "causes", "priors") if name not in found]:
+        print(f"no figure of {', '.join(absent)}: this report does not have them")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,149 @@
+"""What a result (the dict that util/report/write.py describes) says, as words and rows for tables, pages and figures."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+SCORES = {
+    "miou": ("mIoU", "mean over the fold's classes"),
+    "fb_iou": ("FB-IoU", "foreground and background, all episodes"),
+    "fg_iou": ("Foreground IoU", "all episodes pooled"),
+    "meta_miou": ("Meta branch mIoU", "before the ensemble"),
+    "base_miou": ("Base-class mIoU", "of the base learner, base classes"),
+    "foreground_miou": ("mIoU without background", "mean over the classes of objects"),
+    "pixel_accuracy": ("pixel accuracy", "share of the counted pixels that are right"),
+    "background_miou": ("mIoU with background", "the background counts as a class"),
+    "seen_miou": ("seen mIoU", "mean over the seen classes"),
+    "unseen_miou": ("unseen mIoU", "mean over the unseen classes"),
+    "hiou": ("hIoU", "harmonic mean of seen and unseen mIoU"),
+}
+REQUIRED = ("system", "data_set", "split", "shot", "backbone", "checkpoint", "protocol", "environment", "classes",
+            "seeds", "mean", "sd")  # fmt: skip
+
+
+def plain(value: object) -> object:
+    """The same data in JSON's types: keys as text, numpy and torch scalars as numbers, NaN and infinities as null."""
+    if isinstance(value, Mapping):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple | set):
+        return [plain(v) for v in value]
+    if hasattr(value, "tolist"):  # numpy or torch
+        return plain(value.tolist())
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, bool | int | str) else str(value)
+
+
+def mean_sd(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and sample standard deviation (ddof 1; 0 for one value)."""
+    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+
+
+def summarise(seeds: Sequence[Mapping]) -> tuple[dict[str, float], dict[str, float]]:
+    """Mean and sample standard deviation (ddof 1; 0 for one seed) of every score that each of the seeds has."""
+    if not seeds:
+        raise ValueError("no seed was evaluated: there is nothing to summarise")
+    seeds = plain(seeds)
+    keys = [k for k in seeds[0] if (k.endswith("iou") or k in SCORES) and all(isinstance(s.get(k), int | float) for s in seeds)]
+    pairs = {k: mean_sd([s[k] for s in seeds]) for k in keys}
+    return {k: mean for k, (mean, _) in pairs.items()}, {k: sd for k, (_, sd) in pairs.items()}
+
+
+def label(key: str) -> str:
+    """The name of a score."""
+    return SCORES[key][0] if key in SCORES else key.replace("_", " ").replace("miou", "mIoU").replace(" iou", " IoU")
+
+
+def scores(result: Mapping) -> list[tuple[str, float]]:
+    """(key, mean) of the scores there are, in SCORES' order, unknown ones last."""
+    mean = {k: v for k, v in result.get("mean", {}).items() if v is not None}
+    return [(k, mean[k]) for k in [*SCORES, *(k for k in mean if k not in SCORES)] if k in mean]
+
+
+def title(result: Mapping) -> str:
+    return f"{result['system']} · {result['data_set']} {setting(result)} · {result['backbone']}"
+
+
+def setting(result: Mapping) -> str:
+    """What a result is of, beside the data set."""
+    return result.get("setting") or f"split {result['split']} · {result['shot']}-shot"
+
+
+def unit(result: Mapping) -> str:
+    """What a sample is called: episodes or images."""
+    return result.get("unit", "episodes")
+
+
+def runs(result: Mapping) -> str:
+    """How many seeds and episodes."""
+    episodes = sorted({s["episodes"] for s in result["seeds"]})
+    count = " to ".join(f"{n:,}" for n in (episodes if len(episodes) < 2 else (episodes[0], episodes[-1])))
+    return f"{len(result['seeds'])} seed{'s' if len(result['seeds']) > 1 else ''} × {count} {unit(result)}"
+
+
+def protocol(result: Mapping) -> str:
+    """Name and hash of the protocol, as far as the result tells them."""
+    name, digest = result["protocol"].get("name", ""), result.get("protocol_hash")
+    return f"{name} ({digest})".strip() if digest else name
+
+
+def interval_text(interval: Sequence[float] | None, digits: int = 2) -> str:
+    return f"95 %: {100 * interval[0]:.{digits}f} to {100 * interval[1]:.{digits}f}" if interval else ""
+
+
+def class_name(result: Mapping, cls: int | str) -> str:
+    """Of any class of the data set that the result names."""
+    for key in ("classes", "other_classes"):
+        for k, name in (result.get(key) or {}).items():
+            if str(k) == str(cls):
+                return name
+    return f"class {cls}"
+
+
+def class_rows(result: Mapping) -> list[dict]:
+    """Per class that was scored: id, name, mean, sd over the seeds, interval (95 %, or None), episodes of all seeds (None
+    if not told)."""
+    intervals = {str(k): v for k, v in ((result.get("interval") or {}).get("per_class") or {}).items()}
+    seeds = [{"iou": {str(k): v for k, v in s["per_class"].items()},
+              "episodes": {str(k): v for k, v in s.get("episodes_per_class", {}).items()}} for s in result["seeds"]]  # fmt: skip
+    rows = []
+    for key in seeds[0]["iou"]:
+        if any(s["iou"][key] is None for s in seeds):  # neither in the truth nor predicted: it has no IoU and is in no mean
+            continue
+        mean, sd = mean_sd([s["iou"][key] for s in seeds])
+        rows.append({"id": key, "name": class_name(result, key), "mean": mean, "sd": sd, "interval": intervals.get(key),
+                     "episodes": sum(s["episodes"].get(key, 0) for s in seeds) or None})  # fmt: skip
+    return rows
+
+
+def baseline_rows(result: Mapping) -> list[dict]:
+    """This system first, then the baselines from the best down; empty when there is none to compare with."""
+    others = [{"name": name, "own": False, **values} for name, values in result.get("baselines", {}).items()]
+    own = {"name": result["system"], "own": True, **result["mean"]}
+    return [own, *sorted(others, key=lambda row: -row["miou"])] if others else []
+
+
+def variant_rows(result: Mapping) -> list[dict]:
+    """Other predictions of the same run (seeds' `variants`): name and the mean of each score; [] where there are none."""
+    found = [seed.get("variants") or {} for seed in result["seeds"]]
+    return [{"name": name} | summarise([variants[name] for variants in found])[0]
+            for name in found[0] if all(name in variants for variants in found)]  # fmt: skip
+
+
+def cause_rows(result: Mapping) -> list[dict]:
+    """Per class, the last one "all": name and the share of episodes of each cause (util/score/causes.py); [] in older reports."""
+    found = result.get("causes")
+    if not found:
+        return []
+    rows = [(class_name(result, cls), counts) for cls, counts in found["per_class"].items()] + [("all", found["counts"])]
+    return [{"name": name, "counts": n, "shares": {k: v / sum(n.values()) for k, v in n.items()}} for name, n in rows]
+
+
+def prior_quality(result: Mapping) -> dict[str, list[float]]:
+    """Prior -> mIoU at each threshold (util/score/priors.py), the mean over the seeds; {} in older reports and without priors."""
+    seeds = [s.get("prior_quality") or {} for s in result["seeds"]]
+    return {name: [mean_sd(values)[0] for values in zip(*(s[name] for s in seeds), strict=True)]
+            for name in seeds[0] if all(name in s for s in seeds)}  # fmt: skip

@@ -1,0 +1,95 @@
+"""Few-shot episodes as a task: predictions at file size, whole-number counts summed over processes."""
+
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+
+from util.data.episodes import Episode, EpisodeDataset, episodes_per_class
+from util.data.folds import Fold
+from util.data.manifest import episode_hash
+from util.data.source import EpisodeSource
+from util.score.causes import spread
+from util.score.metrics import FewShotMeter, SemanticMeter
+from util.score.priors import PriorMeter
+from util.score.table import EpisodeTable, Row
+from util.score.task import How, Predict, Scores, Test
+
+
+class FewShotTask(EpisodeSource):
+    """Episodes of novel classes; see `util.score.task.Task`."""
+
+    headline, leaks = "miou", True
+    says: ClassVar[dict[str, str]] = {}
+
+    @property
+    def classes(self) -> tuple[int, ...]:
+        return self.fold.novel
+
+    def validation(self) -> Test:
+        return Test("validation", self.episodes(self.validation_episodes()), self.config.Train.val_episodes)
+
+    def tests(self) -> dict[int, Test]:
+        count = None if self.config.Test_Finetune.episodes else self.config.Test_Finetune.test_num
+        return {seed: Test(f"seed {seed}", self.episodes(episodes), count or len(episodes))
+                for seed, episodes in self.test_episodes().items()}
+
+    def evaluate(self, predict: Predict, test: Test, how: How) -> Scores:
+        return evaluate_episodes(predict, test.data, test.count, self.fold, how, test.label)
+
+    def table(self, scores: Mapping[int, Scores]) -> EpisodeTable:
+        count = None if self.config.Test_Finetune.episodes else self.config.Test_Finetune.test_num
+        return EpisodeTable.of(episode_hash(self.test_episodes(), count), {seed: found.rows for seed, found in scores.items()})
+
+
+def evaluate_episodes(
+    predict: Predict, data: EpisodeDataset, count: int, fold: Fold, how: How, label: str = "test"
+) -> Scores:
+    """Episodes 0..count-1, sharded over the processes: any number of processes and any batch size give the same counts.
+
+    Returns:
+        record: `FewShotMeter.result()` of the final prediction with, where the system has them, `meta_miou` (few-shot branch
+        alone), `base_miou` (base learner on the base classes), `prior_quality` (`PriorMeter.result`), `baselines` and
+        `skipped`, messages about episodes that could not be read (`Data.on_error`); and a row for every other episode.
+    """
+    context, classes = how.context, sorted(episodes_per_class(data.episodes, count))
+    meters: dict[str, FewShotMeter] = defaultdict(lambda: FewShotMeter(classes, context.device))
+    base, priors = SemanticMeter((0, *fold.base), context.device), PriorMeter(classes, context.device)
+    rows: list[Row] = []
+    loader = how.loader(data, count)
+    with how.log.progress(len(loader), label) as bar:
+        for episode in loader:
+            episode: Episode = episode.to(context.device, non_blocking=True)
+            with context.autocast():
+                prediction = predict(episode)
+            for i, placed in enumerate(episode.placed):
+                truth, cls, number = episode.original_mask[i], int(episode.cls[i]), int(episode.number[i])
+                pred = prediction.decide(i, placed)
+                counts = meters["final"].update(pred, truth, cls)
+                where = spread(pred, episode.original_label[i], cls)
+                rows.append(Row(number, cls, data.episodes.spec(number).query, counts, where))
+                priors.update({name: prediction.maps[name][i] for name in prediction.priors}, truth, cls, placed)
+                if prediction.meta is not None:
+                    meters["meta"].update(placed.restore(prediction.meta[i]).argmax(0), truth, cls)
+                if prediction.base is not None:
+                    base.update(placed.restore(prediction.base[i]).argmax(0), episode.original_base[i])
+                for name, mask in prediction.baselines.items():
+                    scores = torch.stack([~mask[i], mask[i]]).float()
+                    meters[f"baseline {name}"].update(placed.restore(scores).argmax(0), truth, cls)
+            bar.step(len(episode))
+    names = sorted({name for part in context.gather([sorted(meters)]) for name in part})  # a process may have had no episode
+    for name in names:
+        context.all_reduce(meters[name].state)
+    context.all_reduce(base.state)
+    results = {name: meters[name].result() for name in names}
+    record = results["final"] | how.skipped(loader)
+    if "meta" in results:
+        record["meta_miou"] = results["meta"]["miou"]
+    if base.state[1:].any() and base.state[:, 1:].any():
+        record["base_miou"] = base.result()["miou"]
+    if quality := priors.result(context):
+        record["prior_quality"] = quality
+    baselines = {name.removeprefix("baseline "): {key: result[key] for key in ("miou", "fb_iou")}
+                 for name, result in results.items() if name.startswith("baseline ")}
+    return Scores(record | ({"baselines": baselines} if baselines else {}), sorted(context.gather(rows)))

@@ -1,0 +1,195 @@
+"""Scores from whole-number counts, so that any split of the episodes over GPUs and batches gives the same bits.
+
+A meter keeps one int64 tensor (`state`), to be summed over ranks; every ratio is taken once, at the end, in `result()`.
+Definitions: spec "PI-CLIP" section 1, Evaluation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from util.data.transforms import IGNORE
+from util.errors import UserError
+
+
+def vote(masks: Tensor) -> Tensor:
+    """K H W {0, 1} -> H W int64: foreground where at least half as many shots say so as where most of them do (HSNet).
+
+    The share is of the largest number of votes in the image, not of K: if no pixel has more than two, one is enough.
+    """
+    votes = masks.long().sum(0)
+    return (2 * votes >= votes.max().clamp(min=1)).long()
+
+
+def confusion(pred: Tensor, target: Tensor, num_classes: int) -> Tensor:
+    """Pixels counted by (truth, prediction): num_classes x num_classes int64, on the device of `pred`.
+
+    pred: integers 0..num_classes-1; target: the same shape and range, or 255 where the pixel does not count.
+    Raises ValueError for other values or shapes: a wrong value would otherwise be counted in a wrong cell.
+    """
+    if pred.shape != target.shape:
+        raise ValueError(f"prediction {tuple(pred.shape)} and truth {tuple(target.shape)} differ in size")
+    target = target.to(pred.device)
+    valid = target != IGNORE
+    pred, target = pred[valid].long(), target[valid].long()
+    for name, values in (("prediction", pred), ("truth", target)):
+        if ((values < 0) | (values >= num_classes)).any():
+            raise ValueError(f"the {name} holds {values.unique().tolist()}; expected 0..{num_classes - 1}")
+    return torch.bincount(target * num_classes + pred, minlength=num_classes**2).view(num_classes, num_classes)
+
+
+def intersection_union(confusion: Tensor) -> Tensor:
+    """C x C counts -> C x 2 (intersection, union)."""
+    hit = confusion.diagonal()
+    return torch.stack([hit, confusion.sum(0) + confusion.sum(1) - hit], dim=1)
+
+
+def seen_unseen(state: Tensor, unseen: Sequence[int]) -> dict[str, float]:
+    """Scores of zero-shot segmentation as fractions 0..1, from counts C C by (truth, prediction) over all classes.
+
+    pixel_accuracy; miou over all, miou_seen, miou_unseen: means over classes that truth or prediction has (nan: none has);
+    hiou: their harmonic mean, 0 where both are 0.
+    """
+    counts = intersection_union(state.cpu()).double()
+    iou, new = counts[:, 0] / counts[:, 1], torch.zeros(len(state), dtype=torch.bool)  # 0 / 0 is nan
+    new[list(unseen)] = True
+    seen, fresh = (float(iou[part].nanmean()) for part in (~new, new))
+    return {
+        "pixel_accuracy": float(state.diagonal().sum().double() / state.sum()),
+        "miou": float(iou.nanmean()),
+        "miou_seen": seen,
+        "miou_unseen": fresh,
+        "hiou": 2 * seen * fresh / (seen + fresh) if seen + fresh else seen + fresh,
+    }
+
+
+class Counts(NamedTuple):
+    """Pixels of one episode."""
+
+    intersection: int
+    union: int
+    background_intersection: int
+    background_union: int
+
+    @property
+    def iou(self) -> float:
+        """Of the foreground, 0..1 (1 where neither mask has a pixel)."""
+        return self.intersection / self.union if self.union else 1.0
+
+
+class FewShotMeter:
+    """Counts of binary (target class or not) predictions, kept by class.
+
+    state     int64, flat: everything the meter knows. All-reduce (sum) this one tensor; the two below are views of it.
+    counts    C 2 2: class (in the order of `classes`), background or foreground, intersection or union, in pixels.
+    episodes  C: episodes seen of each class.
+    """
+
+    def __init__(self, classes: Sequence[int], device: torch.device | str = "cpu"):
+        self.classes = tuple(classes)
+        n = len(self.classes)
+        self.state = torch.zeros(5 * n, dtype=torch.int64, device=device)
+        self.counts = self.state[: 4 * n].view(n, 2, 2)
+        self.episodes = self.state[4 * n :]
+
+    def update(self, pred: Tensor, target: Tensor, cls: int) -> Counts:
+        """Adds one episode and returns its counts.
+
+        pred: H W {0, 1}; target: H W {0, 1, 255}; cls: one of `classes`, else ValueError.
+        """
+        if cls not in self.classes:
+            raise ValueError(f"class {cls} is not one of the counted classes {list(self.classes)}")
+        row = self.classes.index(cls)
+        counts = intersection_union(confusion(pred, target, 2))
+        self.counts[row] += counts.to(self.counts.device)
+        self.episodes[row] += 1
+        background, foreground = counts.tolist()
+        return Counts(*foreground, *background)
+
+    def merge(self, other: FewShotMeter) -> None:
+        """Adds what another meter of the same classes has seen."""
+        if self.classes != other.classes:
+            raise ValueError(f"meters of different classes: {self.classes} and {other.classes}")
+        self.state += other.state.to(self.state.device)
+
+    def result(self) -> dict:
+        """Scores as fractions 0..1.
+
+        miou                mean over classes of the summed foreground intersection / union
+        fg_iou, fb_iou      foreground IoU (pIoU) / mean of foreground and background IoU, over all episodes pooled
+        per_class           {class: IoU};  episodes, episodes_per_class: how many
+        Raises UserError naming the classes without an episode (or a foreground pixel): they have no score, not zero.
+        """
+        counts, episodes = self.counts.tolist(), self.episodes.tolist()
+        empty = [c for c, (_, (_, union)), n in zip(self.classes, counts, episodes, strict=True) if not n or not union]
+        if empty:
+            raise UserError(f"no episode with a foreground pixel was evaluated for class {', '.join(map(str, empty))}: "
+                            "its IoU is undefined. Evaluate more episodes, or check that the list has images of it.")
+        per_class = {c: fg[0] / fg[1] for c, (_, fg) in zip(self.classes, counts, strict=True)}
+        background, foreground = (i / u if u else 1.0 for i, u in self.counts.sum(0).tolist())
+        return {
+            "miou": sum(per_class.values()) / len(per_class),
+            "fb_iou": (background + foreground) / 2,
+            "fg_iou": foreground,
+            "per_class": per_class,
+            "episodes": sum(episodes),
+            "episodes_per_class": dict(zip(self.classes, episodes, strict=True)),
+        }
+
+
+class SemanticMeter:
+    """Counts of ordinary segmentation. `state`: C C int64, (truth, prediction); it does not grow with the data.
+
+    classes: what the channels mean, class ids; 0 is the background.
+    """
+
+    def __init__(self, classes: Sequence[int], device: torch.device | str = "cpu"):
+        self.classes = tuple(classes)
+        self.state = torch.zeros(len(self.classes), len(self.classes), dtype=torch.int64, device=device)
+
+    def update(self, pred: Tensor, target: Tensor) -> Tensor:
+        """Adds one image and returns its counts, C C int64 on the device of `pred`.
+
+        pred: channel numbers 0..C-1, any shape; target: same shape, 255 does not count.
+        """
+        found = confusion(pred, target, len(self.classes))
+        self.state += found.to(self.state.device)
+        return found
+
+    def merge(self, other: SemanticMeter) -> None:
+        """Adds what another meter has seen."""
+        self.state += other.state.to(self.state.device)
+
+    def result(self, seen: Sequence[int] = (), unseen: Sequence[int] = ()) -> dict:
+        """Scores as fractions 0..1.
+
+        miou, background_miou   mean IoU over the classes but background / with it
+        seen_miou, unseen_miou, hiou   means over these classes and their harmonic mean, where both are given and found
+        pixel_accuracy          right pixels / counted pixels
+        per_class               {class, background 0 too: IoU, or None if neither truth nor prediction has it}; such classes
+                                are in no mean
+        Raises UserError when no class but background was seen at all.
+        """
+        counts = intersection_union(self.state).tolist()
+        per_class = {c: i / u if u else None for c, (i, u) in zip(self.classes, counts, strict=True)}
+
+        def mean(classes: Iterable[int]) -> float | None:
+            found = [per_class[c] for c in classes if per_class.get(c) is not None]
+            return sum(found) / len(found) if found else None
+
+        scores = {"miou": mean(c for c in self.classes if c)}
+        if scores["miou"] is None:
+            raise UserError("no class but background was seen in the evaluated images, so there is no mIoU. "
+                            "Check the list and the labels.")
+        if 0 in self.classes:
+            scores["background_miou"] = mean(self.classes)
+        groups = mean(seen), mean(unseen)
+        if None not in groups:
+            scores |= {"seen_miou": groups[0], "unseen_miou": groups[1],
+                       "hiou": 2 * groups[0] * groups[1] / max(sum(groups), 1e-12)}  # fmt: skip
+        accuracy = int(self.state.diagonal().sum()) / int(self.state.sum())
+        return scores | {"pixel_accuracy": accuracy, "per_class": per_class}

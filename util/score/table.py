@@ -1,0 +1,117 @@
+"""The rows of an evaluation: whole pixel counts of every episode, or of every class of every image, and their way through JSON.
+
+Intervals, paired comparisons and causes need nothing else, so a result can be judged years later without a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from util.errors import UserError
+from util.score.causes import Spread
+from util.score.metrics import Counts
+
+COLUMNS = ("seed", "number", "class", "intersection", "union", "background_intersection", "background_union")
+QUERY = "query"  # an eighth column, optional: which image is segmented, any whole number that tells the images apart
+SPREAD = Spread._fields  # three more, optional: where the prediction lies, see util/score/causes.py
+OLD = "evaluate again with this version of test.py, older reports do not have it"
+
+
+class Row(NamedTuple):
+    """One evaluated episode, or one class of one image: number, class, query image, pixel counts, where the prediction lies."""
+
+    number: int
+    cls: int
+    query: int
+    counts: Counts
+    spread: Spread
+
+
+@dataclass(frozen=True)
+class EpisodeTable:
+    """Rows ascending by (seed, number, class); every column int64 of length N.
+
+    counts  N 4: foreground intersection and union, background intersection and union, in pixels at file size
+    query   which image is segmented; without that column the number, whose image all seeds share
+    spread  N 3: util.score.causes.Spread; None where an older report has no such columns
+    dense   several classes of an image have a row each, and a class that neither truth nor prediction has has none
+    """
+
+    hash: str
+    seed: np.ndarray
+    number: np.ndarray
+    cls: np.ndarray
+    counts: np.ndarray
+    query: np.ndarray
+    spread: np.ndarray | None = None
+    dense: bool = False
+
+    def __len__(self) -> int:
+        return len(self.seed)
+
+    @classmethod
+    def of(cls, digest: str, rows: Mapping[int, Sequence[Row]], dense: bool = False) -> EpisodeTable:
+        """From the rows of each seed."""
+        lines = [(seed, row.number, row.cls, *row.counts, row.query, *row.spread) for seed, some in rows.items() for row in some]
+        table = np.array(lines, np.int64).reshape(len(lines), 11)
+        table = table[np.lexsort((table[:, 2], table[:, 1], table[:, 0]))]
+        return cls(digest, *table[:, :3].T, table[:, 3:7], table[:, 7], table[:, 8:], dense)
+
+    def to_json(self) -> dict[str, Any]:
+        """What `read_episodes` reads, spread included: a line of text per row keeps the file small."""
+        columns = np.column_stack([self.seed, self.number, self.cls, self.counts, self.query, self.spread])
+        return {"hash": self.hash, "columns": " ".join([*COLUMNS, QUERY, *SPREAD]), "dense": self.dense,
+                "rows": [" ".join(map(str, row)) for row in columns.tolist()]}
+
+    def at(self, keys: np.ndarray) -> EpisodeTable:
+        """The rows of the given (seed, number, class), N 3 ascending; zeros where there is no such row."""
+        own = {key: i for i, key in enumerate(zip(self.seed.tolist(), self.number.tolist(), self.cls.tolist(), strict=True))}
+        place = np.array([own.get(tuple(key), -1) for key in keys.tolist()])
+        found = place >= 0
+        counts = np.where(found[:, None], self.counts[place], 0)
+        return EpisodeTable(self.hash, *keys.T, counts, np.where(found, self.query[place], keys[:, 1]), dense=self.dense)
+
+
+def align(a: EpisodeTable, b: EpisodeTable) -> tuple[EpisodeTable, EpisodeTable]:
+    """Dense tables with the same rows: a class that one of two predictions finds in an image has a row in both."""
+    if not (a.dense and b.dense) or a.hash != b.hash:
+        return a, b
+    keys = np.unique(np.vstack([np.column_stack([t.seed, t.number, t.cls]) for t in (a, b)]), axis=0)
+    return a.at(keys), b.at(keys)
+
+
+def read_episodes(result: Mapping) -> EpisodeTable:
+    """The rows of a result (report.json). Raises UserError when they are missing (older report) or malformed."""
+    found = result.get("episodes")
+    if found is None:
+        raise UserError(f"the report has no counts of single episodes (key \"episodes\"): {OLD}")
+    if not isinstance(found, Mapping) or not found.get("hash") or not found.get("rows") or "columns" not in found:
+        raise UserError("the report's \"episodes\" are incomplete: expected hash, columns and at least one row")
+    names = str(found["columns"]).split()
+    if names not in ([*COLUMNS], [*COLUMNS, QUERY], [*COLUMNS, QUERY, *SPREAD]):
+        raise UserError(f"the report's \"episodes\" have the columns {' '.join(names)!r}; expected {' '.join(COLUMNS)!r}")
+    if not isinstance(found["rows"], list):
+        raise UserError("the report's \"episodes\" are malformed: its rows are no list")
+    rows = np.empty((len(found["rows"]), len(names)), np.int64)
+    for i, row in enumerate(found["rows"]):
+        try:
+            rows[i] = [int(value) for value in row.split()]
+            _, _, _, hit, union, background_hit, background_union = rows[i, :7]
+            if not (0 <= hit <= union and 0 <= background_hit <= background_union and union > 0):
+                raise ValueError("need 0 <= intersection <= union, union > 0")
+            if len(names) > 8 and not (hit <= rows[i, 8] <= union and 0 <= rows[i, 9] <= rows[i, 8] - hit and rows[i, 10] >= 0):
+                raise ValueError("need intersection <= predicted <= union, 0 <= on_others <= predicted - intersection")
+        except (AttributeError, OverflowError, ValueError) as error:
+            raise UserError(f"the report's episode row {i + 1}, {row!r}, is malformed: {error}") from error
+    dense = bool(found.get("dense"))
+    rows = rows[np.lexsort((rows[:, 2], rows[:, 1], rows[:, 0]))]
+    if (twice := (np.diff(rows[:, : 2 + dense], axis=0) == 0).all(1)).any():
+        seed, number = rows[int(twice.argmax()), :2]
+        raise UserError(f"the report has episode {number} of seed {seed} twice")
+    query = rows[:, 7] if len(names) > 7 else rows[:, 1]
+    spread = rows[:, 8:] if len(names) > 8 else None
+    return EpisodeTable(str(found["hash"]), rows[:, 0], rows[:, 1], rows[:, 2], rows[:, 3:7], query, spread, dense)
