@@ -14,6 +14,7 @@ the rest.
 """
 
 import argparse
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -69,8 +70,11 @@ def main() -> None:
                 row = results.add(stem, photo, found.mask, found.score, found.seconds)
                 share = f"{100 * row['fraction']:.1f} % of the image" if found.mask.any() else "nothing found"
                 print(f"{photo.name}: {share}  ({found.seconds:.2f} s)")
-    finally:
-        results.close()
+    except BaseException:
+        results.finish()
+        print(f"stopped; the results so far are in {results.out}, those of an earlier run are as they were", file=sys.stderr)
+        raise
+    results.close()
     count = len(results.record["images"])
     print(f"{count} mask{'s' * (count != 1)} in {given.out}: masks/, overlays/, overview.jpg, scores.json")
     if WEAK in notes:

@@ -27,12 +27,13 @@ from util.run.checkpoint import EXPORT, check_identity, read_meta
 from util.run.distributed import Context
 from util.run.identity import environment, fingerprint, identity
 from util.run.log import RunLog
-from util.run.place import Experiment, before_file
-from util.score import causes
+from util.run.place import Experiment, before_file, owned
+from util.score import causes, crf
 from util.score import statistics as stats
 from util.score.task import How, Scores, Task
 
 FIRST = 6  # pictures of samples that every run has
+NONE = Path("none, nothing is trained")  # in the place of a checkpoint
 TRACED = 2  # samples of each seed whose stages a result keeps fingerprints of
 
 
@@ -43,7 +44,7 @@ def main() -> None:
     context = distributed.start(arguments.gpus, config.Runtime)
     try:
         preflight.make_data(config, context)
-        with RunLog(place.result, "test.log", quiet=arguments.quiet, main=context.main) as log:
+        with owned(place.result, context.main), RunLog(place.result, "test.log", quiet=arguments.quiet, main=context.main) as log:
             if context.main:
                 ready(config, place)
             context.barrier()
@@ -103,12 +104,13 @@ def score(config: Config, place: Experiment, context: Context, log: RunLog, cach
         context.agree(fingerprint(config, task.records("val_list")) | facts)
     for warning in system.warnings:
         log.warning(warning)
-    log.info(f"{place.arch} on {place.data_set} {place.exp}, {config.Train.shot}-shot, weights {weight}")
+    log.info(f"{place.arch} on {place.data_set} {place.exp}, {task.setting}, weights {weight}")
 
     predict = functools.partial(system.predict, baselines=config.Test_Finetune.baselines)
-    scores = {}
+    asked, scores = config.Test_Finetune, {}
+    how = replace(How.of(config, context, log), crf=asked.crf, maps=Path(asked.maps) if asked.maps else None)
     for seed, test in task.tests().items():
-        scores[seed] = task.evaluate(predict, test, How.of(config, context, log))
+        scores[seed] = task.evaluate(predict, test, how)
         shown = "  ".join(f"{label(key)} {100 * scores[seed].record[key]:.2f}" for key in ("miou", "fb_iou", "hiou")
                           if key in scores[seed].record)  # fmt: skip
         log.info(f"{test.label}: {shown}  {system.mark}".rstrip())
@@ -116,7 +118,9 @@ def score(config: Config, place: Experiment, context: Context, log: RunLog, cach
 
 
 def weight_file(config: Config, place: Experiment) -> Path:
-    """The checkpoint that the config names; auto: what the selection rule chose."""
+    """The checkpoint that the config names; auto: what the selection rule chose. `NONE` for a system that trains nothing."""
+    if not system_class(place.arch).facts.trained:
+        return NONE
     if config.Test_Finetune.weight != "auto":
         return Path(config.Test_Finetune.weight)
     return place.last if config.Train.selection == "last" and place.last.is_file() else place.best
@@ -125,6 +129,8 @@ def weight_file(config: Config, place: Experiment) -> Path:
 def ready(config: Config, place: Experiment) -> None:
     """Raises a UserError with everything that is wrong, the checkpoint included."""
     weight, findings, cls = weight_file(config, place), [], system_class(place.arch)
+    if config.Test_Finetune.crf:
+        findings.append(preflight.attempt("CRF", lambda: crf.load().__name__))
     frozen = weight.suffix == ".safetensors"  # a published checkpoint brings everything along
     if frozen and weight.is_file():
         meta = read_meta(weight)
@@ -138,7 +144,9 @@ def ready(config: Config, place: Experiment) -> None:
 def with_selection(config: Config, arch: str, weight: Path) -> Config:
     """The rule by which a checkpoint was chosen, where that is known better than from the config."""
     found = None
-    if weight.suffix != ".safetensors":
+    if weight == NONE:
+        found = "last"
+    elif weight.suffix != ".safetensors":
         found = "novel"  # as all published checkpoints were chosen
     elif weight.is_file():
         found = read_meta(weight).get("selection")
@@ -168,12 +176,13 @@ def summary(config: Config, place: Experiment, context: Context, scored: Scored,
     tests = task.tests()
     return {
         "system": place.arch, "data_set": place.data_set, "split": config.Train.split, "shot": config.Train.shot,
+        "setting": task.setting, "unit": task.unit,
         "backbone": f"{config.Method.backbone}" + (f" (width {config.Method.width})" if config.Method.width != 64 else ""),
         "priors": system.prior_names, "checkpoint": str(scored.weight),
         "protocol": used.describe(system.reads_text, task.says) | trained_with(scored.weight),
         "protocol_hash": used.hash, "warnings": [*system.warnings, *skipped(seeds)], "mark": system.mark,
         "environment": environment(context.device) | provenance(config, scored),
-        "classes": {c: task.names.names[c - 1] for c in task.classes},
+        "classes": {c: task.names.names[c - 1] if c else "background" for c in task.classes},
         "other_classes": {c: name for c, name in enumerate(task.names.names, start=1) if c not in task.classes},
         "curves": learning_curves(config, place, scored.weight),
         "seeds": seeds, "mean": mean, "sd": sd, "baselines": baselines(seeds),
@@ -218,7 +227,7 @@ def pictures(context: Context, scored: Scored) -> list[Card]:
     """Cards of the first seed: best, median and worst samples, some for every cause of failure, and the first of some
     classes, which every run has, so that two can be laid side by side."""
     seed, found = next(iter(scored.scores.items()))
-    rows, data = found.rows, scored.task.tests()[seed].data
+    rows, data = [row for row in found.rows if row.cls], scored.task.tests()[seed].data  # of objects: the background is easy
     groups = choose([row.counts.iou for row in rows])
     groups |= causes.examples([row.counts for row in rows], [row.spread for row in rows], without=sum(groups.values(), []))
     groups["first of a class"] = sorted({row.cls: i for i, row in reversed([*enumerate(rows)])}.values())[:FIRST]

@@ -21,11 +21,15 @@ from model.few_shot.pfenet import PFENet
 from model.few_shot.prior import CosinePrior, Prior, SimilarityPrior, TextPrior, VisualPrior, check_priors
 from model.few_shot.system import FewShot
 from model.system import Frozen, System, content_hash, load_exactly
+from model.weak.clip_es import CLIPES
+from model.weak.maps import text_bank as class_texts
+from model.weak.system import Weak
+from model.weak.weclip import WeCLIP
 from model.zero_shot.clip_rc import CLIP_RC
 from model.zero_shot.zegclip import ZegCLIP
 from model.zero_shot.zegclip import text_bank as class_bank
 from util.cache import CACHE
-from util.config import Config, load_config, options_of
+from util.config import Config, Method, load_config, options_of
 from util.data.folds import ClassNames, Fold
 from util.errors import UserError
 from util.files import load_state, load_tensors
@@ -35,7 +39,8 @@ from util.run.place import Experiment, before_file, missing_before, missing_star
 from util.score.task import Task
 
 SYSTEMS: dict[str, type[System]] = {"PI_CLIP": PICLIP, "HDMNet": HDMNet, "BAM": BAM, "PFENet": PFENet, "HSNet": HSNet,
-                                    "IMR_HSNet": IMRHSNet, "PSPNet": PSPNet, "CLIP_RC": CLIP_RC, "ZegCLIP": ZegCLIP}  # fmt: skip
+                                    "IMR_HSNet": IMRHSNet, "PSPNet": PSPNet, "WeCLIP": WeCLIP, "CLIP_ES": CLIPES,
+                                    "CLIP_RC": CLIP_RC, "ZegCLIP": ZegCLIP}  # fmt: skip
 READ_CLIP = {"vtp", "vvp", "cam"}  # priors that need a CLIP
 
 
@@ -60,7 +65,7 @@ def configure(path: str | Path, arch: str, overrides: list[str] | None = None) -
 def recorded(path: Path, overrides: list[str] | None = None) -> Config:
     """The config that a checkpoint of ours was trained with, see `util.run.place.recorded_config`."""
     arch = read_meta(path).get("system")
-    return recorded_config(path, overrides, system_class(arch).Options if arch else None)
+    return recorded_config(path, overrides, system_class(arch).Options if arch else Method)
 
 
 def priors_of(arch: str, config: Config) -> Sequence[str]:
@@ -112,18 +117,23 @@ def build_few_shot(cls: type[FewShot], arch: str, config: Config, fold: Fold, na
                                 vocabulary, fold.base, config.CLIP.clip_size),
     }
     backbone = Frozen(learner if cls.facts.before else learner.encoder)
-    return cls(backbone, [makers[name]() for name in wanted], shot, options_of(config.System, cls.Options), clip)
+    return cls(backbone, [makers[name]() for name in wanted], shot, options_of(config.Method, cls.Options), clip)
+
+
+def build_weak(cls: type[Weak], arch: str, config: Config, fold: Fold, names: ClassNames, cache: Path | None) -> Weak:
+    options, clip = options_of(config.Method, cls.Options), load_clip(config.CLIP.clip_path, activation=config.CLIP.activation)
+    return cls(Frozen(clip), class_texts(clip.text, names.texts, options, cache), options)
 
 
 def build_zero_shot(cls: type[ZegCLIP], arch: str, config: Config, fold: Fold, names: ClassNames, cache: Path | None) -> ZegCLIP:
-    options, clip = options_of(config.System, cls.Options), load_clip(config.CLIP.clip_path, activation=config.CLIP.activation)
+    options, clip = options_of(config.Method, cls.Options), load_clip(config.CLIP.clip_path, activation=config.CLIP.activation)
     if not isinstance(clip.visual, ClipTrunk):
         raise UserError(f"CLIP.clip_path = {config.CLIP.clip_path} is a ResNet; {arch} puts tokens into a ViT: take ViT-B-16")
     clip, seen = Frozen(clip), [c - 1 for c in fold.base]
     return cls(clip, names.names, class_bank(clip, names.texts, options, cache), seen, options)
 
 
-FAMILIES: dict[type[System], Callable[..., System]] = {FewShot: build_few_shot, PSPNet: build_base_learner,
+FAMILIES: dict[type[System], Callable[..., System]] = {FewShot: build_few_shot, PSPNet: build_base_learner, Weak: build_weak,
                                                       ZegCLIP: build_zero_shot}  # fmt: skip
 
 
@@ -153,8 +163,10 @@ def open_system(arch: str, config: Config) -> tuple[System, Task]:
 
 
 def load_weights(system: System, config: Config, place: Experiment, weight: Path) -> None:
-    """Gives a system all its weights. A checkpoint of ours must match the config and the frozen parts; an exported one
-    (model/predict/share.py) and a published one bring their base learner along."""
+    """Gives a system all its weights; one that trains nothing has them. A checkpoint of ours must match the config and the frozen
+    parts; an exported one (model/predict/share.py) and a published one bring their base learner along."""
+    if not system.facts.trained:
+        return
     if not weight.is_file():
         raise UserError(f"Test_Finetune.weight = {config.Test_Finetune.weight}: no checkpoint {weight}. Train first: "
                         f"`ARCH={place.arch} NET={place.net} sh train.sh {place.command} GPUS`")

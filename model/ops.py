@@ -1,5 +1,7 @@
 """Tensor operations that every system uses."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -32,6 +34,27 @@ def nominal_positions(table: Tensor, side: tuple[int, int], grid: tuple[int, int
 def full(x: Tensor) -> Tensor:
     """At least fp32, whatever the autocast made of it."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+class Pixels(nn.Module):
+    """Normalises images with the statistics that an encoder was trained with; no other place in the house does.
+
+    Args:
+        mean, std: of RGB in 0..1 units.
+    """
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]):
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1) * 255, persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1) * 255, persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """... 3 H W RGB 0..255 of any type -> float."""
+        return (images.to(self.mean.dtype) - self.mean) / self.std
+
+    def undo(self, normalised: Tensor) -> Tensor:
+        """The way back to 0..255."""
+        return normalised * self.std + self.mean
 
 
 def processes() -> tuple[int, int]:

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from util.cache import TensorCache
-from util.config import Train
+from util.config import Method, Train
 from util.data.transforms import Placed
 from util.errors import UserError
 from util.run.identity import Facts
+from util.score.crf import Crf
 from util.score.metrics import vote
 from util.score.task import Task
 
@@ -29,6 +30,7 @@ class Prediction:
     priors: tuple[str, ...] = ()  # those of the maps that are priors, in 0..1: a report shows how good each is alone
     baselines: dict[str, Tensor] = field(default_factory=dict)  # name -> B h w bool, trivial predictions to compare with
     variants: dict[str, Tensor] = field(default_factory=dict)  # name -> B classes h w, other scores: more rows of one result
+    crf: Crf | None = None  # the paper's CRF on top of `final`, for those who ask for it
     votes: Tensor | None = None  # B K 2 h w, logits of each shot where shots vote; `final` is near the vote
 
     def decide(self, i: int, placed: Placed) -> Tensor:
@@ -56,11 +58,6 @@ class Frozen(nn.Module):
         return self.module(*args, **kwargs)
 
 
-@dataclass
-class NoOptions:
-    """A system without options of its own."""
-
-
 class System(nn.Module):
     """A model with its losses. `losses` calls `head`, so that DDP sees it; `predict` calls `trained`, which never waits.
 
@@ -73,7 +70,7 @@ class System(nn.Module):
 
     task: ClassVar[type[Task]]
     facts: ClassVar[Facts] = Facts()
-    Options: ClassVar[type] = NoOptions
+    Options: ClassVar[type[Method]] = Method
     optimizer_name: ClassVar[str] = "sgd"  # the paper's: sgd | adam | adamw
     dilated: ClassVar[bool] = True  # its backbone keeps stride 8 in its last stages
     head: nn.Module

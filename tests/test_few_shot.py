@@ -5,17 +5,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.backbone import BaseLearner, build_encoder
+from model.backbone import build_encoder
 from model.few_shot.bam import BAM
 from model.few_shot.ensemble import Ensemble, KShotWeights
 from model.few_shot.hdmnet import HDMNet
 from model.few_shot.matcher import Match, Matcher, merge_heads, split_heads
 from model.few_shot.parts import gram, inside, masked_average, max_cosine
 from model.few_shot.pfenet import PFENet
-from model.few_shot.prior import CosinePrior, SimilarityPrior, join
+from model.few_shot.prior import join
 from model.few_shot.system import FewShot
 from model.losses import distillation_loss, segmentation_loss
-from model.system import Frozen
+from tests.make import random_episode, small_system
 from util.config import Train
 from util.data.episodes import Episode, collate
 from util.errors import UserError
@@ -103,30 +103,6 @@ def test_losses_of_ignored_and_empty_targets() -> None:
     loss = distillation_loss(maps, torch.zeros(1, 9, 9, dtype=torch.bool))
     loss.backward()
     assert torch.isfinite(loss) and all(torch.isfinite(m.grad).all() for m in maps)
-
-
-def small_system(shot: int = 1, backbone: str = "resnet50", width: int = 8, system: type[FewShot] = HDMNet) -> FewShot:
-    torch.manual_seed(0)
-    encoder = build_encoder(backbone, width)
-    learner = Frozen(BaseLearner(encoder, 16, 64))
-    prior = SimilarityPrior() if system is HDMNet else CosinePrior()
-    return system(learner if system.facts.before else Frozen(encoder), [prior], shot, system.Options())
-
-
-def random_episode(batch: int = 2, shot: int = 1, side: int = 65) -> Episode:
-    generator = torch.Generator().manual_seed(7)
-
-    def mask(*shape: int) -> Tensor:
-        return torch.randint(2, shape, generator=generator).to(torch.uint8)
-
-    def image(*shape: int) -> Tensor:
-        return 255 * torch.rand(shape, generator=generator)
-
-    return Episode(
-        image(batch, 3, side, side), mask(batch, side, side), image(batch, shot, 3, side, side), mask(batch, shot, side, side),
-        mask(batch, side, side), torch.full((batch,), 7), torch.full((batch,), 1), torch.ones(batch, 20, dtype=torch.bool), [],
-        torch.tensor([[side, side]] * batch), torch.arange(batch), [], [], ["q"] * batch, [["s"] * shot] * batch,
-    )  # fmt: skip
 
 
 SYSTEMS = [HDMNet, BAM, PFENet]

@@ -22,13 +22,12 @@ from model.weak.losses import balanced_loss, pair_labels
 from model.weak.maps import BACKGROUND, Bank, Pairs, background_texts, decide, see
 from model.weak.par import refine_by_colour
 from model.weak.weclip import WeCLIP
-from tests.test_clip import small_clip
-from tests.test_distributed import in_processes
-from util.config import Train
+from tests.make import small_clip
+from tests.make.runs import in_processes
+from util.config import Train, options_of
 from util.data.folds import read_class_names
 from util.errors import UserError
 from util.run.distributed import Context
-from util.score import crf
 
 LISTS = Path(__file__).parents[1] / "lists"
 CLASSES = 6
@@ -312,7 +311,8 @@ def test_prediction_needs_neither_labels_nor_maps(monkeypatch: pytest.MonkeyPatc
 def test_baselines_are_maps_of_the_given_labels() -> None:
     model, given = system(long_side=96).eval(), batch(size=(50, 37))
     found = model.predict(given, baselines=True).variants
-    for name in ("CAM of the given labels", "refined CAM of the given labels"):
+    assert (found["everything background"].argmax(1) == 0).all()
+    for name in ("CAM of the given labels", "refined CAM of the given labels", "pseudo label of the given labels"):
         assert found[name].shape == (4, 1 + CLASSES, 50, 37)
         assert (found[name][:, 1:].amax((2, 3)) > 0).eq(given.present).all()
 
@@ -369,32 +369,13 @@ def test_wrong_input() -> None:
     with pytest.raises(UserError, match="last 8 blocks is wanted, but this CLIP has 4"):
         system(layers=8).losses(given, 0)
     for options in ({"score": "both"}, {"outside": "drop"}, {"absent": "weigh"}, {"statistics": "clips"}, {"box": 1.0},
-                    {"template": "a photo"}, {"scales": []}, {"scales": [0.0]}, {"rfm_layers": 1}, {"layers": 0}):  # fmt: skip
-        with pytest.raises(UserError, match=next(iter(options))):
-            weclip.Options(**options)
+                    {"template": "a photo"}, {"scales": []}, {"scales": [0.0]}, {"rfm_layers": 1}, {"layers": 0},
+                    {"static_steps": -1}, {"dropout": 1.0}, {"affinity_weight": -1}, {"long_side": 0}):  # fmt: skip
+        with pytest.raises(UserError, match=f"Method.{next(iter(options))}"):
+            options_of(options, weclip.Options)
 
 
 def test_background_texts() -> None:
     texts = {name: read_class_names(LISTS / name / "classes.txt").texts for name in ("pascal", "coco")}
     assert background_texts(texts["pascal"]) == list(BACKGROUND)
     assert [b for b in BACKGROUND if b not in background_texts(texts["coco"])] == ["keyboard", "sign"]
-
-
-def test_crf_is_optional(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "pydensecrf", None)
-    monkeypatch.setitem(__import__("sys").modules, "pydensecrf.densecrf", None)
-    with pytest.raises(UserError, match="pip install pydensecrf2"):
-        crf.many(crf.WECLIP, [], 1)
-
-
-def test_crf_moves_a_border_to_the_edge() -> None:
-    pytest.importorskip("pydensecrf.densecrf")
-    image = np.zeros((40, 60, 3), np.uint8)
-    image[:, 30:] = 200
-    probability = np.full((21, 40, 60), 1e-6, np.float32)
-    probability[0], probability[7] = 0.3, 0.7
-    probability[0, :, :36], probability[7, :, :36] = 0.6, 0.4  # six pixels off
-    found = list(crf.many(crf.WECLIP, [(image, probability)] * 5, workers=2))
-    assert len(found) == 5 and (found[0][:, :, :30].argmax(0) == 0).all() and (found[0][:, :, 30:].argmax(0) == 7).all()
-    label = crf.confident(np.stack([np.full((2, 2), 0.96), np.array([[0.97, 0.1], [0.2, 0.3]])]))
-    assert label.tolist() == [[1, 0], [0, 0]] and (crf.confident(np.full((2, 1, 1), 0.5)) == 255).all()

@@ -1,4 +1,4 @@
-"""Zero-shot systems through the programs: labels, stages, results, wrong input. Formulas: tests/test_zero_shot.py, tests/golden."""
+"""Zero-shot systems through the programs: labels, stages, results, wrong input. Formulas: test_zero_shot.py."""
 
 import contextlib
 import json
@@ -15,7 +15,7 @@ import train as trainer
 from model import build_system, configure
 from model.verify import read, verify
 from tests.make import NUMBERS, ROOT
-from tests.test_zero_shot import published
+from tests.make.zero_shot import published
 from util import protocol
 from util.config import Config
 from util.data.folds import fold_of, read_class_names, read_label_table
@@ -40,10 +40,11 @@ def small(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[li
     lines = (scenes / "list.txt").read_text().splitlines()
     (folder / "list.txt").write_text("\n".join(lines[:12]))
     with contextlib.chdir(ROOT):
-        yield [f"Data.data_root={scenes}", "Data.maker=", f"Data.train_list={folder}/list.txt", f"Data.val_list={folder}/list.txt",
-               f"Runtime.output={folder}/exp", "Train.iterations=4", "Train.keep=[2]", "Train.batch_size=2", "Train.workers=0",
-               "Train.train_h=64", "Train.val_size=64", "System.crop=64", "System.stride=48", "System.prompts=2",
-               "System.dropout=0.1"]  # fmt: skip
+        yield [f"Data.data_root={scenes}", "Data.maker=", f"Data.train_list={folder}/list.txt",
+               f"Data.val_list={folder}/list.txt", f"Runtime.output={folder}/exp",
+               "Train.iterations=4", "Train.keep=[2]", "Train.batch_size=2", "Train.workers=0",
+               "Train.train_h=64", "Train.val_size=64", "Method.crop=64", "Method.stride=48", "Method.prompts=2",
+               "Method.dropout=0.1"]  # fmt: skip
 
 
 def configured(exp: str, arch: str, overrides: list[str], data_set: str = "demo", net: str = "vit8") -> tuple[Config, Experiment]:
@@ -122,7 +123,7 @@ def test_the_stages(small: list[str]) -> None:
     assert not verify(read(place.result / "report.json"), configured("transductive", "CLIP_RC", small)[0], CPU)
 
     with pytest.raises(UserError, match=r"prompts: the checkpoint has 2, the config 3"):
-        train("transductive", [*small, "Train.start_from=inductive/2", "System.prompts=3", f"Runtime.output={first.root}"])
+        train("transductive", [*small, "Train.start_from=inductive/2", "Method.prompts=3", f"Runtime.output={first.root}"])
     with pytest.raises(UserError, match="setting: the checkpoint has 'inductive', the config 'full'"):
         evaluate("full", [*small, f"Test_Finetune.weight={first.last}"])
     for wrong in ("inductive", "a/b/2", "/2"):
@@ -173,15 +174,16 @@ def test_splits_and_weights_of_the_papers() -> None:
         fold = fold_of(configured("inductive", "CLIP_RC", [], data_set, "vitb16")[0])
         assert [c - 1 for c in fold.novel] == list(classes) and fold.num_classes == counts[data_set]
     assert (len(fold_of(configured("inductive-bg", "CLIP_RC", [], "context", "vitb16")[0]).base), len(fold.base)) == (50, 49)
-    for data_set, exp, weights in (("voc", "inductive", (100, 1, 2)), ("voc", "transductive", (100, 1, 2)), ("voc", "full", (100, 1, 0)),
-                                   ("coco_stuff", "inductive", (200, 3, 50)), ("coco_stuff", "full", (100, 1.5, 1))):  # fmt: skip
-        options = configured(exp, "CLIP_RC", [], data_set, "vitb16")[0].System
+    for data_set, exp, weights in (("voc", "inductive", (100, 1, 2)), ("voc", "transductive", (100, 1, 2)),
+                                   ("voc", "full", (100, 1, 0)), ("coco_stuff", "inductive", (200, 3, 50)),
+                                   ("coco_stuff", "full", (100, 1.5, 1))):  # fmt: skip
+        options = configured(exp, "CLIP_RC", [], data_set, "vitb16")[0].Method
         assert (options.focal, options.dice, options.recovery) == weights and options.setting == exp
         assert (options.prompts, options.templates) == ((100, "many") if data_set == "coco_stuff" else (10, "one"))
     transductive, strict = (configured(exp, "CLIP_RC", [], "voc", "vitb16")[0] for exp in ("transductive", "transductive-strict"))
     assert transductive.Train.start_from == strict.Train.start_from == "inductive/20000"
     assert 20000 in configured("inductive", "CLIP_RC", [], "voc", "vitb16")[0].Train.keep
-    assert strict.System.setting == "transductive-strict" and protocol.of(strict).hash != protocol.of(transductive).hash
+    assert strict.Method.setting == "transductive-strict" and protocol.of(strict).hash != protocol.of(transductive).hash
 
 
 def test_label_tables() -> None:
@@ -208,7 +210,7 @@ def test_a_published_checkpoint(small: list[str], tmp_path: Path) -> None:
     assert result["mean"].keys() >= {"hiou", "pixel_accuracy"} and result["checkpoint"].endswith("iter_40000.pth")
     assert result["protocol"]["checkpoint"] == ZeroShotTask.says["Train.selection"]
     with pytest.raises(UserError, match="has 2 prompts in each layer, this system 10"):
-        evaluate("inductive", [*small, f"Test_Finetune.weight={tmp_path}/iter_40000.pth", "System.prompts=10"])
+        evaluate("inductive", [*small, f"Test_Finetune.weight={tmp_path}/iter_40000.pth", "Method.prompts=10"])
 
 
 # ---- lists and wrong input
@@ -222,7 +224,8 @@ def test_lists_of_folders(tmp_path: Path, capsys: pytest.CaptureFixture) -> None
     sets.mkdir(parents=True)
     for name, ids in (("train", ["a"]), ("trainaug", ["b", "a"]), ("val", ["v"])):
         (sets / f"{name}.txt").write_text("\n".join(ids))
-    for name in ("JPEGImages/a.jpg", "JPEGImages/b.jpg", "JPEGImages/v.jpg", "SegmentationClass/a.png", "SegmentationClass/v.png"):
+    for name in ("JPEGImages/a.jpg", "JPEGImages/b.jpg", "JPEGImages/v.jpg", "SegmentationClass/a.png",
+                 "SegmentationClass/v.png"):
         touch(name)
     command = ["voc", "--root", str(tmp_path), "--lists", str(tmp_path / "lists")]
     with pytest.raises(UserError, match=r"1 files of train: SegmentationClassAug/b.png\n.*train has 2 images, not 10,582"):
@@ -254,11 +257,14 @@ def test_wrong_input(small: list[str], scenes: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"label values \[254\] are no class"):
         ZeroShotTask(config, tmp_path / "cache").records("train_list")
     names = (ROOT / "lists/demo/classes.txt").read_text().split("\n")[:20]
-    for lines, folds, message in ((names[:19], "split0: [star]", "values .* are no class"), ([*names, "star"], "split0: []", "already on line 1"),
-                                  (names, "split0: [star, star]", "in split0 and in split0"), (names, "split0: [sofa]", "no class")):  # fmt: skip
+    for lines, folds, message in (
+        (names[:19], "split0: [star]", "values .* are no class"), ([*names, "star"], "split0: []", "already on line 1"),
+        (names, "split0: [star, star]", "in split0 and in split0"), (names, "split0: [sofa]", "no class"),
+    ):  # fmt: skip
         (tmp_path / "classes.txt").write_text("\n".join(lines))
         (tmp_path / "folds.yaml").write_text(folds)
         with pytest.raises(UserError, match=message):
-            ZeroShotTask(configured("inductive", "CLIP_RC", [*small, f"Data.class_names={tmp_path}/classes.txt"])[0]).records("val_list")
+            given = [*small, f"Data.class_names={tmp_path}/classes.txt"]
+            ZeroShotTask(configured("inductive", "CLIP_RC", given)[0]).records("val_list")
     with pytest.raises(UserError, match=r"unknown key System\.setting"):
         configure("config/demo/demo_split0_resnet50.yaml", "PFENet", ["Test_Finetune.protocol=cliprc-inductive"])

@@ -1,9 +1,8 @@
-"""A function of many jobs on all cores."""
+"""Run a function over many jobs on all cores."""
 
 import contextlib
 import signal
-from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
@@ -12,38 +11,27 @@ from util.errors import UserError
 
 
 def parallel(function: Callable[[Any], Any], jobs: Collection[Any], workers: int, chunk: int) -> Iterator[Any]:
-    """The results in order. What `function` raises is raised here.
+    """Return the results in order. An error of `function` is raised here.
 
     Raises:
-        UserError: a worker died. (multiprocessing.Pool would wait for it for ever.)
+        UserError: a worker died. (multiprocessing.Pool would wait for ever.)
     """
-    with _pool(workers) as pool:
-        yield from pool.map(function, jobs, chunksize=chunk)
-
-
-def stream(function: Callable[..., Any], jobs: Iterable[tuple], workers: int) -> Iterator[Any]:
-    """The same where jobs are large: their arguments are taken one by one, and at most two a worker wait in memory."""
-    with _pool(workers) as pool:
-        waiting = deque()
-        for arguments in jobs:
-            waiting.append(pool.submit(function, *arguments))
-            if len(waiting) > 2 * workers:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+    with pool(workers) as processes:
+        yield from processes.map(function, jobs, chunksize=chunk)
 
 
 @contextlib.contextmanager
-def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
-    with ProcessPoolExecutor(workers, initializer=_signals) as pool:
+def pool(workers: int) -> Iterator[ProcessPoolExecutor]:
+    """Worker processes. What their jobs raise is raised by `result()`; a dead worker is a UserError at the end of the block."""
+    with ProcessPoolExecutor(workers, initializer=_signals) as processes:
         try:
-            yield pool
+            yield processes
         except BrokenProcessPool as error:
             raise UserError("a worker process died: killed (out of memory?), or crashed by a damaged file. Run the same command "
                             "again with more memory, or on one core to see at which file (taskset -c 0)") from error
 
 
 def _signals() -> None:
-    """Ctrl-C is the parent's affair, and a handler for SIGTERM, inherited from a training, would keep workers from ending."""
+    """Ignore Ctrl-C, which the parent handles, and let SIGTERM end a worker. (A training's handler would be inherited.)"""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

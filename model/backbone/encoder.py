@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from timm.models.resnet import Bottleneck, ResNet
 from torch import Tensor, nn
 
+from model.ops import Pixels
 from util.errors import UserError
 
 Statistic = tuple[float, float, float]
@@ -34,8 +35,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.channels = channels
         self.hub = hub
-        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1) * 255, persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(3, 1, 1) * 255, persistent=False)
+        self.normalise = Pixels(mean, std)
 
     def forward(self, images: Tensor, mask: Tensor | None = None, last: int = 4) -> list[Tensor]:
         """Runs stages 0..last.
@@ -48,9 +48,6 @@ class Encoder(nn.Module):
         """
         x = self.normalise(images)
         return self.maps(x if mask is None else x * mask, last)
-
-    def normalise(self, images: Tensor) -> Tensor:
-        return (images.to(self.mean.dtype) - self.mean) / self.std
 
     def pyramid(self, images: Tensor) -> list[Tensor]:
         """B 3 S S RGB 0..255 -> what enters the last ReLU of every block (HSNet), levels fine to coarse: 3 x B n C h w."""

@@ -244,7 +244,7 @@ class DenseClip:
 
     def pixels(self, x: Tensor) -> Tensor:
         """Normalised images back to RGB 0..255, with CLIP's exact statistics, as published; padding is CLIP's mean colour."""
-        return x * self.trunk.clip_std + self.trunk.clip_mean
+        return self.trunk.pixels["clip"].undo(x)
 
     def whole(self, x: Tensor, texts: Tensor, size: tuple[int, int]) -> Tensor:
         """Maps of images B 3 H W in one piece, at another size: B Q H' W'."""

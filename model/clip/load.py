@@ -31,6 +31,7 @@ from model.clip.origin import (
 from model.clip.resnet import ResNetTower
 from model.clip.text import TextEncoder
 from model.clip.trunk import ClipTrunk
+from model.ops import Pixels
 from util.errors import UserError
 from util.files import load_state, local_path, zip_members
 
@@ -62,9 +63,10 @@ class Clip(nn.Module):
             raise UserError("CLIP.clip_path: only ViT image towers and OpenAI's ResNets are known here; this one is "
                             f"{type(clip.visual).__name__}")
         self.visual = ClipTrunk(clip.visual) if isinstance(clip.visual, VisionTransformer) else ResNetTower(clip.visual)
-        for name, values in zip(("mean", "std"), statistics or (), strict=False):  # of the pixels, where they are not CLIP's own
-            buffer = self.visual.get_buffer(f"clip_{name}" if isinstance(self.visual, ClipTrunk) else name)
-            buffer.copy_(torch.tensor(values).view(3, 1, 1) * 255)
+        if statistics and isinstance(self.visual, ClipTrunk):  # of the pixels, where they are not CLIP's own
+            self.visual.pixels["clip"] = Pixels(*statistics)
+        elif statistics:
+            self.visual.normalise = Pixels(*statistics)
         clip.visual = None  # each tensor has one home
         self.text = TextEncoder(clip, known_ids)
         self.random = random

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.ops import Pixels
+
 # Pixel statistics in 0..1 units. CLIP's own; ImageNet's because published systems feed them to CLIP (PI-CLIP's VVP).
 STATISTICS = {
     "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
@@ -61,9 +63,7 @@ class ClipTrunk(nn.Module):
     def __init__(self, visual: nn.Module):
         super().__init__()
         self.visual = visual
-        for name, (mean, std) in STATISTICS.items():
-            self.register_buffer(f"{name}_mean", torch.tensor(mean).view(3, 1, 1) * 255, persistent=False)
-            self.register_buffer(f"{name}_std", torch.tensor(std).view(3, 1, 1) * 255, persistent=False)
+        self.pixels = nn.ModuleDict({name: Pixels(*statistics) for name, statistics in STATISTICS.items()})
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -75,8 +75,7 @@ class ClipTrunk(nn.Module):
 
     def normalise(self, images: Tensor, statistics: str = "clip") -> Tensor:
         """B 3 H W RGB 0..255 (any dtype) -> float, (x - mean) / std with "clip" or "imagenet" statistics."""
-        mean, std = self.get_buffer(f"{statistics}_mean"), self.get_buffer(f"{statistics}_std")
-        return (images.to(mean.dtype) - mean) / std
+        return self.pixels[statistics](images)
 
     def position(self, grid: tuple[int, int]) -> Tensor:
         """(1 + h*w) C positional table for a patch grid: bilinear, no corners, no antialias; class slot unchanged."""

@@ -95,7 +95,7 @@ class Options(bam.Options):
 class HDMNet(FewShot):
     """HDMNet with its own similarity prior, or any other."""
 
-    facts = Facts(identity=(*IDENTITY, "Train.shot", "System.low_fea"), before="PSPNet", priors=("similarity",))
+    facts = Facts(identity=(*IDENTITY, "Train.shot", "Method.low_fea"), before="PSPNet", priors=("similarity",))
     Options = Options
     optimizer_name = "adamw"
     masks_support = True

@@ -19,6 +19,7 @@ from model.few_shot.prior import CosinePrior, Features, Prior, View
 from model.ops import resize
 from model.system import Frozen, Prediction, System, content_hash, load_exactly
 from util.cache import TensorCache
+from util.config import Method
 from util.data.episodes import Episode
 from util.errors import UserError
 from util.run.identity import code_hash
@@ -40,7 +41,7 @@ IDENTITY = ("Method.priors", "Train.filter_novel", "Train.crop", "Train.selectio
 
 
 @dataclass
-class Options:
+class Options(Method):
     """Options that every few-shot system with prototypes has."""
 
     low_fea: Literal["layer1", "layer2", "layer3"] = "layer2"  # stage whose Gram matrices measure scene difference
@@ -118,7 +119,8 @@ class FewShot(System):
 
     def remember(self, cache: TensorCache, fixed_head: bool) -> None:
         """See System; acts on episodes that carry keys (evaluation)."""
-        made_by = [code_hash(), torch.__version__, str(self.encoder.mean.device.type), *self.frozen_hashes().values()]
+        device = next(self.encoder.parameters()).device.type
+        made_by = [code_hash(), torch.__version__, device, *self.frozen_hashes().values()]
         made_by += [] if self.clip is None else [self.clip.module.settings]
         self.memo = Memo(cache, " ".join([*made_by, repr(self.options), str(self.masks_support), str(self.dilated)]))
         self.fixed_head = content_hash(self.trained) if fixed_head else ""
@@ -209,7 +211,7 @@ class FewShot(System):
         scores = (decoded.final, decoded.meta, features.query.base)
         final, meta, base = (None if x is None else resize(x.float(), side) for x in scores)
         trivial = self.baselines(batch, features, shown) if baselines else {}
-        return Prediction(final, meta, base, shown, tuple(self.prior_names), trivial, decoded.votes)
+        return Prediction(final, meta, base, maps=shown, priors=tuple(self.prior_names), baselines=trivial, votes=decoded.votes)
 
     def baselines(self, batch: Episode, features: Features, maps: dict[str, Tensor]) -> dict[str, Tensor]:
         """Predictions that cost no training: everything is foreground; a prior, which is in 0..1, above one half.

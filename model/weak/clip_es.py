@@ -12,6 +12,8 @@ from model.weak.maps import Bank, MapOptions, class_scores, refined_maps, see, w
 from model.weak.system import Weak
 from util.config import Train
 from util.errors import UserError
+from util.run.identity import Facts
+from util.score import crf
 
 
 @dataclass
@@ -20,16 +22,17 @@ class Options(MapOptions):
 
     power: float = 1.0  # the background is (1 - largest map) ** power; published: the better of 1 and 2
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
+        super().check()
         if self.power <= 0:
-            raise UserError(f"power = {self.power}: the exponent of the background is positive")
+            raise UserError(f"Method.power = {self.power}: the exponent of the background is positive")
 
 
 class CLIPES(Weak):
     """CLIP-ES. `predict` reads the image-level labels: its scores are labels to train on, never a result to compare with that of
     a system that has to find out which classes are there."""
 
+    facts = Facts(frozen=False, clip=True, trained=False)
     Options = Options
     options: Options
 
@@ -55,7 +58,7 @@ class CLIPES(Weak):
         o = self.options
         maps = refined_maps(self.vision, self.bank, see(self.vision.visual, images, o.layers), pairs, o.box, o.layers)
         refined, cam = (class_scores(with_background(m, size, o.power), pairs, self.classes) for m in (maps.spread, maps.cam))
-        return Prediction(refined, variants={"CAM": cam})
+        return Prediction(refined, variants={"CAM": cam}, crf=crf.CLIP_ES)
 
 
 def whole_patches(images: Tensor, patch: int) -> Tensor:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from model.clip import Cam, Clip, ClipTrunk, box_mask, min_max, softmax_grad_cam
 from model.clip.text import TextEncoder
 from model.ops import resize
 from model.weak.affinity import filtered, patch_part, spread, transition_matrix
+from util.config import Method
 from util.errors import UserError
 
 BACKGROUND = (
@@ -26,24 +27,23 @@ BACKGROUND = (
 
 
 @dataclass
-class MapOptions:
+class MapOptions(Method):
     """What both systems set of the class maps."""
 
-    statistics: str = "clip"  # pixel statistics that CLIP sees: clip or imagenet
+    statistics: Literal["clip", "imagenet"] = "clip"  # pixel statistics that CLIP sees
     template: str = "a clean origami {}."
-    background: list[str] | None = None  # texts that compete with the labels; None: the published ones
+    # Texts that compete with the labels; None: the published ones. One that ends with a full stop is not put into the template.
+    background: list[str] | None = None
     layers: int = 8  # last blocks whose attention is averaged
     box: float = 0.4  # threshold of the box mask; published: 0.4 on VOC, 0.7 on COCO
 
-    def __post_init__(self) -> None:
-        if self.statistics not in ("clip", "imagenet"):
-            raise UserError(f"statistics = {self.statistics!r}: choose clip or imagenet")
+    def check(self) -> None:
         if "{}" not in self.template:
-            raise UserError(f"template = {self.template!r}: the place of the class name, {{}}, is missing")
+            raise UserError(f"Method.template = {self.template!r}: the place of the class name, {{}}, is missing")
         if not 0 <= self.box < 1:
-            raise UserError(f"box = {self.box}: the threshold of the box mask lies in 0..1, and is less than 1")
+            raise UserError(f"Method.box = {self.box}: the threshold of the box mask lies in 0..1, and is less than 1")
         if self.layers < 1:
-            raise UserError(f"layers = {self.layers}: average the attention of at least one block")
+            raise UserError(f"Method.layers = {self.layers}: average the attention of at least one block")
 
 
 class Bank(NamedTuple):
@@ -56,7 +56,8 @@ class Bank(NamedTuple):
 def text_bank(text: TextEncoder, classes: Sequence[str], options: MapOptions, cache: Path | None = None) -> Bank:
     """Embed every class text and the background texts. cache: see `TextEncoder.bank`."""
     background = background_texts(classes) if options.background is None else options.background
-    rows = text.bank([options.template.format(name) for name in (*classes, *background)], cache=cache)
+    others = [text if text.endswith(".") else options.template.format(text) for text in background]
+    rows = text.bank([*(options.template.format(name) for name in classes), *others], cache=cache)
     return Bank(rows[: len(classes)], rows[len(classes) :])
 
 

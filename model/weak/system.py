@@ -9,6 +9,7 @@ from model.clip import Clip
 from model.system import Frozen, System
 from model.weak.maps import Bank, MapOptions, Pairs
 from util.errors import UserError
+from util.score.weak import WeakTask
 
 
 class Weak(System):
@@ -22,7 +23,7 @@ class Weak(System):
         bank: text rows of every class and of the background, `text_bank`.
     """
 
-    task: ClassVar[str] = "images"
+    task = WeakTask
     Options: ClassVar[type[MapOptions]]
 
     def __init__(self, clip: Frozen, bank: Bank, options: MapOptions):

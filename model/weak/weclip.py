@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,9 +17,12 @@ from model.weak.losses import IGNORE, affinity_loss, balanced_loss, pair_labels
 from model.weak.maps import Bank, MapOptions, Pairs, Seen, class_scores, decide, refined_maps, see, with_background
 from model.weak.par import refine_by_colour
 from model.weak.system import Weak
-from util.config import Train
 from util.errors import UserError
+from util.run.identity import Facts
+from util.score import crf
 
+# Options that tell checkpoints apart.
+LEARNED_WITH = ("statistics", "template", "box", "layers", "rfm_layers", "static_steps", "score", "outside", "absent")
 RADIUS = 8  # patches; pairs farther apart are not in the affinity loss
 
 
@@ -27,32 +30,39 @@ RADIUS = 8  # patches; pairs farther apart are not in the affinity loss
 class Options(MapOptions):
     """The published recipe on VOC, but for the start of RFM; on COCO box=0.7, rfm_layers=10, static_steps=40000."""
 
-    statistics: str = "imagenet"  # as published; `clip` is what CLIP was trained with
+    statistics: Literal["clip", "imagenet"] = "imagenet"  # as published; `clip` is what CLIP was trained with
     rfm_layers: int = 6  # last blocks that RFM filters
     static_steps: int = 15_000  # before RFM; the published VOC run counts validation images too, which makes it 9144
-    score: str = "signed"  # how RFM compares attention with the affinity; `absolute` is the paper's, see `layer_scores`
-    outside: str = "label"  # pixels of a crop outside the image: `label` like any other, or `ignore` them
-    absent: str = "keep"  # labels that CLIP finds less likely in the crop than chance: `keep` or `drop`
+    score: Literal["signed", "absolute"] = "signed"  # how RFM compares attention with the affinity; the paper's is absolute
+    outside: Literal["label", "ignore"] = "label"  # what pixels of a crop outside the image are
+    absent: Literal["keep", "drop"] = "keep"  # labels that CLIP finds less likely in the crop than chance
     dropout: float = 0.1  # of whole channels of the fused features
     affinity_weight: float = 0.1
     long_side: int = 512  # of a tested image
     scales: list[float] = field(default_factory=lambda: [1.0, 0.75])  # of a tested image, each with its mirror image
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name, choices in (("score", ("signed", "absolute")), ("outside", ("label", "ignore")), ("absent", ("keep", "drop"))):
-            if getattr(self, name) not in choices:
-                raise UserError(f"{name} = {getattr(self, name)!r}: choose {' or '.join(choices)}")
+    def check(self) -> None:
+        super().check()
         if self.rfm_layers < 2:
-            raise UserError(f"rfm_layers = {self.rfm_layers}: RFM chooses among at least two blocks")
+            raise UserError(f"Method.rfm_layers = {self.rfm_layers}: RFM chooses among at least two blocks")
         if not self.scales or min(self.scales) <= 0:
-            raise UserError(f"scales = {self.scales}: give at least one, all positive")
+            raise UserError(f"Method.scales = {self.scales}: give at least one, all positive")
+        if self.static_steps < 0:
+            raise UserError(f"Method.static_steps = {self.static_steps}: a number of steps is not negative")
+        if self.long_side < 1:
+            raise UserError(f"Method.long_side = {self.long_side}: a tested image needs at least a pixel")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"Method.dropout = {self.dropout}: choose 0 or more, less than 1")
+        if self.affinity_weight < 0:
+            raise UserError(f"Method.affinity_weight = {self.affinity_weight}: the weight of a loss is not negative")
 
 
 class WeCLIP(Weak):
     """WeCLIP. See `Weak` for what it reads of a batch; `label` is read in no case."""
 
+    facts = Facts(identity=tuple(f"Method.{name}" for name in LEARNED_WITH), frozen=False, clip=True)
     Options = Options
+    optimizer_name = "adamw"  # with weight decay on all tensors
     official: ClassVar[tuple[tuple[str, str], ...]] = (
         ("head.fuse.mlps.", "decoder_fts_fuse.linears_modulelist."), ("head.fuse.mix.", "decoder_fts_fuse.linear_fuse."),
         ("head.decoder.blocks.", "decoder.transformer.resblocks."), ("head.decoder.classify.", "decoder.linear_pred."),
@@ -64,15 +74,6 @@ class WeCLIP(Weak):
         super().__init__(clip, bank, options)
         trunk = self.vision.visual
         self.head = Head(len(trunk.blocks) - 1, trunk.visual.conv1.out_channels, 1 + self.classes, options.dropout)
-
-    def groups(self, train: Train) -> list[dict[str, Any]]:
-        """One group; the published base rate is 2e-3 (2e-4 in its config, times ten for the decoder)."""
-        return [{"params": list(self.trained.parameters()), "lr": train.base_lr, "weight_decay": train.weight_decay}]
-
-    def optimizer(self, train: Train) -> torch.optim.Optimizer:
-        """AdamW; weight decay on all tensors."""
-        groups = self.groups(train)
-        return torch.optim.AdamW(groups, fused=groups[0]["params"][0].is_cuda)
 
     # Training.
 
@@ -141,14 +142,19 @@ class WeCLIP(Weak):
         variants = {"single scale": single}
         if baselines:
             variants |= self.without_training(images, self.pairs(batch.present, images.device))
-        return Prediction(mean, variants=variants)
+        return Prediction(mean, variants=variants, crf=crf.WECLIP)
 
     def without_training(self, images: Tensor, pairs: Pairs) -> dict[str, Tensor]:
-        """Scores B C H W of the class activation maps of the given labels, as they are and spread by CLIP's attention."""
+        """Scores B C H W of class activation maps of the given labels (as they are, spread by CLIP's attention, and then moved by
+        colours as in training) and of an answer that is right for most pixels."""
         x, o = next(self.scaled(images)), self.options
         maps = refined_maps(self.vision, self.bank, see(self.vision.visual, x, o.layers), pairs, o.box, o.layers)
-        named = {"CAM of the given labels": maps.cam, "refined CAM of the given labels": maps.spread}
-        return {name: class_scores(with_background(m, images.shape[2:]), pairs, self.classes) for name, m in named.items()}
+        cam, refined = (with_background(m, images.shape[2:]) for m in (maps.cam, maps.spread))
+        named = {"CAM": cam, "refined CAM": refined, "pseudo label": refine_by_colour(images, refined)}
+        found = {f"{name} of the given labels": class_scores(m, pairs, self.classes) for name, m in named.items()}
+        nothing = images.new_zeros(len(images), 1 + self.classes, 1, 1)
+        nothing[:, 0] = 1
+        return found | {"everything background": nothing}
 
     # Published checkpoints.
 

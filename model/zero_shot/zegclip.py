@@ -22,7 +22,7 @@ from model.system import Frozen, Prediction, System
 from model.zero_shot.decoder import Block, Layers, Scores
 from model.zero_shot.losses import IGNORE, focal_and_dice, pseudo_labels
 from model.zero_shot.tower import Prompts
-from util.config import Train
+from util.config import Method, Train
 from util.errors import UserError
 from util.run.identity import Facts
 from util.score.zero_shot import ZeroShotTask
@@ -40,7 +40,7 @@ MANY = (
 
 
 @dataclass
-class Options:
+class Options(Method):
     """What ZegCLIP's runs differ in; the defaults are VOC's.
 
     Settings (labels are those of seen classes only, but in the last):
@@ -66,13 +66,13 @@ class Options:
 
     def check(self) -> None:
         if self.prompts < 1:
-            raise UserError(f"System.prompts = {self.prompts}: give each layer at least one")
+            raise UserError(f"Method.prompts = {self.prompts}: give each layer at least one")
         if not 0 < self.stride <= self.crop:
-            raise UserError(f"System.stride = {self.stride}: windows of crop = {self.crop} leave gaps; choose 1 to {self.crop}")
+            raise UserError(f"Method.stride = {self.stride}: windows of crop = {self.crop} leave gaps; choose 1 to {self.crop}")
         if not 0 <= self.dropout < 1:
-            raise UserError(f"System.dropout = {self.dropout}: choose 0 or more, less than 1")
+            raise UserError(f"Method.dropout = {self.dropout}: choose 0 or more, less than 1")
         if negative := [name for name in ("focal", "dice", "recovery") if getattr(self, name, 0) < 0]:
-            raise UserError(f"System.{negative[0]} = {getattr(self, negative[0])}: the weight of a loss is not negative")
+            raise UserError(f"Method.{negative[0]} = {getattr(self, negative[0])}: the weight of a loss is not negative")
 
 
 class Scored(NamedTuple):
@@ -122,8 +122,8 @@ class ZegCLIP(System):
     """
 
     task = ZeroShotTask
-    facts = Facts(identity=("System.setting", "System.prompts", "System.templates"), frozen=False, clip=True,
-                  stages=("System.setting",))  # fmt: skip
+    facts = Facts(identity=("Method.setting", "Method.prompts", "Method.templates"), frozen=False, clip=True,
+                  stages=("Method.setting",))  # fmt: skip
     optimizer_name = "adamw"
     Options: ClassVar[type] = Options
     Head: ClassVar[type[nn.Module]] = Head
@@ -166,7 +166,7 @@ class ZegCLIP(System):
             raise UserError(f"seen classes {seen}: expected some of 0..{C - 1}, each once")
         unseen = [c for c in range(C) if c not in seen]
         if self.options.setting.startswith("transductive") and not unseen:
-            raise UserError(f"System.setting = {self.options.setting}: every class is seen; choose full")
+            raise UserError(f"Method.setting = {self.options.setting}: every class is seen; choose full")
         device = self.trunk.visual.proj.device
         table = torch.full((256,), UNSEEN, dtype=torch.int64)
         table[seen] = torch.arange(len(seen)) if self.options.setting == "inductive" else torch.tensor(seen, dtype=torch.int64)
@@ -266,7 +266,7 @@ class ZegCLIP(System):
         number = self.official_options(state, name)["prompts"]
         if number != self.options.prompts:
             raise UserError(f"{name} has {number} prompts in each layer, this system {self.options.prompts}; nothing was loaded. "
-                            f"Set System.prompts={number}, and the data set it was trained on (VOC has 10, COCO-Stuff 100)")
+                            f"Set Method.prompts={number}, and the data set it was trained on (VOC has 10, COCO-Stuff 100)")
         super().import_official(state, name)
 
     def official_name(self, name: str) -> str | None:

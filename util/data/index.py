@@ -1,6 +1,6 @@
-"""Which images a fold uses and under which classes they are filed ("PI-CLIP Sec. 1, Per-fold index").
+"""Index of a fold: its images, each listed under the classes that count in it ("PI-CLIP Sec. 1, Per-fold index").
 
-`scan` reads every label once and caches what it saw; it knows nothing of folds. `build_index` applies a fold's rules.
+`scan` reads every label once and caches the pixel counts, for all folds. `build_index` applies the rules of one fold.
 `python -m util.data index --config FILE` shows the result.
 """
 
@@ -11,7 +11,7 @@ import os
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path, PureWindowsPath
 
@@ -19,13 +19,14 @@ import numpy as np
 from tqdm import tqdm
 
 from util.data.folds import ClassNames
+from util.data.image_labels import Labels, classes_of
 from util.data.transforms import IGNORE, check_sizes, image_hw, read_label
 from util.errors import BrokenFile, UserError
 from util.files import save_json
 from util.pool import parallel
 
 MIN_PIXELS = 2 * 32 * 32
-SCAN_VERSION = 1  # raise when Record or what fills it changes: old caches are then left alone
+SCAN_VERSION = 1  # raise it when the content of Record changes: old caches are then not read
 SERIAL_BELOW = 1000  # a shorter list is read faster than worker processes start (about 1 ms a label)
 
 
@@ -58,19 +59,24 @@ def scan(
     workers: int | None = None,
     skip: bool = False,
     values: np.ndarray | None = None,
+    given: Labels | None = None,
+    masks: bool = True,
 ) -> list[Record]:
     """Read every label (and VOC XML) of a list, in list order.
 
     Cached under `cache_dir` by the list, the class names and name, size and time of every label and XML.
+    `given`: image-level labels, which come before those of an XML. `masks`: False where image-level labels are enough: a line may
+    have no label, a label is only opened where nothing else tells the classes, and records have no `pixels`.
     `workers`: processes, by default one a core. `skip`: leave out lines whose files are missing or damaged, with a warning.
     `values`: 256 uint8, label value -> class; None: values are classes.
-    Raises UserError on anything else that is wrong in the list or the files; it names the first files and counts the rest.
+    Raises UserError for any other fault in the list or the files; it names the first files and counts the rest.
     """
     root, list_file = Path(data_root), Path(list_file)
     if not os.path.isdir(data_root):  # unlike Path.is_dir, no error for a name that cannot be one
         raise UserError(f"Data.data_root: no such folder: {str(data_root)!r}; the paths in the lists start there")
-    pairs = read_list(list_file)
-    cache = Path(cache_dir) / f"{list_file.stem}-{_fingerprint(root, pairs, class_names, values)}.json"
+    pairs = read_list(list_file, masks)
+    kind = [] if masks and given is None else [masks, sorted((given or {}).items())]
+    cache = Path(cache_dir) / f"{list_file.stem}-{_fingerprint(root, pairs, class_names, values, kind)}.json"
     if cache.is_file() and not skip:  # a file may be gone since
         with suppress(ValueError, LookupError, TypeError, AttributeError, RecursionError):  # damaged: read the labels again
             records = [_from_json(entry) for entry in json.loads(cache.read_text())]
@@ -78,7 +84,7 @@ def scan(
                 return records
 
     workers = len(os.sched_getaffinity(0)) if workers is None else workers
-    read = partial(_try_record, root, class_names.names, values)
+    read = partial(_try_record, _Reader(root, class_names.names, values, given, masks))
     progress = partial(tqdm, total=len(pairs), desc=f"reading the labels of {list_file.name}", disable=None)
     if workers < 2 or len(pairs) < SERIAL_BELOW:
         records = list(progress(map(read, pairs)))
@@ -97,16 +103,17 @@ def scan(
     return records
 
 
-def _try_record(root: Path, names: tuple[str, ...], values: np.ndarray | None, pair: tuple[str, str]) -> Record | UserError:
+def _try_record(reader: "_Reader", pair: tuple[str, str]) -> Record | UserError:
     try:
-        return _read_record(root, names, values, pair)
+        return reader.record(*pair) if reader.masks else reader.image_record(*pair)
     except UserError as error:
         return error
 
 
-def read_list(list_file: str | Path) -> list[tuple[str, str]]:
+def read_list(list_file: str | Path, labelled: bool = True) -> list[tuple[str, str]]:
     """Read a list file: one `image_path label_path` a line, relative to the data root, no image twice.
 
+    Unless `labelled` a line may lack the label, which is then "".
     Raises UserError, naming the line, for paths that lead out of the data root or that only Windows understands.
     """
     path = Path(list_file)
@@ -122,13 +129,13 @@ def read_list(list_file: str | Path) -> list[tuple[str, str]]:
         fields = line.split()
         if not fields:
             continue
-        if len(fields) != 2:
+        if len(fields) != 2 and (labelled or len(fields) > 2):
             hint = "; a path must not hold spaces: rename the files, or link them under other names" * (len(fields) > 2)
             raise UserError(f"{path}:{number}: expected `image_path label_path`, got {line!r}{hint}")
         for name in fields:
             if wrong := _wrong_path(name):
                 raise UserError(f"{path}:{number}: {name!r} {wrong}; paths are relative to Data.data_root and use /")
-        image, label = fields
+        image, label = [*fields, ""][:2]
         if image in seen:
             raise UserError(f"{path}:{number}: {image} is already on line {seen[image]}; remove one")
         seen[image] = number
@@ -139,10 +146,10 @@ def read_list(list_file: str | Path) -> list[tuple[str, str]]:
 
 
 def build_index(records: Sequence[Record], classes: Sequence[int], only: bool, min_pixels: int = MIN_PIXELS) -> Index:
-    """Keep the images in which at least one of `classes` counts (has `min_pixels` labelled pixels) and file them.
+    """Keep the images in which at least one of `classes` counts (has `min_pixels` labelled pixels), and list them by class.
 
     `classes`: the fold's base (training) or novel (evaluation) classes.
-    `only`: BAM's filter, drop an image whose label holds any other class, however small. Without it BAM's PASCAL mean
+    `only`: BAM's filter, which drops an image whose label has any pixel of another class. Without it BAM's PASCAL mean
     falls from 67.8 to 64.7, so it belongs to the protocol.
     """
     wanted = set(classes)
@@ -160,7 +167,7 @@ def build_index(records: Sequence[Record], classes: Sequence[int], only: bool, m
 
 
 def table(index: Index, class_names: ClassNames, episodes: Mapping[int, int] | None = None) -> str:
-    """Images filed under each class (and its episodes, class -> number), and the totals, as lines for the log."""
+    """Format the number of images of each class (and of episodes, class -> number) and the totals, as lines for the log."""
 
     def row(c: int, images: int) -> str:
         count = "" if episodes is None else f"  {episodes.get(c, 0):6d} episodes"
@@ -172,7 +179,7 @@ def table(index: Index, class_names: ClassNames, episodes: Mapping[int, int] | N
 
 
 def _wrong_path(name: str) -> str:
-    """Why a path of a list is refused, or ""."""
+    """Return why a path of a list is refused, or ""."""
     windows = PureWindowsPath(name)  # knows drives, and both kinds of slashes
     if windows.anchor:
         return "is an absolute path"
@@ -181,23 +188,47 @@ def _wrong_path(name: str) -> str:
     return "has a backslash, as Windows writes paths" if "\\" in name else ""
 
 
-def _read_record(root: Path, names: tuple[str, ...], table: np.ndarray | None, pair: tuple[str, str]) -> Record:
-    image, label = pair
-    array = read_label(root / label)
-    array = array if table is None else table[array]
-    counts = np.bincount(array.ravel(), minlength=IGNORE + 1)
-    values = [int(v) for v in np.flatnonzero(counts) if v not in (0, IGNORE)]
-    strange = [v for v in values if v > len(names)]
-    if strange:
-        raise UserError(
-            f"{root / label}: label values {strange} are no class; expected 0..{len(names)} and 255 (ignore). "
-            "Is it the label of this data set (Train.data_set, Data.data_root), with contiguous class ids?"
-        )
-    check_sizes(root / image, image_hw(root / image), root / label, array.shape)
-    annotated = _annotated(_xml_path(root, image), names)
-    if annotated is None:
-        annotated = tuple(values)
-    return Record(image, label, *array.shape, {v: int(counts[v]) for v in values}, annotated)
+@dataclass(frozen=True)
+class _Reader:
+    """Makes a record of a line, see `scan`."""
+
+    root: Path
+    names: tuple[str, ...]
+    values: np.ndarray | None
+    given: Labels | None
+    masks: bool
+
+    def record(self, image: str, label: str) -> Record:
+        array = read_label(self.root / label)
+        array = array if self.values is None else self.values[array]
+        counts = np.bincount(array.ravel(), minlength=IGNORE + 1)
+        values = [int(v) for v in np.flatnonzero(counts) if v not in (0, IGNORE)]
+        strange = [v for v in values if v > len(self.names)]
+        if strange:
+            raise UserError(
+                f"{self.root / label}: label values {strange} are no class; expected 0..{len(self.names)} and 255 (ignore). "
+                "Is it the label of this data set (Train.data_set, Data.data_root), with contiguous class ids?"
+            )
+        check_sizes(self.root / image, image_hw(self.root / image), self.root / label, array.shape)
+        annotated = self._annotated(image)
+        if annotated is None:
+            annotated = tuple(values)
+        return Record(image, label, *array.shape, {v: int(counts[v]) for v in values}, annotated)
+
+    def image_record(self, image: str, label: str) -> Record:
+        """Without `pixels`; the label is opened where nothing else tells the classes."""
+        annotated = self._annotated(image)
+        if annotated is not None:
+            return Record(image, label, *image_hw(self.root / image), {}, annotated)
+        if not label or not (self.root / label).is_file():
+            raise UserError(f"{self.root / image}: nothing tells which classes it shows; needed is a line in Data.image_labels, "
+                            f"{_xml_path(self.root, image)}, or a label")
+        return replace(self.record(image, label), pixels={})
+
+    def _annotated(self, image: str) -> tuple[int, ...] | None:
+        if self.given is not None:
+            return classes_of(self.given, image, "Data.image_labels")
+        return _annotated(_xml_path(self.root, image), self.names)
 
 
 def _xml_path(root: Path, image: str) -> Path:
@@ -205,7 +236,7 @@ def _xml_path(root: Path, image: str) -> Path:
 
 
 def _annotated(xml: Path, names: tuple[str, ...]) -> tuple[int, ...] | None:
-    """Classes of the objects of a VOC XML, ascending; None where there is no XML."""
+    """Read the classes of the objects of a VOC XML, ascending; None where there is no XML."""
     if not xml.is_file():
         return None
     try:
@@ -218,9 +249,11 @@ def _annotated(xml: Path, names: tuple[str, ...]) -> tuple[int, ...] | None:
     return tuple(sorted(names.index(name) + 1 for name in found))
 
 
-def _fingerprint(root: Path, pairs: Iterable[tuple[str, str]], class_names: ClassNames, values: np.ndarray | None) -> str:
+def _fingerprint(
+    root: Path, pairs: Iterable[tuple[str, str]], class_names: ClassNames, values: np.ndarray | None, kind: Sequence = ()
+) -> str:
     """Hash of everything a scan depends on, without opening a label."""
-    digest = hashlib.blake2b(repr((SCAN_VERSION, class_names.names)).encode(), digest_size=16)
+    digest = hashlib.blake2b(repr((SCAN_VERSION, class_names.names, *kind)).encode(), digest_size=16)
     digest.update(b"" if values is None else values.tobytes())
     for image, label in pairs:
         states = []

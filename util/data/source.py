@@ -1,6 +1,5 @@
-"""From a config to data sets: the one place that knows which keys make which data."""
+"""From a config to data sets. No other file knows which keys of a config make which data."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from torch.utils.data import Dataset
@@ -9,6 +8,7 @@ from util.cache import CACHE
 from util.config import Config
 from util.data.episodes import EpisodeDataset, EpisodeList, Transform, check_novel
 from util.data.folds import ClassNames, Fold, fold_of, read_class_names, read_label_table
+from util.data.image_labels import read_image_labels
 from util.data.index import Index, Record, build_index, scan
 from util.data.manifest import AnyEpisodes, read_manifest
 from util.data.semantic import SemanticDataset
@@ -17,10 +17,10 @@ from util.errors import UserError
 
 
 class Source:
-    """The data of one fold: its lists, read once, and how its images are resized. Each task makes its samples of them.
+    """The data of one fold: its lists, read once, and the resize of its images. Each task builds its samples from them.
 
     Attributes:
-        unit: what a sample is called, "episodes" or "images".
+        unit: what a sample is called, "episodes" or "images"; setting: what a result is of, beside the data set.
         clip_patch: patch side of CLIP where the system wants images for it, else None.
     """
 
@@ -30,7 +30,7 @@ class Source:
     def __init__(self, config: Config, cache: Path | None = None) -> None:
         self.config, self.cache = config, cache or CACHE
         self._records: dict[str, list[Record]] = {}
-        self.fold: Fold = fold_of(config)
+        self.fold: Fold = self.folds(config)
         self.names: ClassNames = read_class_names(config.Data.class_names)
         if len(self.names.names) != self.fold.num_classes:
             raise UserError(f"Data.class_names: {config.Data.class_names} names {len(self.names.names)} classes, "
@@ -39,20 +39,34 @@ class Source:
         table = config.Data.label_table
         self.values = read_label_table(table, self.fold.num_classes) if table else None
 
+    @property
+    def setting(self) -> str:
+        return f"split {self.config.Train.split}"
+
+    def folds(self, config: Config) -> Fold:
+        """Which classes it has labels of, and which it has not."""
+        return fold_of(config)
+
     def records(self, key: str) -> list[Record]:
-        """Scanned lines of Data.train_list or Data.val_list; read once."""
+        """Return the scanned lines of Data.train_list or Data.val_list; they are read once."""
         if key not in self._records:
             data = self.config.Data
+            given = read_image_labels(data.image_labels, self.names) if data.image_labels else None
             self._records[key] = scan(data.data_root, getattr(data, key), self.names, self.cache, skip=data.on_error == "skip",
-                                      values=self.values)  # fmt: skip
+                                      values=self.values, given=given, masks=self.labelled(key))  # fmt: skip
         return self._records[key]
 
+    @classmethod
+    def labelled(cls, key: str) -> bool:
+        """Whether the label files of a list are read; else image-level labels are enough."""
+        return True
+
     def training(self) -> Dataset:
-        """What it is trained on, endless: sample i is a pure function of i."""
+        """Return the endless training data: sample i is a pure function of i."""
         raise NotImplementedError
 
     def transform(self, training: bool) -> Transform:
-        """How images are resized and augmented."""
+        """Return the resize and the augmentation of images."""
         train = self.config.Train
         if training and train.augment:
             return TrainTransform(train.train_h, train.scale_min, train.scale_max, train.crop)
@@ -66,10 +80,14 @@ class EpisodeSource(Source):
 
     unit = "episodes"
 
-    def index(self, training: bool, base: bool = False) -> Index:
-        """Images of the fold: base classes (BAM's filter if asked for) in training, novel classes in validation.
+    @property
+    def setting(self) -> str:
+        return f"split {self.config.Train.split} · {self.config.Train.shot}-shot"
 
-        `base`: base classes of the validation list instead, in images without any novel object.
+    def index(self, training: bool, base: bool = False) -> Index:
+        """Index the images of the fold: base classes (with Train.filter_novel) in training, novel classes in validation.
+
+        `base`: index the base classes of the validation list instead, in images without any novel object.
         """
         train, minimum = self.config.Train, self.config.Data.min_pixels
         if training:
@@ -78,11 +96,11 @@ class EpisodeSource(Source):
         return build_index(self.records("val_list"), classes, only=base, min_pixels=minimum)
 
     def listed(self, index: Index, seed: int, shuffle: bool = False) -> EpisodeList:
-        """The endless list of episodes over an index that the protocol draws."""
+        """Return the protocol's endless list of episodes over an index."""
         return EpisodeList(index, self.config.Train.shot, seed, shuffle, start=self.config.Train.draw)
 
     def drawn(self, seed: int, count: int) -> EpisodeList:
-        """Episodes over the novel classes, of which the first `count` are to be evaluated.
+        """Return the episodes over the novel classes; the first `count` are for evaluation.
 
         Raises:
             UserError: a novel class has no image or no episode among them.
@@ -96,14 +114,14 @@ class EpisodeSource(Source):
         return self._dataset(episodes, self.transform(training=True), "mask", evaluation=False)
 
     def validation_episodes(self) -> EpisodeList:
-        """What chooses the checkpoint: episodes of the classes that Train.selection names."""
+        """Return the episodes that choose the checkpoint, of the classes that Train.selection names."""
         train = self.config.Train
         if train.selection == "base":
             return self.listed(self.index(training=False, base=True), train.manual_seed)
         return self.drawn(train.manual_seed, train.val_episodes)
 
     def test_episodes(self) -> dict[int, AnyEpisodes]:
-        """Seed -> its episodes: drawn, or those of the file Test_Finetune.episodes."""
+        """Return the episodes of each seed: drawn, or read from the file Test_Finetune.episodes."""
         test = self.config.Test_Finetune
         if not test.episodes:
             return {seed: self.drawn(seed, test.test_num) for seed in test.seeds}
@@ -114,7 +132,7 @@ class EpisodeSource(Source):
         return found
 
     def episodes(self, episodes: AnyEpisodes) -> EpisodeDataset:
-        """Episodes as evaluation reads them."""
+        """Return the data set of these episodes for evaluation."""
         return self._dataset(episodes, self.transform(training=False), self.config.Test_Finetune.ann_type, evaluation=True)
 
     def _dataset(self, episodes: AnyEpisodes, transform: Transform, ann_type: str, evaluation: bool) -> EpisodeDataset:
@@ -139,7 +157,7 @@ class ImageSource(Source):
         return (0, *self.fold.base)
 
     def target(self, training: bool) -> dict[int, int]:
-        """Class -> channel that it teaches or counts for, or 255: does not count. Other classes are background."""
+        """Map each class to its channel, or to 255 where it does not count; classes without an entry are background."""
         return {cls: channel for channel, cls in enumerate(self.channels)}
 
     def training(self) -> SemanticDataset:
@@ -147,10 +165,7 @@ class ImageSource(Source):
 
     def images(self, key: str, training: bool) -> SemanticDataset:
         """Every image of Data.train_list or Data.val_list."""
-        return self._dataset(self.records(key), training)
-
-    def _dataset(self, records: Sequence[Record], training: bool) -> SemanticDataset:
         return SemanticDataset(
-            records, self.target(training), self.fold.num_classes, self.config.Data.data_root, self.transform(training),
-            self.config.Train.manual_seed, evaluation=not training, values=self.values,
+            self.records(key), self.target(training), self.fold.num_classes, self.config.Data.data_root, self.transform(training),
+            self.config.Train.manual_seed, evaluation=not training, values=self.values, labelled=self.labelled(key),
         )  # fmt: skip

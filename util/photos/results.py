@@ -1,6 +1,8 @@
-"""What predict.py writes: masks, overlays, scores and polygons, file by file, so that whatever ends a run leaves whole ones."""
+"""What predict.py writes: masks, overlays, scores and polygons. Results of one run appear together, at its end, or not at all."""
 
 import contextlib
+import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from util.photos import polygons
 from util.photos.reading import Photo, shrink
 from util.report import viz
 
+UNFINISHED = "unfinished"  # folder of a run that has not come to its end
 OVERLAY_SIDE = 1600  # pixels: overlays of larger photos are reduced to it
 SHEET = 30  # overview.jpg shows so many at most, supports first,
 ROW = 6  # so many in a row,
@@ -22,7 +25,7 @@ TILE = 200  # of so many pixels in height
 
 
 class Results:
-    """Writes into a folder.
+    """Writes into OUT/unfinished; `close` puts everything into OUT in the place of an earlier run's results.
 
     Args:
         kind: of polygons: "coco", "labelme" or None.
@@ -33,7 +36,10 @@ class Results:
     """
 
     def __init__(self, out: Path, kind: str | None, name: str, record: dict[str, Any]) -> None:
-        self.out, self.kind, self.name = out, kind, name
+        self.out, self.kind, self.name = out / UNFINISHED, kind, name
+        with _writing(out):
+            shutil.rmtree(self.out, ignore_errors=True)
+            self.out.mkdir(parents=True)
         self.record = record | {"images": [], "unread": []}
         self._names: set[str] = set()
         self._coco = polygons.Coco(name)
@@ -56,9 +62,9 @@ class Results:
         self._save_overlay(f"overlays/{name}.jpg", name, photo.image, mask.astype(np.uint8), "prediction")
         if self.kind == "labelme":
             with _writing(self.out):
-                save_json(self.out / f"labelme/{name}.json", polygons.labelme(str(Path(photo.name).resolve()), mask, self.name))
+                save_json(self.out / f"labelme/{name}.json", polygons.labelme(self._from_labelme(photo), mask, self.name))
         if self.kind == "coco":
-            self._coco.add(photo.name, mask, mean)
+            self._coco.add(Path(photo.name).name, mask, mean)
         found = {
             "image": photo.name, "mask": f"masks/{name}.png", "overlay": f"overlays/{name}.jpg",
             "height": photo.hw[0], "width": photo.hw[1], "fraction": round(float(mask.mean()), 4), "score": mean,
@@ -72,7 +78,18 @@ class Results:
         self.record["unread"].append({"image": source, "reason": reason})
 
     def close(self) -> None:
-        """Writes what is about all images."""
+        """Write what is about all images, and put the results where they belong."""
+        self.finish()
+        with _writing(final := self.out.parent):
+            for made in sorted(self.out.iterdir()):
+                if (final / made.name).is_dir():
+                    shutil.rmtree(final / made.name)
+                made.replace(final / made.name)
+            self.out.rmdir()
+        self.out = final
+
+    def finish(self) -> None:
+        """Write what is about all images so far, without touching an earlier run's results."""
         with _writing(self.out):
             if self.kind == "coco":
                 save_json(self.out / "coco.json", self._coco.content())
@@ -80,6 +97,10 @@ class Results:
         if self._panels:
             rows = [self._panels[i : i + ROW] for i in range(0, len(self._panels), ROW)]
             self._save_jpeg("overview.jpg", viz.contact_sheet(rows, height=TILE))
+
+    def _from_labelme(self, photo: Photo) -> str:
+        """Path of a photo as seen from OUT/labelme: both folders can move together."""
+        return os.path.relpath(Path(photo.name).resolve(), (self.out.parent / "labelme").resolve())
 
     def _free(self, stem: str) -> str:
         name, count = stem, 2

@@ -1,6 +1,6 @@
-"""Can this config run here? Every answer at once, each with its remedy.
+"""Check whether a config can run here. All findings are reported together, each with its remedy.
 
-`python env.py check --config FILE [--full]` prints them; train.py and test.py stop at the start when one is bad.
+`python env.py check --config FILE [--full]` prints them; train.py and test.py stop at the start where one is bad.
 """
 
 import os
@@ -9,13 +9,14 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from util.config import Config
 from util.data.episodes import check_novel, draw
 from util.data.index import read_list
 from util.data.source import EpisodeSource, Source
-from util.data.transforms import read_pair
+from util.data.transforms import read_image, read_pair
 from util.errors import BrokenFile, UserError
 from util.files import ROOT, local_path
 from util.run.checkpoint import check_identity, read_meta
@@ -25,7 +26,7 @@ from util.run.place import Experiment, before_file, missing_before, missing_star
 
 SAMPLE = 16  # image and label pairs that are opened
 SPARE = 2**28  # bytes that should be free where runs are written
-SHARED = Path("/dev/shm")  # where workers hand their batches over
+SHARED = Path("/dev/shm")  # where workers hold their batches
 
 
 @dataclass(frozen=True)
@@ -40,12 +41,12 @@ class Finding:
 
 @dataclass(frozen=True)
 class Start:
-    """What is about to start.
+    """A run before its start.
 
     Attributes:
-        facts: of its system; source: makes its data (a class), as its system says; clip: whether it needs a CLIP.
-        lists: those that are used, train_list or val_list.
-        weights: whether it starts from a run before or ImageNet weights (a published checkpoint has them inside).
+        facts: those of its system; source: class that makes its data; clip: whether it needs a CLIP.
+        lists: the lists that it reads, train_list or val_list.
+        weights: whether it needs the run before or ImageNet weights (a published checkpoint has them inside).
     """
 
     config: Config
@@ -58,9 +59,9 @@ class Start:
 
 
 def require(start: Start, extra: Sequence[Finding] = ()) -> None:
-    """Raises one UserError with everything that is wrong.
+    """Raise one UserError with everything that is wrong.
 
-    extra: what the caller found.
+    extra: the caller's own findings.
     """
     wrong = [finding for finding in [*extra, *inspect(start, read=True)] if not finding.ok]
     if wrong:
@@ -69,7 +70,7 @@ def require(start: Start, extra: Sequence[Finding] = ()) -> None:
 
 
 def inspect(start: Start, read: bool, full: bool = False) -> list[Finding]:
-    """All findings about a start.
+    """Return all findings about a start.
 
     Args:
         read: open a sample of the data, and count it.
@@ -79,9 +80,11 @@ def inspect(start: Start, read: bool, full: bool = False) -> list[Finding]:
     findings = [attempt("classes", lambda: _class_names(start.source(config))), data_root(config)]
     sound = all(finding.ok for finding in findings)
     for key in start.lists:
-        findings.append(attempt(key, lambda key=key: _list(config, key)))
+        labelled = start.source.labelled(key)
+        findings.append(attempt(key, partial(_list, config, key, labelled)))
         if findings[-1].ok and read and sound:
-            findings.append(attempt(f"{key}: images and labels", lambda key=key: _pairs(config, key, full)))
+            look = partial(_pairs, config, key, full, labelled)
+            findings.append(attempt(f"{key}: images{' and labels' if labelled else ''}", look))
             if findings[-1].ok:
                 findings.append(attempt(f"{key}: classes", lambda key=key: _classes(start.source(config), key)))
     if start.weights:
@@ -96,7 +99,7 @@ def inspect(start: Start, read: bool, full: bool = False) -> list[Finding]:
 
 
 def make_data(config: Config, context: Context) -> None:
-    """Draws the data where the config names a maker for it: the main process does, the others wait."""
+    """Draw the data where the config names a maker for it. The main process draws, the others wait."""
     if config.Data.maker and context.main:
         command = [sys.executable, "-m", config.Data.maker, config.Data.data_root]
         if subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL).returncode:
@@ -105,7 +108,7 @@ def make_data(config: Config, context: Context) -> None:
 
 
 def attempt(what: str, look: Callable[[], str]) -> Finding:
-    """What `look` says, or the user error it raises."""
+    """Return the result of `look` as a finding, or the UserError that it raises."""
     try:
         return Finding(what, True, look())
     except UserError as error:
@@ -120,7 +123,7 @@ def data_root(config: Config) -> Finding:
 
 
 def before(config: Config, place: Experiment, arch: str) -> Finding:
-    """The checkpoint of the run before is there. (Whether it is of this fold and network is checked when it is loaded.)"""
+    """Check that the checkpoint of the run before exists. (Its fold and network are checked when it is loaded.)"""
     file = before_file(config, place, arch)
     if file.is_file() and file.suffix == ".safetensors":
         wanted = identity(arch, Facts(), config)
@@ -165,7 +168,7 @@ def backbone(config: Config) -> Finding:
 
 
 def disk(config: Config, needed: int = SPARE) -> Finding:
-    """Room for the checkpoints, on the disk that has the output folder or will have it."""
+    """Check the room for the checkpoints, on the disk of the output folder."""
     folder = Path(config.Runtime.output).absolute()
     while not folder.exists():
         folder = folder.parent
@@ -176,7 +179,7 @@ def disk(config: Config, needed: int = SPARE) -> Finding:
 
 
 def shared_memory(config: Config) -> list[Finding]:
-    """Workers hand batches over in /dev/shm, two each; Docker gives it 64 MB."""
+    """Check the size of /dev/shm, where each worker holds two batches; Docker gives it 64 MB."""
     train = config.Train
     if not train.workers or not SHARED.is_dir():
         return []
@@ -192,19 +195,19 @@ def _class_names(source: Source) -> str:
     return f"{fold.data_set} fold {fold.split}: {len(fold.base)} base, {len(fold.novel)} novel classes"
 
 
-def _list(config: Config, key: str) -> str:
+def _list(config: Config, key: str, labelled: bool) -> str:
     file = getattr(config.Data, key)
-    return f"{file}: {len(read_list(file))} images"
+    return f"{file}: {len(read_list(file, labelled))} images"
 
 
-def _pairs(config: Config, key: str, full: bool) -> str:
-    """Opens a sample of the images with their labels, the same one every time, or all."""
-    root, pairs = Path(config.Data.data_root), read_list(getattr(config.Data, key))
+def _pairs(config: Config, key: str, full: bool, labelled: bool) -> str:
+    """Opens a sample of the images with their labels (if `labelled`), the same one every time, or all."""
+    root, pairs = Path(config.Data.data_root), read_list(getattr(config.Data, key), labelled)
     chosen = pairs if full else sorted({pairs[draw(len(pairs), "preflight", i)] for i in range(SAMPLE)})
     wrong = []
     for image, label in chosen:
         try:
-            read_pair(root / image, root / label)
+            read_pair(root / image, root / label) if labelled else read_image(root / image)
         except BrokenFile as error:
             wrong.append(str(error))
     if wrong and (config.Data.on_error == "stop" or len(wrong) == len(chosen)):
@@ -214,7 +217,7 @@ def _pairs(config: Config, key: str, full: bool) -> str:
 
 
 def _classes(source: Source, key: str) -> str:
-    """Images of every class of the fold; each that can be drawn has enough for its shots."""
+    """Count the images of every class of the fold; a class that can be drawn needs enough for its shots."""
     if not isinstance(source, EpisodeSource):
         return f"{len(source.records(key))} labels"
     index = source.index(training=key == "train_list")

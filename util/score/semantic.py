@@ -1,16 +1,24 @@
 """Semantic segmentation of single images as a task: a confusion matrix that does not grow, and a row per class and image."""
 
+import contextlib
 import hashlib
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from typing import ClassVar
+import os
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from util.data.folds import Fold
 from util.data.semantic import Images, SemanticDataset
 from util.data.source import ImageSource
+from util.data.transforms import IGNORE
+from util.errors import UserError
+from util.files import atomic, written
+from util.pool import pool
 from util.score.causes import Spread
 from util.score.metrics import Counts, SemanticMeter
 from util.score.table import EpisodeTable, Row
@@ -51,7 +59,7 @@ class BaseTask(ImageSource):
 def evaluate_images(
     predict: Predict, data: SemanticDataset, channels: Sequence[int], fold: Fold, how: How, label: str = "test"
 ) -> Scores:
-    """Every image of the list, sharded over the processes: their number and the batch size change no count.
+    """Evaluate every image of the list, shared out among the processes. Their number and the batch size change no count.
 
     Args:
         channels: class of each channel of the prediction; 0 is the background.
@@ -62,16 +70,18 @@ def evaluate_images(
     context, meter, rows = how.context, SemanticMeter(channels, how.context.device), []
     variants: dict[str, SemanticMeter] = defaultdict(lambda: SemanticMeter(channels, context.device))
     loader = how.loader(data, len(data))
-    with how.log.progress(len(loader), label) as bar:
+    with how.log.progress(len(loader), label) as bar, after(how, channels, variants) as afterwards:
         for images in loader:
             images: Images = images.to(context.device, non_blocking=True)
             with context.autocast():
                 prediction = predict(images)
             for i, placed in enumerate(images.placed):
-                counted = meter.update(prediction.decide(i, placed), images.original_label[i])
+                decided = prediction.decide(i, placed)
+                counted = meter.update(decided, images.original_label[i])
                 for name, scores in prediction.variants.items():
                     variants[name].update(placed.restore(scores[i]).argmax(0), images.original_label[i])
                 rows += image_rows(int(images.number[i]), counted, channels)
+                afterwards(images, i, prediction, decided)
             bar.step(len(images))
     context.all_reduce(meter.state)
     record = meter.result(fold.base, fold.novel) | how.skipped(loader)
@@ -83,8 +93,51 @@ def evaluate_images(
     return Scores(record, sorted(context.gather(rows)))
 
 
+@contextlib.contextmanager
+def after(how: How, channels: Sequence[int], variants: Mapping[str, SemanticMeter]) -> Iterator[Callable[..., None]]:
+    """What follows a prediction where `how` asks for it: the CRF in worker processes, and label maps as files.
+
+    Yields a function of (batch, position in it, prediction, its label map H W). At most two jobs a worker wait in memory; the end
+    waits for the last ones.
+    """
+    table = np.array([*channels, *[IGNORE] * (256 - len(channels))], np.uint8)  # channel -> class
+    workers, waiting = max(1, len(os.sched_getaffinity(0)) // how.context.world), deque()
+
+    def write(name: str, label: np.ndarray) -> None:
+        if how.maps is not None:
+            file = (how.maps / name).with_suffix(".png")
+            with written(file):
+                file.parent.mkdir(parents=True, exist_ok=True)
+                with atomic(file) as temporary:
+                    Image.fromarray(table[label]).save(temporary, "PNG")
+
+    def take() -> None:
+        future, name, truth = waiting.popleft()
+        label, sure = future.result()
+        variants["with CRF"].update(torch.from_numpy(label).to(truth.device), truth)
+        write(name, sure)
+
+    def afterwards(images: Images, i: int, prediction: Any, decided: Tensor) -> None:
+        if processes is None:
+            write(images.name[i], decided.cpu().numpy())
+            return
+        if prediction.crf is None:
+            raise UserError("Test_Finetune.crf=true: this system has no CRF; leave it out")
+        if tuple(images.image.shape[2:]) != images.placed[i].hw:
+            raise UserError("Test_Finetune.crf=true needs images at their own size")
+        job = prediction.crf.job(images.image[i], images.placed[i].restore(prediction.final[i]))
+        waiting.append((processes.submit(prediction.crf.labels, *job), images.name[i], images.original_label[i]))
+        if len(waiting) > 2 * workers:
+            take()
+
+    with pool(workers) if how.crf else contextlib.nullcontext() as processes:
+        yield afterwards
+        while waiting:
+            take()
+
+
 def image_rows(number: int, confusion: Tensor, channels: Sequence[int]) -> list[Row]:
-    """A row for each class with a pixel in truth or prediction.
+    """Return a row for each class with a pixel in truth or prediction.
 
     confusion: C C int64 counts (truth, prediction) of one image.
     """

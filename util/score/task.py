@@ -1,7 +1,8 @@
-"""What a system learns from and is judged by. train.py and test.py know a task by these names and no other."""
+"""Task: the data that a system learns from, and how it is scored. train.py and test.py use these names of a task and no other."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 from torch.utils.data import Dataset
@@ -19,32 +20,37 @@ Predict = Callable[[Any], Any]  # batch on the device -> model.Prediction
 
 @dataclass(frozen=True)
 class How:
-    """How an evaluation runs: which process of how many, its log, batch size, workers, and what a broken file means."""
+    """How an evaluation runs: which process of how many, its log, batch size, workers, and what a broken file means.
+
+    crf: also score the prediction after the system's CRF; maps: folder that gets every predicted label map. Dense tasks only.
+    """
 
     context: Context
     log: RunLog
     batch: int = 1
     workers: int = 0
     on_error: str = "stop"
+    crf: bool = False
+    maps: Path | None = None
 
     @classmethod
     def of(cls, config: Config, context: Context, log: RunLog) -> "How":
         return cls(context, log, config.Train.batch_size_val, config.Train.workers, config.Data.on_error)
 
     def loader(self, data: Dataset, count: int) -> Loader:
-        """Samples 0..count-1, sharded over the processes."""
+        """Return a loader of samples 0..count-1, shared out among the processes."""
         sampler = RangeSampler(0, count, self.batch * self.context.world, self.context, drop_last=False)
         return Loader(data, sampler, self.workers, self.context.device, self.log.warning, on_error=self.on_error)
 
     def skipped(self, loader: Loader) -> dict[str, list[str]]:
-        """{"skipped": messages of all processes}, empty when nothing was skipped."""
+        """Return {"skipped": messages of all processes}, empty when nothing was skipped."""
         messages = self.context.gather([f"{failure.number}: {failure.message}" for failure in loader.skipped])
         return {"skipped": messages} if messages else {}
 
 
 @dataclass(frozen=True)
 class Test:
-    """Something to evaluate: samples 0..count-1 of a data set."""
+    """A part to evaluate: samples 0..count-1 of a data set."""
 
     label: str
     data: Dataset
@@ -56,8 +62,8 @@ class Scores:
     """Result of one evaluation.
 
     Attributes:
-        record: scores by name, fractions 0..1, those named ...iou and others; `per_class` {class: IoU}, `episodes` how many
-            samples; what a report stores for one seed.
+        record: what a report stores for one seed: scores by name, fractions 0..1, mostly ...iou; `per_class` {class: IoU};
+            `episodes`, the number of samples.
         rows: one per episode, or per class and image; of all processes.
     """
 
@@ -66,16 +72,18 @@ class Scores:
 
 
 class Task(Protocol):
-    """Data and judgement of a fold. The first half is `util.data.source.Source`.
+    """Data and scores of a fold. The data half is `util.data.source.Source`.
 
     Attributes:
-        unit: what a sample is called; headline: the score that chooses a checkpoint.
+        unit: what a sample is called; setting: what a result is of, beside the data set.
+        headline: the score that chooses a checkpoint.
         classes: those that are scored; clip_patch: see Source.
         leaks: whether a protocol's leaks concern it, so that a row without them is worth a test.
         says: keys of a protocol -> what they mean here, where that differs from few-shot episodes.
     """
 
     unit: str
+    setting: str
     headline: str
     fold: Fold
     names: ClassNames
@@ -89,15 +97,15 @@ class Task(Protocol):
     def training(self) -> Dataset: ...
 
     def validation(self) -> Test:
-        """What chooses the checkpoint."""
+        """Return the data that choose the checkpoint."""
         ...
 
     def tests(self) -> dict[int, Test]:
-        """Seed -> what is tested under it."""
+        """Return the test of each seed."""
         ...
 
     def evaluate(self, predict: Predict, test: Test, how: How) -> Scores: ...
 
     def table(self, scores: Mapping[int, Scores]) -> EpisodeTable:
-        """The rows of all seeds."""
+        """Return the rows of all seeds as a table."""
         ...

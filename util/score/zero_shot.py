@@ -38,7 +38,7 @@ class ZeroShotTask(BaseTask):
 
     @property
     def setting(self) -> str:
-        return f"{self.config.System.setting}, {len(self.fold.base)} + {len(self.fold.novel)} classes"
+        return f"{self.config.Method.setting}, {len(self.fold.base)} + {len(self.fold.novel)} classes"
 
     @property
     def headline(self) -> str:
