@@ -286,8 +286,7 @@ def resume(run: Run) -> None:
         raise UserError(f"{run.place.snapshot} holds a run with another config ({'; '.join(changed)}). Use Train.resume=none to "
                         "overwrite it, or Runtime.output=FOLDER to keep both")
     check_sources(run, state["progress"].get("sources", {}))
-    wanted = {key: value for key, value in run.meta.items() if key != "config"}  # whose differences were looked at above
-    checkpoint.check_identity(file, checkpoint.read_meta(file), wanted)
+    checkpoint.check_identity(file, checkpoint.read_meta(file), identity(run.place.arch, run.system.facts, run.config))
     checkpoint.check_frozen(file, checkpoint.read_meta(file), run.system.frozen_hashes())
     run.system.load_trained(weights, str(file))
     run.optimizer.load_state_dict(state["optimizer"])
