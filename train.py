@@ -286,7 +286,8 @@ def resume(run: Run) -> None:
         raise UserError(f"{run.place.snapshot} holds a run with another config ({'; '.join(changed)}). Use Train.resume=none to "
                         "overwrite it, or Runtime.output=FOLDER to keep both")
     check_sources(run, state["progress"].get("sources", {}))
-    checkpoint.check_identity(file, checkpoint.read_meta(file), run.meta)
+    wanted = {key: value for key, value in run.meta.items() if key != "config"}  # whose differences were looked at above
+    checkpoint.check_identity(file, checkpoint.read_meta(file), wanted)
     checkpoint.check_frozen(file, checkpoint.read_meta(file), run.system.frozen_hashes())
     run.system.load_trained(weights, str(file))
     run.optimizer.load_state_dict(state["optimizer"])

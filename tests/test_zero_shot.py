@@ -310,3 +310,18 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
         for name in one:
             for other in two:
                 torch.testing.assert_close(other[name], one[name], rtol=1e-8, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_clip_as_it_is_stands_beside() -> None:
+    """Its scores are the cosines of CLIP's own patch tokens to the texts, window by window."""
+    system = small(inference="whole").eval()
+    batch = random_images(1)
+    found = system.predict(batch, baselines=True)
+    assert torch.equal(found.final, system.predict(batch).final) and not system.predict(batch).variants
+    visual = system.trunk.visual
+    tokens = system.trunk.run(system.trunk.embed(system.trunk.normalise(batch.image))[0]).tokens
+    patches = F.normalize(visual.ln_post(tokens[:, 1:]) @ visual.proj, dim=-1)
+    side = 64 // system.trunk.patch
+    expected = (patches @ system.texts.T).transpose(1, 2).unflatten(2, (side, side))
+    torch.testing.assert_close(found.variants["CLIP without training"],
+                               F.interpolate(expected, (64, 64), mode="bilinear"), rtol=1e-4, atol=1e-5)  # fmt: skip

@@ -14,7 +14,8 @@ import test as tester
 import train as trainer
 from model import build_system, configure
 from model.verify import read, verify
-from tests.make import NUMBERS, ROOT
+from tests.make import ROOT
+from tests.make.scenes import NUMBERS
 from tests.make.zero_shot import published
 from util import protocol
 from util.config import Config
@@ -266,5 +267,5 @@ def test_wrong_input(small: list[str], scenes: Path, tmp_path: Path) -> None:
         with pytest.raises(UserError, match=message):
             given = [*small, f"Data.class_names={tmp_path}/classes.txt"]
             ZeroShotTask(configured("inductive", "CLIP_RC", given)[0]).records("val_list")
-    with pytest.raises(UserError, match=r"unknown key System\.setting"):
+    with pytest.raises(UserError, match=r"unknown key Method\.setting"):
         configure("config/demo/demo_split0_resnet50.yaml", "PFENet", ["Test_Finetune.protocol=cliprc-inductive"])

@@ -211,10 +211,20 @@ class ZegCLIP(System):
 
     @torch.no_grad()
     def predict(self, batch: Any, baselines: bool = False) -> Prediction:
-        """`final`: B C h w at the images' size, sigmoids averaged over windows."""
+        """`final`: B C h w at the images' size, sigmoids averaged over windows. baselines: also CLIP as it is, a variant."""
+        looks = {"final": self.scores} | ({"CLIP without training": self.cosines} if baselines else {})
         if self.options.inference == "whole":
-            return Prediction(self.scores(batch.image))
-        return Prediction(slide(self.scores, batch.image, self.options.crop, self.options.stride))
+            found = {name: look(batch.image) for name, look in looks.items()}
+        else:
+            found = {name: slide(look, batch.image, self.options.crop, self.options.stride) for name, look in looks.items()}
+        return Prediction(found.pop("final"), variants=found)
+
+    def cosines(self, images: Tensor) -> Tensor:
+        """B 3 h w RGB 0..255 -> B C h w, the cosine of each patch of the frozen CLIP to each text, in CLIP's own statistics."""
+        tokens, grid = self.trunk.embed(self.padded(self.trunk.normalise(images)))
+        found = self.trunk.post_norm(self.trunk.run(tokens).tokens[:, 1:]) @ self.trunk.visual.proj
+        cosines = F.normalize(full(found), dim=-1) @ F.normalize(self.texts, dim=1).T
+        return self.upsample(cosines.transpose(1, 2).unflatten(2, grid), images.shape[2:])
 
     def scores(self, images: Tensor) -> Tensor:
         """B 3 h w RGB 0..255 of any size -> B C h w sigmoids, lowered for seen classes in the inductive setting."""
@@ -227,10 +237,14 @@ class ZegCLIP(System):
     # Both.
 
     def pixels(self, images: Tensor, valid: Tensor | None = None) -> Tensor:
-        """B 3 H W RGB 0..255 -> normalised; zero outside of `valid` (B 4), and right and below to multiples of the patch."""
+        """B 3 H W RGB 0..255 -> normalised, zero outside of `valid` (B 4), padded."""
         images = self.trunk.normalise(images, "imagenet")
         if valid is not None:
             images = images * inside(valid, images.shape[2:])[:, None]
+        return self.padded(images)
+
+    def padded(self, images: Tensor) -> Tensor:
+        """With zeros on the right and below, to multiples of the patch."""
         right, below = (-side % self.trunk.patch for side in (images.shape[3], images.shape[2]))
         return F.pad(images, (0, right, 0, below))
 

@@ -69,7 +69,8 @@ def text_table(result: Mapping) -> str:
     if leak_free := result.get("leak_free"):
         notes = [f"({'; '.join(leak_free['differences'])})"]  # once, beside the first score
         rows += [(f"leak-free {label(k)}", v, leak_free["sd"][k], notes.pop() if notes else "") for k, v in scores(leak_free)]
-    rows += [(f"mIoU, {row['name']}", row["miou"], None, "") for row in summary.variant_rows(result)]
+    rows += [(f"{label(key)}, {row['name']}", row[key], None, "") for row in summary.variant_rows(result)
+             for key in ("miou", "hiou") if key in row]  # fmt: skip
     rows += [(f"baseline: {name}", b["miou"], None, "") for name, b in result.get("baselines", {}).items()]
     width = max(len(name) for name, *_ in rows)
     for name, mean, sd, note in rows:
