@@ -65,12 +65,14 @@ def trained(short: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_interrupted_before_rfm_and_after_it_starts(short: list[str], trained: Path, tmp_path: Path) -> None:
-    """Stopped after every step: the same weights, bit for bit, and dropout among what must be restored."""
-    stepwise, rounds = [*short, f"Runtime.output={tmp_path}", "Train.save_minutes=0", "Train.watch=true"], 0
-    for rounds in range(1, 5):
+    """The same weights, bit for bit; dropout is among what must be restored. How many workers read the data may change."""
+    stepwise, stops = [*short, f"Runtime.output={tmp_path}", "Train.save_minutes=0", "Train.watch=true"], []
+    for _ in range(2):
         run = program("train", "WeCLIP", *stepwise, code=STOP)
-        assert run.returncode == 143 and f"saved after iteration {rounds + 1}" in run.stderr, run.stderr
-    assert program("train", "WeCLIP", *stepwise).returncode == 0
+        assert run.returncode == 143, run.stdout + run.stderr
+        stops.append(int(re.search(r"saved after iteration (\d+)", run.stderr)[1]))
+    assert stops[0] < 3 < stops[1] < 6
+    assert program("train", "WeCLIP", *stepwise, "Train.workers=1").returncode == 0
     a, b = (load_tensors(out / RUN / "snapshot/last.safetensors") for out in (trained, tmp_path))
     assert all(torch.equal(a[key], b[key]) for key in a)
     static = program("train", "WeCLIP", *short, f"Runtime.output={tmp_path}/static", "System.static_steps=100")

@@ -155,8 +155,11 @@ def test_everything_frozen_stays_and_everything_else_learns() -> None:
     sum(model.losses(batch(), 10).values()).backward()
     assert all(p.grad is None and not p.requires_grad for p in model.clip.parameters())
     assert all(p.grad is not None for p in model.head.parameters())
-    (group,) = model.groups(Train(base_lr=2e-3))
-    assert {id(p) for p in group["params"]} == {id(p) for p in model.head.parameters()} and group["lr"] == 2e-3
+    optimizer = model.optimizer(Train(base_lr=2e-3, weight_decay=0.01))
+    (group,) = optimizer.param_groups
+    assert {id(p) for p in group["params"]} == {id(p) for p in model.head.parameters()}
+    assert isinstance(optimizer, torch.optim.AdamW)
+    assert (group["lr"], group["weight_decay"], group["betas"], group["eps"]) == (2e-3, 0.01, (0.9, 0.999), 1e-8)
 
 
 def two_steps(context: Context) -> dict[str, Tensor]:
