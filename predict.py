@@ -14,6 +14,7 @@ the rest.
 """
 
 import argparse
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from util.errors import UserError
 from util.photos.reading import Photo, find, frames, others, read_photo
 from util.photos.results import Results
 
-POOR = 0.3  # IoU of an example in its own photo, below which is told:
+POOR = 0.3  # IoU of an example in its own photo; a lower one is reported:
 WEAK = ("an example is hardly found even in its own photo: expect nothing of others. Is its mask right (supports/)? Was the "
         "system trained on pictures of this kind?")  # fmt: skip
 
@@ -69,8 +70,11 @@ def main() -> None:
                 row = results.add(stem, photo, found.mask, found.score, found.seconds)
                 share = f"{100 * row['fraction']:.1f} % of the image" if found.mask.any() else "nothing found"
                 print(f"{photo.name}: {share}  ({found.seconds:.2f} s)")
-    finally:
-        results.close()
+    except BaseException:
+        results.finish()
+        print(f"stopped; the results so far are in {results.out}, those of an earlier run are as they were", file=sys.stderr)
+        raise
+    results.close()
     count = len(results.record["images"])
     print(f"{count} mask{'s' * (count != 1)} in {given.out}: masks/, overlays/, overview.jpg, scores.json")
     if WEAK in notes:
@@ -91,7 +95,7 @@ def open_predictor(given: argparse.Namespace, weights: Path | None) -> tuple[Pre
 
 
 def readable(paths: Sequence[Path], every: int, results: Results) -> Iterator[tuple[str, Photo]]:
-    """Stem and photo of all images and frames; what cannot be read is told, and the rest goes on."""
+    """Yield stem and photo of all images and frames; unreadable ones are reported, and the others continue."""
     for path in paths:
         try:
             yield from frames(path, every)
@@ -128,7 +132,7 @@ def parse() -> argparse.Namespace:
     if given.every < 1:
         raise UserError(f"--every {given.every}: must be at least 1")
     check_model(given)
-    if given.clip is not None and (given.support or not given.text):  # told before a CLIP is downloaded
+    if given.clip is not None and (given.support or not given.text):  # checked before a CLIP is downloaded
         raise UserError("--clip finds what --text names: give a text, and no --support; examples need a trained system")
     return given
 

@@ -242,7 +242,7 @@ def main() -> None:
     write_table(Path(out), rows)
     print("\n" + (Path(out) / "table.md").read_text() + f"{out}/table.md, .csv, .tex")
     if failed:
-        raise UserError(f"{len(failed)} of {len(bases) + len(cells)} runs failed; the same command goes on with them")
+        raise UserError(f"{len(failed)} of {len(bases) + len(cells)} runs failed; the same command continues with them")
 
 
 if __name__ == "__main__":

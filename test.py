@@ -27,7 +27,7 @@ from util.run.checkpoint import EXPORT, check_identity, read_meta
 from util.run.distributed import Context
 from util.run.identity import environment, fingerprint, identity
 from util.run.log import RunLog
-from util.run.place import Experiment, before_file
+from util.run.place import Experiment, before_file, owned
 from util.score import causes, crf
 from util.score import statistics as stats
 from util.score.task import How, Scores, Task
@@ -44,7 +44,7 @@ def main() -> None:
     context = distributed.start(arguments.gpus, config.Runtime)
     try:
         preflight.make_data(config, context)
-        with RunLog(place.result, "test.log", quiet=arguments.quiet, main=context.main) as log:
+        with owned(place.result, context.main), RunLog(place.result, "test.log", quiet=arguments.quiet, main=context.main) as log:
             if context.main:
                 ready(config, place)
             context.barrier()

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from model import System, configure, content_hash, load_frozen, needs_clip, open_system, system_class
+from model import System, configure, content_hash, load_frozen, load_start, needs_clip, open_system, system_class
 from util import cli
 from util.cache import open_cache
-from util.config import Config
+from util.config import Config, Method
 from util.data.episodes import Batch, collate
 from util.data.loading import Loader, RangeSampler
 from util.errors import UserError
@@ -33,9 +33,9 @@ from util.report.viz import contact_sheet
 from util.run import checkpoint, distributed, plan, preflight
 from util.run.checkpoint import Progress
 from util.run.distributed import Context, Termination
-from util.run.identity import fingerprint, identity
+from util.run.identity import CODE, fingerprint, identity, sources
 from util.run.log import RunLog, tracking
-from util.run.place import Experiment, before_file, missing_before
+from util.run.place import Experiment, before_file, missing_before, owned
 from util.run.schedule import Guard, Schedule, Stop, stops
 from util.score.task import How, Task, Test
 
@@ -52,7 +52,8 @@ def main() -> None:
             cls = system_class(place.arch)
             if not cls.facts.trained:
                 raise UserError(f"{place.arch} trains nothing. Test it: `ARCH={place.arch} sh test.sh {place.command} GPUS`")
-            preflight.require(preflight.Start(config, place, cls.facts, cls.task, needs_clip(place.arch, config), lists))
+            stages = [] if arguments.dry_run else preflight.start_weights(config, place, cls.facts)
+            preflight.require(preflight.Start(config, place, cls.facts, cls.task, needs_clip(place.arch, config), lists), stages)
         context.barrier()
         run = dry_run if arguments.dry_run else train
         before = system_class(place.arch).facts.before
@@ -69,7 +70,9 @@ def ready_before(
     """Trains the run that must come first on the way (to its end), where `Train.before` says so; asks for it otherwise."""
     if config.Train.before == "run" and config.Method.pre_weight == "auto":
         if not checkpoint.finished(own.snapshot):
-            recipe.Data, recipe.Method, recipe.Runtime = config.Data, config.Method, config.Runtime
+            recipe.Data, recipe.Runtime = config.Data, config.Runtime
+            shared = {f.name: getattr(config.Method, f.name) for f in dataclasses.fields(Method)}
+            recipe.Method = dataclasses.replace(recipe.Method, **shared)
             recipe.Train.workers, recipe.Train.selection = config.Train.workers, config.Train.selection
             run(recipe, own, context, quiet)
     elif not before_file(config, place, own.arch).is_file():
@@ -119,6 +122,7 @@ def train(config: Config, place: Experiment, context: Context, quiet: bool) -> N
     """One run, from its start, or from wherever an earlier run of the same command stopped, to its end."""
     tracker = config.Runtime.tracker if context.main else ""
     with (
+        owned(place.folder, context.main),
         tracking(tracker, f"{place.arch} {place.command} {place.net}", place.folder, dataclasses.asdict(config)) as tracked,
         RunLog(place.folder, quiet=quiet, main=context.main, tracked=tracked) as log,
     ):
@@ -210,11 +214,13 @@ def build(config: Config, place: Experiment, context: Context, log: RunLog, weig
     system, task = open_system(place.arch, config)
     if weights:
         load_frozen(system, config, place, training=True)
+    first = load_start(system, config, place) if weights else {}
     for warning in system.warnings:
         log.warning(warning)
     system.to(context.device)
     meta = identity(place.arch, system.facts, config) | {"frozen": system.frozen_hashes()}
-    meta["vocabulary"] = config.CLIP.vocabulary
+    meta["vocabulary"] = system.vocabulary or config.CLIP.vocabulary
+    meta |= first
     meta["config"] = dataclasses.asdict(config)
     validation = task.validation() if validates(config) else None
     meta["selection"] = config.Train.selection
@@ -225,11 +231,12 @@ def build(config: Config, place: Experiment, context: Context, log: RunLog, weig
     if per_epoch == 0:
         raise UserError(f"Train.batch_size = {batch}: an epoch has only {len(data)} samples")
     total = config.Train.iterations or per_epoch * config.Train.epochs
+    found = sources(config, task.records("train_list"), task.names)
     if warning := system.check_batch(batch // context.world, context.world, context.device):
         log.warning(warning)
     return Run(
         system, task, data, system.optimizer(config.Train), Schedule.of(config.Train, total), stops(config.Train, per_epoch),
-        Progress(config=dataclasses.asdict(config), total=total), config, place, context, log, meta, validation,
+        Progress(config=dataclasses.asdict(config), total=total, sources=found), config, place, context, log, meta, validation,
     )  # fmt: skip
 
 
@@ -242,6 +249,8 @@ def start(config: Config, place: Experiment, context: Context, log: RunLog) -> R
     """A run where an earlier one of the same command stopped, or at its start."""
     run = build(config, place, context, log)
     system, task = run.system, run.task
+    if "start" in run.meta:
+        log.info(f"starts from the weights of {run.meta['start']}, with a fresh optimizer")
     torch.manual_seed(config.Train.manual_seed)  # the same in all processes, see model.ops.Dropout
     if config.Train.resume == "auto":
         resume(run)
@@ -276,22 +285,37 @@ def resume(run: Run) -> None:
     if changed:
         raise UserError(f"{run.place.snapshot} holds a run with another config ({'; '.join(changed)}). Use Train.resume=none to "
                         "overwrite it, or Runtime.output=FOLDER to keep both")
-    checkpoint.check_identity(file, checkpoint.read_meta(file), run.meta)
+    check_sources(run, state["progress"].get("sources", {}))
+    wanted = {key: value for key, value in run.meta.items() if key != "config"}  # whose differences were looked at above
+    checkpoint.check_identity(file, checkpoint.read_meta(file), wanted)
     checkpoint.check_frozen(file, checkpoint.read_meta(file), run.system.frozen_hashes())
     run.system.load_trained(weights, str(file))
     run.optimizer.load_state_dict(state["optimizer"])
     checkpoint.set_rng_state(state["rng"], run.context.device)
-    run.progress = Progress(**state["progress"])
+    run.progress = Progress(**state["progress"] | {"sources": run.progress.sources})
     epochs, rest = divmod(run.progress.step, run.per_epoch)
     more = f" and {rest} iterations" if rest else ""
     end = ", nothing is left to train" if run.progress.finished else ""
     run.log.info(f"{epochs} of {-(-run.schedule.total // run.per_epoch)} epochs{more} are done{end}")
 
 
+def check_sources(run: Run, before: dict[str, str]) -> None:
+    """Raises UserError where the data under the run's paths is another than when it started; other code is only a warning."""
+    now = run.progress.sources
+    changed = [what for what, digest in before.items() if what in now and now[what] != digest]
+    if CODE in changed:
+        changed.remove(CODE)
+        run.log.warning("the code has changed since this run started; it goes on with the new code")
+    if changed:
+        raise UserError(f"{run.place.snapshot} holds a run on other data: {', '.join(changed)} changed since it started. Put the "
+                        "old data back to go on, use Train.resume=none to start over, or Runtime.output=FOLDER to keep both. "
+                        "(Copied files have another time: Data.same_by=size looks at sizes alone)")
+
+
 def differences(old: dict, new: dict) -> list[str]:
     """Keys in which two configs differ, but for how fast a run goes and what is tested later."""
     free = {"Train.workers", "Train.print_freq", "Train.resume", "Runtime.threads", "Runtime.output",
-            "Runtime.cache_gb", "Runtime.cache_dir", "Runtime.processes", "Runtime.tracker", "Train.save_minutes"}
+            "Data.same_by", "Runtime.cache_gb", "Runtime.cache_dir", "Runtime.processes", "Runtime.tracker", "Train.save_minutes"}
     return [f"{section}.{key} was {old.get(section, {}).get(key)!r}, is {value!r}"
             for section, values in new.items() if section != "Test_Finetune"
             for key, value in values.items() if f"{section}.{key}" not in free and old.get(section, {}).get(key) != value]

@@ -1,8 +1,8 @@
-"""HDMNet and PI-CLIP on one episode, plainly: image by image, everything computed, no identity, no cache, no batch.
+"""HDMNet, PI-CLIP, HSNet and IMR-HSNet, plainly: everything computed, no identity, no cache.
 
 Written from the published description, as slow as that reads. It takes convolutions, norms and linear layers from a system,
 for their weights, and says in plain form what model/ computes in a cheaper one. `tests/test_oracle.py` compares the two,
-`python -m bench` their time.
+`python -m bench` and `python -m bench.hsnet` their time.
 """
 
 import math
@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.few_shot import hsnet, imr_hsnet
+from model.few_shot.conv4d import CenterPivotConv4d, Pair
 from model.few_shot.hdmnet import PRIOR_SCALE, HDMNet
 from model.few_shot.matcher import Level
 from util.data.episodes import Episode
@@ -201,3 +203,84 @@ def match(layer: nn.Module, query: Tensor, support: Tensor, inside: Tensor, size
     weights = (q @ k.transpose(1, 2) / 0.1).softmax(1) * inside  # over the query's positions
     out = query + layer.o((weights @ v).transpose(0, 1).flatten(1))
     return as_map(out + layer.ffn(layer.norm2(out)[None], size)[0], size)
+
+
+def correlation(query: Tensor, support: Tensor) -> Tensor:
+    """N n C h w and N n C k l -> N n h w k l."""
+    q, s = (x.flatten(3) / (x.flatten(3).norm(dim=2, keepdim=True) + 1e-5) for x in (query, support))
+    return (q.transpose(2, 3) @ s).clamp(min=0).unflatten(3, support.shape[3:]).unflatten(2, query.shape[3:])
+
+
+def masked(level: Tensor, mask: Tensor) -> Tensor:
+    """N n C h w times a mask N 1 S S."""
+    return level * corners(mask, level.shape[3:])[:, None]
+
+
+def whole(pair: Pair) -> Tensor:
+    """n h w k l: what the model computes piece by piece."""
+    everywhere = slice(None)
+    return pair.within(everywhere, everywhere)(everywhere).unflatten(0, pair.grid[:2]).permute(4, 0, 1, 2, 3)
+
+
+def conv4d(layer: CenterPivotConv4d, x: Tensor) -> Tensor:
+    """N c h w k l -> N c' h w k' l'."""
+    y = layer.conv2(x.permute(0, 2, 3, 1, 4, 5).flatten(0, 2)).unflatten(0, (len(x), *x.shape[2:4])).permute(0, 3, 1, 2, 4, 5)
+    return over_query(layer.conv1, x[..., :: layer.stride, :: layer.stride]) + y
+
+
+def over_query(layer, x: Tensor) -> Tensor:
+    y = layer(x.permute(0, 4, 5, 1, 2, 3).flatten(0, 2))
+    return y.unflatten(0, (len(x), *x.shape[4:])).permute(0, 3, 4, 5, 1, 2)
+
+
+def squeeze(layers: nn.Sequential, x: Tensor) -> Tensor:
+    for conv, norm in zip(layers[::3], layers[1::3], strict=True):
+        x = F.group_norm(conv4d(conv, x), norm.num_groups, norm.weight, norm.bias, norm.eps).relu()
+    return x
+
+
+def encoder4d(net: hsnet.Encoder4d, correlations: list[Tensor]) -> Tensor:
+    """N n h w k l of levels 2, 3, 4 -> N 128 h w."""
+    parts = net.encoder_layer2, net.encoder_layer3, net.encoder_layer4
+    s2, s3, s4 = (squeeze(part, x) for part, x in zip(parts, correlations, strict=True))
+    mixed = squeeze(net.encoder_layer4to3, over_query(lambda x: corners(x, s3.shape[2:4]), s4) + s3)
+    mixed = squeeze(net.encoder_layer3to2, over_query(lambda x: corners(x, s2.shape[2:4]), mixed) + s2)
+    return mixed.mean((4, 5))
+
+
+def plain_hsnet(head: hsnet.Head, query: list[Tensor], support: list[Tensor], mask: Tensor) -> Tensor:
+    """All pairs together. Levels B n C h w and B*K n C h w, mask B*K 1 S S -> logits B*K 2 h w."""
+    query = [level.repeat_interleave(len(mask) // len(level), 0) for level in query]
+    found = [correlation(q, masked(s, mask)) for q, s in zip(query, support, strict=True)]
+    return head.decoder(encoder4d(head.encoder, found))
+
+
+def gate(net: imr_hsnet.Gate, *parts: Tensor) -> Tensor:
+    first, second = net.mix(torch.cat(parts, 1)).chunk(2, 1)
+    return torch.cat([net.first(first), net.second(second)], 1)
+
+
+def plain_imr_hsnet(head: imr_hsnet.Head, query: list[Tensor], support: list[Tensor], query_cam: Tensor, support_cam: Tensor
+                    ) -> list[Tensor]:  # fmt: skip
+    """Logits 2N 2 h w of each stage, from the published masking as it reads: features are masked anew, again and again."""
+    size, official = query[0].shape[3:], head.mask_mode == "official"
+    middle = head.adapter(corners(torch.cat([query[1].sum(1), support[1].sum(1)]), size))
+    state = corners(head.state, size).expand(len(middle), -1, -1, -1)
+    q_map, s_map, logits = query_cam, support_cam, []
+    for stage in range(head.stages):
+        if official:
+            first, second = (s_map, q_map) if stage == 0 else (q_map, s_map)
+            query, support = [masked(x, first) for x in query], [masked(x, second) for x in support]
+            forth = [correlation(q, s) for q, s in zip(query, support, strict=True)]
+            back = [x.permute(0, 1, 4, 5, 2, 3) for x in forth]
+        else:
+            forth = [correlation(q, masked(s, s_map)) for q, s in zip(query, support, strict=True)]
+            back = [correlation(s, masked(q, q_map)) for q, s in zip(query, support, strict=True)]
+        encoded = encoder4d(head.encoder, [torch.cat(pair) for pair in zip(forth, back, strict=True)])
+        shown = corners(torch.cat([q_map, s_map]), size)
+        z, r = (gate(net, shown, encoded, middle, state).sigmoid() for net in (head.z, head.r))
+        state = (1 - z) * state + z * gate(head.h, shown, encoded, middle, r * state).tanh()
+        decoded = head.decoder(state + encoded)
+        logits.append(head.residual(torch.cat([decoded, corners(shown, decoded.shape[2:])], 1)))
+        q_map, s_map = logits[-1].softmax(1)[:, 1:].chunk(2)
+    return logits

@@ -1,4 +1,4 @@
-"""Systems, and the one builder. Everything else is found in the folder of its idea: clip, backbone, few_shot."""
+"""Systems and their builder. Everything else is in the folder of its idea: clip, backbone, few_shot, weak, zero_shot."""
 
 import os as _os
 
@@ -13,6 +13,7 @@ from model.build import (
     build_system,
     configure,
     load_frozen,
+    load_start,
     load_weights,
     needs_clip,
     open_system,
@@ -22,6 +23,6 @@ from model.build import (
 from model.system import Prediction, System, content_hash
 
 __all__ = [
-    "SYSTEMS", "Prediction", "System", "build_system", "configure", "content_hash", "load_frozen", "load_weights", "needs_clip",
-    "open_system", "recorded", "system_class",
+    "SYSTEMS", "Prediction", "System", "build_system", "configure", "content_hash", "load_frozen", "load_start", "load_weights",
+    "needs_clip", "open_system", "recorded", "system_class",
 ]  # fmt: skip

@@ -1,8 +1,9 @@
-"""From a config to a system with its frozen weights."""
+"""Build systems from configs: the table SYSTEMS, a builder per family, and the loading of weights."""
 
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -19,28 +20,32 @@ from model.few_shot.imr_hsnet import IMRHSNet
 from model.few_shot.pfenet import PFENet
 from model.few_shot.prior import CosinePrior, Prior, SimilarityPrior, TextPrior, VisualPrior, check_priors
 from model.few_shot.system import FewShot
-from model.system import Frozen, System, load_exactly
+from model.system import Frozen, System, content_hash, load_exactly
 from model.weak.clip_es import CLIPES
 from model.weak.maps import text_bank as class_texts
 from model.weak.system import Weak
 from model.weak.weclip import WeCLIP
+from model.zero_shot.clip_rc import CLIP_RC
+from model.zero_shot.zegclip import ZegCLIP
+from model.zero_shot.zegclip import text_bank as class_bank
 from util.cache import CACHE
-from util.config import Config, load_config, options_of
+from util.config import Config, Method, load_config, options_of
 from util.data.folds import ClassNames, Fold
 from util.errors import UserError
 from util.files import load_state, load_tensors
 from util.run.checkpoint import EXPORT, check_frozen, check_identity, read_meta
-from util.run.identity import identity
-from util.run.place import Experiment, before_file, missing_before, recorded_config
+from util.run.identity import identity, start_identity
+from util.run.place import Experiment, before_file, missing_before, missing_start, recorded_config, start_file
 from util.score.task import Task
 
 SYSTEMS: dict[str, type[System]] = {"PI_CLIP": PICLIP, "HDMNet": HDMNet, "BAM": BAM, "PFENet": PFENet, "HSNet": HSNet,
-                                    "IMR_HSNet": IMRHSNet, "PSPNet": PSPNet, "WeCLIP": WeCLIP, "CLIP_ES": CLIPES}  # fmt: skip
+                                    "IMR_HSNet": IMRHSNet, "PSPNet": PSPNet, "WeCLIP": WeCLIP, "CLIP_ES": CLIPES,
+                                    "CLIP_RC": CLIP_RC, "ZegCLIP": ZegCLIP}  # fmt: skip
 READ_CLIP = {"vtp", "vvp", "cam"}  # priors that need a CLIP
 
 
 def system_class(arch: str) -> type[System]:
-    """The class that ARCH names."""
+    """Return the class that ARCH names."""
     if arch not in SYSTEMS:
         near = get_close_matches(arch, SYSTEMS, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}? " if near else ""
@@ -49,7 +54,7 @@ def system_class(arch: str) -> type[System]:
 
 
 def configure(path: str | Path, arch: str, overrides: list[str] | None = None) -> Config:
-    """The config of a system: `util.config.load_config` with the system's own options.
+    """Load the config of a system: `util.config.load_config` with the system's own options.
 
     Raises:
         UserError: unknown system, or as `load_config`.
@@ -58,13 +63,13 @@ def configure(path: str | Path, arch: str, overrides: list[str] | None = None) -
 
 
 def recorded(path: Path, overrides: list[str] | None = None) -> Config:
-    """The config that a checkpoint of ours was trained with, see `util.run.place.recorded_config`."""
+    """Return the config of a checkpoint's training, see `util.run.place.recorded_config`."""
     arch = read_meta(path).get("system")
-    return recorded_config(path, overrides, system_class(arch).Options if arch else None)
+    return recorded_config(path, overrides, system_class(arch).Options if arch else Method)
 
 
 def priors_of(arch: str, config: Config) -> Sequence[str]:
-    """The priors in effect."""
+    """Return the priors in effect."""
     facts = system_class(arch).facts
     return facts.priors if config.Method.priors is None else config.Method.priors
 
@@ -74,10 +79,10 @@ def needs_clip(arch: str, config: Config) -> bool:
 
 
 def build_system(arch: str, config: Config, fold: Fold, names: ClassNames, cache: Path | None = None) -> System:
-    """Builds a system with its frozen CLIP; backbone, base learner and head come without weights.
+    """Build a system with its frozen CLIP; backbone, base learner and head are without weights.
 
     Args:
-        names: of all classes of the data set, for the text bank; it may be filled later (`TextPrior.use`).
+        names: all classes of the data set, for the text bank; it may be replaced later (`TextPrior.use`).
         cache: folder for text banks.
     """
     cls = system_class(arch)
@@ -112,36 +117,45 @@ def build_few_shot(cls: type[FewShot], arch: str, config: Config, fold: Fold, na
                                 vocabulary, fold.base, config.CLIP.clip_size),
     }
     backbone = Frozen(learner if cls.facts.before else learner.encoder)
-    return cls(backbone, [makers[name]() for name in wanted], shot, options_of(config.System, cls.Options), clip)
+    return cls(backbone, [makers[name]() for name in wanted], shot, options_of(config.Method, cls.Options), clip)
 
 
 def build_weak(cls: type[Weak], arch: str, config: Config, fold: Fold, names: ClassNames, cache: Path | None) -> Weak:
-    options, clip = options_of(config.System, cls.Options), load_clip(config.CLIP.clip_path, activation=config.CLIP.activation)
+    options, clip = options_of(config.Method, cls.Options), load_clip(config.CLIP.clip_path, activation=config.CLIP.activation)
     return cls(Frozen(clip), class_texts(clip.text, names.texts, options, cache), options)
 
 
-FAMILIES: dict[type[System], Callable[..., System]] = {FewShot: build_few_shot, PSPNet: build_base_learner, Weak: build_weak}
+def build_zero_shot(cls: type[ZegCLIP], arch: str, config: Config, fold: Fold, names: ClassNames, cache: Path | None) -> ZegCLIP:
+    options, clip = options_of(config.Method, cls.Options), load_clip(config.CLIP.clip_path, activation=config.CLIP.activation)
+    if not isinstance(clip.visual, ClipTrunk):
+        raise UserError(f"CLIP.clip_path = {config.CLIP.clip_path} is a ResNet; {arch} puts tokens into a ViT: take ViT-B-16")
+    clip, seen = Frozen(clip), [c - 1 for c in fold.base]
+    return cls(clip, names.names, class_bank(clip, names.texts, options, cache), seen, options)
+
+
+FAMILIES: dict[type[System], Callable[..., System]] = {FewShot: build_few_shot, PSPNet: build_base_learner, Weak: build_weak,
+                                                      ZegCLIP: build_zero_shot}  # fmt: skip
 
 
 def cam_source(clip: Clip) -> CamSource:
-    """Class activation maps of whichever image tower a CLIP has."""
+    """Return the source of class activation maps for a CLIP's kind of image tower."""
     return ViTCam(clip.visual, clip.logit_scale) if isinstance(clip.visual, ClipTrunk) else ResNetCam(clip.visual)
 
 
 def check_clip_size(cam: bool, size: str) -> None:
-    """Raises UserError where CLIP would get an image of the wrong kind."""
+    """Raise UserError where CLIP would get an image of the wrong kind."""
     if cam != (size in ("whole", "crop")):
         fitting = "whole (all of the image) or crop (its centre square, as published)" if cam else "original or train"
         raise UserError(f"CLIP.clip_size = {size}: for this system choose {fitting}")
 
 
 def text_bank(clip: Frozen, texts: Sequence[str], cache: Path | None = None) -> Tensor:
-    """2C D: a row "a photo of c." for every class, then a row "a photo without c."."""
+    """Return 2C D: a row "a photo of c." for every class, then a row "a photo without c."."""
     return clip.module.text.bank([template.format(text) for template in (FOREGROUND, BACKGROUND) for text in texts], cache=cache)
 
 
 def open_system(arch: str, config: Config) -> tuple[System, Task]:
-    """A system and the task with its data; backbone, base learner and head come without weights."""
+    """Build a system and the task with its data; backbone, base learner and head are without weights."""
     task = system_class(arch).task(config)
     system = build_system(arch, config, task.fold, task.names, CACHE)
     task.clip_patch = system.clip_patch
@@ -149,8 +163,8 @@ def open_system(arch: str, config: Config) -> tuple[System, Task]:
 
 
 def load_weights(system: System, config: Config, place: Experiment, weight: Path) -> None:
-    """Gives a system all its weights; one that trains nothing has them. A checkpoint of ours must match the config and the frozen
-    parts; an exported one (model/predict/share.py) and a published one bring their base learner along."""
+    """Load all weights of a system; one without training has them. A checkpoint of ours must match the config and the frozen
+    parts; an exported one (model/predict/share.py) and a published one have their base learner inside."""
     if not system.facts.trained:
         return
     if not weight.is_file():
@@ -172,9 +186,9 @@ def load_weights(system: System, config: Config, place: Experiment, weight: Path
 
 
 def load_frozen(system: System, config: Config, place: Experiment, training: bool = False) -> None:
-    """Gives a system the weights it does not train: those of the run before, or ImageNet's.
+    """Load the weights that a system does not train: those of the run before, or ImageNet's.
 
-    training: also the weights that its trained part starts from.
+    training: also those that its trained part starts from.
     """
     before = system.facts.before
     if not before:
@@ -193,8 +207,22 @@ def load_frozen(system: System, config: Config, place: Experiment, training: boo
     system.load_before(load_state(path), str(path))
 
 
+def load_start(system: System, config: Config, place: Experiment) -> dict[str, Any]:
+    """Gives the trained part the weights that `Train.start_from` names; what checkpoints of the run record of them."""
+    file = start_file(config, place)
+    if file is None:
+        return {}
+    if not file.is_file():
+        raise UserError(missing_start(config, place))
+    meta, state = read_meta(file), load_tensors(file)
+    check_identity(file, meta, start_identity(place.arch, system.facts, config))
+    check_frozen(file, meta, system.frozen_hashes())
+    system.load_trained(state, str(file))
+    return {"start": f"{file}" + (f", step {meta['step']}" if "step" in meta else "") + f" ({content_hash(system.trained)})"}
+
+
 def initialise(encoder: Encoder, source: str) -> None:
-    """Gives an encoder the ImageNet weights that `Method.backbone_weight` names: a file, hub or none."""
+    """Load the ImageNet weights that `Method.backbone_weight` names: a file, hub or none."""
     if source == "none":
         return
     if source == "hub":

@@ -1,4 +1,4 @@
-"""From several looks at an image to its scores: windows, sizes, mirror images."""
+"""Average the scores of several views of an image: windows, sizes, mirror images."""
 
 from collections.abc import Callable, Iterator, Sequence
 
@@ -9,13 +9,13 @@ from model.ops import resize
 
 
 def starts(side: int, crop: int, stride: int) -> Iterator[int]:
-    """First pixels of the windows along a side; the last one ends at the border. A side within `crop` is one window."""
+    """Yield the first pixels of the windows along a side; the last ends at the border. A side within `crop` is one window."""
     yield from range(0, side - crop, stride)
     yield max(side - crop, 0)
 
 
 def slide(score: Callable[[Tensor], Tensor], image: Tensor, crop: int, stride: int, at_once: int = 4) -> Tensor:
-    """Averages the scores of all windows that cover a pixel, as mmsegmentation does.
+    """Average the scores of all windows that cover a pixel, as mmsegmentation does.
 
     Args:
         score: N 3 h w -> N C h w, of up to `at_once` * B windows of one size; side `crop`, or the image's where it is narrower.
@@ -41,7 +41,7 @@ def slide(score: Callable[[Tensor], Tensor], image: Tensor, crop: int, stride: i
 
 
 def multi_scale(score: Callable[[Tensor], Tensor], images: Sequence[Tensor], flip: bool = True) -> tuple[Tensor, Tensor]:
-    """Averages scores over several sizes of the same images, and over their mirror images.
+    """Average scores over several sizes of the same images, and over their mirror images.
 
     Args:
         score: N 3 h w -> N C h' w'.

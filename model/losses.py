@@ -1,4 +1,4 @@
-"""Losses shared by systems; all in fp32 whatever the autocast."""
+"""Losses shared by systems; all in fp32, in any autocast."""
 
 from collections.abc import Sequence
 

@@ -1,5 +1,7 @@
 """Tensor operations that every system uses."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -12,7 +14,7 @@ def resize(x: Tensor, size: tuple[int, int] | torch.Size, corners: bool = True) 
 
 
 def nominal_positions(table: Tensor, side: tuple[int, int], grid: tuple[int, int]) -> Tensor:
-    """Positional table of another patch grid, as the code of DINO v1 makes it (and SCLIP, NACLIP, ClearCLIP after it).
+    """Resample a positional table to another patch grid, as the code of DINO v1 does (and SCLIP, NACLIP, ClearCLIP after it).
 
     Bicubic, no antialias, with the *nominal* factors (h + 0.1) / side, which shift every sampling point a little.
 
@@ -30,12 +32,33 @@ def nominal_positions(table: Tensor, side: tuple[int, int], grid: tuple[int, int
 
 
 def full(x: Tensor) -> Tensor:
-    """At least fp32, whatever the autocast made of it."""
+    """Return at least fp32, in any autocast."""
     return x if x.dtype == torch.float64 else x.float()
 
 
+class Pixels(nn.Module):
+    """Normalises images with the statistics that an encoder was trained with; no other place in the house does.
+
+    Args:
+        mean, std: of RGB in 0..1 units.
+    """
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]):
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1) * 255, persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1) * 255, persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """... 3 H W RGB 0..255 of any type -> float."""
+        return (images.to(self.mean.dtype) - self.mean) / self.std
+
+    def undo(self, normalised: Tensor) -> Tensor:
+        """The way back to 0..255."""
+        return normalised * self.std + self.mean
+
+
 def processes() -> tuple[int, int]:
-    """(rank, number of processes) of a data-parallel training; (0, 1) otherwise."""
+    """Return (rank, number of processes) of a data-parallel training; (0, 1) otherwise."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 

@@ -1,4 +1,4 @@
-"""The contract every system keeps. train.py and test.py know nothing else about a model."""
+"""The contract of every system. train.py and test.py know nothing else about a model."""
 
 import hashlib
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from util.cache import TensorCache
-from util.config import Train
+from util.config import Method, Train
 from util.data.transforms import Placed
 from util.errors import UserError
 from util.run.identity import Facts
@@ -21,7 +21,7 @@ from util.score.task import Task
 
 @dataclass
 class Prediction:
-    """What `System.predict` returns; B episodes or images, all fp32."""
+    """Result of `System.predict` for B episodes or images, all fp32."""
 
     final: Tensor  # B classes h w, scores whose argmax is the prediction (2 classes in few-shot systems); any height and width
     meta: Tensor | None = None  # B 2 h w, the few-shot branch alone
@@ -34,14 +34,14 @@ class Prediction:
     votes: Tensor | None = None  # B K 2 h w, logits of each shot where shots vote; `final` is near the vote
 
     def decide(self, i: int, placed: Placed) -> Tensor:
-        """Labels of episode or image i at file size, H W int64: the class of the best score, or where shots vote their vote."""
+        """Return the labels of sample i at file size, H W int64: the class of the best score, or the vote of the shots."""
         if self.votes is None:
             return placed.restore(self.final[i]).argmax(0)
         return vote(placed.restore(self.votes[i]).argmax(1))
 
 
 class Frozen(nn.Module):
-    """Holds a part that is never trained: no gradient, eval mode survives `.train()`.
+    """Hold a part that is never trained: no gradient, eval mode survives `.train()`.
 
     No `no_grad` block is needed: autograd records nothing where neither parameter nor input asks for a gradient.
     """
@@ -58,16 +58,11 @@ class Frozen(nn.Module):
         return self.module(*args, **kwargs)
 
 
-@dataclass
-class NoOptions:
-    """A system without options of its own."""
-
-
 class System(nn.Module):
     """A model with its losses. `losses` calls `head`, so that DDP sees it; `predict` calls `trained`, which never waits.
 
     Attributes:
-        task: what it learns from and is judged by; facts: what programs must know of it; Options: its own options, a dataclass.
+        task: its data and scores; facts: what programs must know about it; Options: its own options, a dataclass.
 
     Everything trained lives in `head`, everything frozen in `Frozen` children. Only `head` is wrapped by DDP, handed to
     the optimizer and saved, so frozen parts are outside all three by construction.
@@ -75,49 +70,50 @@ class System(nn.Module):
 
     task: ClassVar[type[Task]]
     facts: ClassVar[Facts] = Facts()
-    Options: ClassVar[type] = NoOptions
+    Options: ClassVar[type[Method]] = Method
     optimizer_name: ClassVar[str] = "sgd"  # the paper's: sgd | adam | adamw
     dilated: ClassVar[bool] = True  # its backbone keeps stride 8 in its last stages
     head: nn.Module
     prior_names: list[str] | None = None
     clip_patch: int | None = None  # where the system reads images for CLIP: CLIP's patch side (the image's, for a CAM)
+    vocabulary: str = ""  # texts that it trains with, where CLIP.vocabulary does not say it
     warnings: tuple[str, ...] = ()  # what disqualifies its scores
     mark: str = ""  # short form of it, put on every line with a score
 
     @property
     def reads_text(self) -> bool:
-        """Whether class texts compete in its predictions, so that the vocabulary matters."""
+        """Return whether class texts compete in its predictions, so that the vocabulary matters."""
         return False
 
     def losses(self, batch: Any, step: int = 0) -> dict[str, Tensor]:
-        """Weighted loss terms by name; their sum is the loss. step: how many steps of the training are done."""
+        """Return weighted loss terms by name; their sum is the loss. step: number of training steps already done."""
         raise NotImplementedError
 
     def predict(self, batch: Any, baselines: bool = False) -> Prediction:
-        """Without gradient; with `baselines` also the trivial predictions."""
+        """Predict without gradient; with `baselines` also give the trivial predictions."""
         raise NotImplementedError
 
     def remember(self, cache: TensorCache, fixed_head: bool) -> None:
-        """Lets evaluation keep in a cache what depends on one image; systems without any such thing ignore it.
+        """Let evaluation keep results that depend on one image in a cache; a system without such results ignores it.
 
         Args:
-            fixed_head: the trained part will not change any more (testing), so what it makes of an image is kept too.
+            fixed_head: the trained part does not change any more (testing), so its results for one image are kept too.
         """
 
     def check_batch(self, size: int, processes: int, device: torch.device) -> str:
-        """A warning about training with `size` samples in each process, or "". Raises UserError where that cannot work."""
+        """Return a warning about training with `size` samples in each process, or "". Raises UserError where that cannot work."""
         return ""
 
     def stages(self, batch: Any) -> dict[str, dict[str, Tensor]]:
-        """Named tensors at every stage of a prediction, in order: what `model.verify` compares years later."""
+        """Return named tensors at every stage of a prediction, in order, which `model.verify` compares later."""
         return {"data": batch.tensors(), "scores": {"final": self.predict(batch).final}}
 
     def groups(self, train: Train) -> list[dict[str, Any]]:
-        """Parameter groups with rates and decays of their own; the schedule acts on each group's initial rate."""
+        """Return parameter groups with rates and decays of their own; the schedule scales each group's initial rate."""
         return [{"params": list(self.trained.parameters())}]
 
     def optimizer(self, train: Train) -> torch.optim.Optimizer:
-        """The paper's optimizer; `Train.optimizer: adamw` replaces it where there are too few steps for SGD."""
+        """Return the paper's optimizer; `Train.optimizer: adamw` replaces it for trainings too short for SGD."""
         groups = self.groups(train)
         common = {"lr": train.base_lr, "weight_decay": train.weight_decay, "fused": groups[0]["params"][0].is_cuda}
         name = self.optimizer_name if train.optimizer == "paper" else train.optimizer
@@ -126,35 +122,35 @@ class System(nn.Module):
         return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[name](groups, **common)
 
     def encoders(self, training: bool) -> list[nn.Module]:
-        """Encoders that start from ImageNet weights: the frozen ones; in training also those that are trained."""
+        """Return the encoders that start from ImageNet weights: the frozen ones; in training also the trained ones."""
         return []
 
     def load_before(self, state: Mapping[str, Tensor], name: str) -> None:
-        """Takes over the trained part of the run that came before (`facts.before`)."""
+        """Load the trained part of the run that came before (`facts.before`)."""
         raise NotImplementedError
 
     def official_name(self, name: str) -> str | None:
-        """Our state-dict name -> key of the published checkpoint; None for tensors it does not hold."""
+        """Return the published checkpoint's key of a name in our state dict; None for a tensor that is not in it."""
         raise NotImplementedError
 
     # What all systems share.
 
     def distribute(self, device: torch.device) -> None:
-        """Wraps the trained part for data-parallel training."""
+        """Wrap the trained part for data-parallel training."""
         cuda = device.type == "cuda"
         head = nn.SyncBatchNorm.convert_sync_batchnorm(self.head) if cuda else self.head
         self.head = DistributedDataParallel(head, device_ids=[device] if cuda else None)
 
     @property
     def trained(self) -> nn.Module:
-        """The trained part without the DDP wrapper."""
+        """Return the trained part without the DDP wrapper."""
         return self.head.module if isinstance(self.head, DistributedDataParallel) else self.head
 
     def trained_state(self) -> dict[str, Tensor]:
         return self.trained.state_dict()
 
     def load_trained(self, state: Mapping[str, Tensor], name: str) -> None:
-        """Loads a trained part; every tensor must be there with its shape.
+        """Load a trained part; every tensor must be there with its shape.
 
         Raises:
             UserError: lists what differs.
@@ -162,11 +158,11 @@ class System(nn.Module):
         load_exactly(self.trained, state, name)
 
     def frozen_hashes(self) -> dict[str, str]:
-        """Content hash of each frozen part: a checkpoint records those it was trained with."""
+        """Return a content hash of each frozen part, which checkpoints record."""
         return {name: content_hash(child) for name, child in self.named_children() if isinstance(child, Frozen)}
 
     def import_official(self, state: Mapping[str, Tensor], name: str = "checkpoint") -> None:
-        """Loads a published checkpoint, frozen parts included, or fails; never a part of it.
+        """Load a published checkpoint, frozen parts included, completely or not at all.
 
         "module." prefixes are accepted. Tensors of a frozen CLIP inside are left out when they equal the CLIP in use.
 
@@ -182,12 +178,12 @@ class System(nn.Module):
         load_exactly(self, renamed | untouched | surplus, name, names)
 
     def _check_foreign(self, foreign: dict[str, Tensor], name: str) -> dict[str, Tensor]:
-        """Of tensors without a place here, returns those that are in error."""
+        """Return those of the tensors without a place here that are an error."""
         return foreign
 
 
 def load_exactly(module: nn.Module, state: Mapping[str, Tensor], name: str, names: Mapping[str, str] | None = None) -> None:
-    """Strict load_state_dict with a readable error; BatchNorm step counters may be missing."""
+    """Load a state dict strictly, with a readable error; BatchNorm step counters may be missing."""
     own = module.state_dict()
     names = names or {}
     missing = [names.get(k, k) for k in own if k not in state and not k.endswith("num_batches_tracked")]
@@ -204,7 +200,7 @@ def load_exactly(module: nn.Module, state: Mapping[str, Tensor], name: str, name
 
 
 def content_hash(module: nn.Module) -> str:
-    """Short sha256 over names and values of a module's state."""
+    """Return a short sha256 over names and values of a module's state."""
     digest = hashlib.sha256()
     for key, value in sorted(module.state_dict().items()):
         digest.update(key.encode())

@@ -1,6 +1,6 @@
 """Does a result still hold? `python -m model.verify RESULT.json [--gpus 0]`
 
-A result keeps fingerprints of a few episodes at every stage, from the files to the counted pixels. This command runs the same
+A result has fingerprints of a few episodes at every stage, from the files to the counted pixels. This command runs the same
 episodes again, with the result's config, weights and data, and names the first stage that differs: data, features, prior,
 matcher or metric. Exit code 1 when one does.
 """
@@ -26,8 +26,8 @@ from util.run.identity import environment, fingerprint
 from util.run.place import Experiment
 from util.score.metrics import confusion, intersection_union
 
-EXACT = ("data", "metric")  # stages that must be the same to the bit; the others may round otherwise
-TOLERANCE = 1e-3  # relative: other hardware rounds otherwise, and a deep network amplifies that
+EXACT = ("data", "metric")  # stages that must be the same to the bit; others may be rounded differently
+TOLERANCE = 1e-3  # relative: other hardware rounds differently, and a deep network amplifies it
 
 Trace = dict[str, dict[str, list]]  # stage -> name -> [hash, size of the values], or the pixel counts
 
@@ -46,7 +46,7 @@ def main() -> None:
 
 
 def read(path: Path) -> dict:
-    """A report.json with traces."""
+    """Read a report.json with traces."""
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -57,7 +57,7 @@ def read(path: Path) -> dict:
 
 
 def verify(result: dict, config: Config, context: distributed.Context) -> bool:
-    """Prints what differs; whether anything beyond rounding does."""
+    """Print the differences; return whether any is beyond rounding."""
     place = Experiment(result["system"], result["data_set"], *result["place"], Path(config.Runtime.output))
     system, task = open_system(place.arch, config)
     load_weights(system, config, place, Path(result["checkpoint"]))
@@ -83,13 +83,13 @@ def verify(result: dict, config: Config, context: distributed.Context) -> bool:
 
 @torch.no_grad()
 def trace_all(system: System, data: Dataset, count: int, context: distributed.Context) -> list[Trace]:
-    """Traces of samples 0..count-1, on the device of the system and in the precision of its evaluation."""
+    """Trace samples 0..count-1, on the device of the system and in the precision of its evaluation."""
     with context.autocast():
         return [trace(system, data[i].to(context.device)) for i in range(count)]
 
 
 def trace(system: System, sample: Batch) -> Trace:
-    """Fingerprints of a batch of one, at every stage of the system and of the labels that are scored."""
+    """Fingerprint a batch of one, at every stage of the system and of the scored labels."""
     found = {stage: {name: stamp(tensor) for name, tensor in tensors.items()} for stage, tensors in system.stages(sample).items()}
     prediction, truth = system.predict(sample), sample.truth(0)
     counts = intersection_union(confusion(prediction.decide(0, sample.placed[0]), truth, prediction.final.shape[1]))
@@ -97,16 +97,16 @@ def trace(system: System, sample: Batch) -> Trace:
 
 
 def stamp(tensor: Tensor) -> list:
-    """[hash of the content, root of the mean square]."""
+    """Return [hash of the content, root of the mean square]."""
     values = tensor.detach().cpu()
     values = values.float() if values.dtype == torch.bfloat16 else values  # numpy has none
     return [content_key(values.numpy())[:12], float(values.double().square().mean().sqrt())]
 
 
 def first_difference(stored: Trace, now: Trace) -> tuple[str | None, bool]:
-    """(stage, name and values of the first difference beyond rounding, or None; whether every bit is the same).
+    """Return (stage, name and values of the first difference beyond rounding, or None; whether every bit is the same).
 
-    Data and pixel counts must be the same to the bit; a pixel count may differ where the stages before only rounded otherwise.
+    Data must be the same to the bit, and pixel counts too unless an earlier stage has been rounded differently.
     """
     identical = True
     for stage in now:  # in the order in which a difference travels

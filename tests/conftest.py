@@ -109,3 +109,14 @@ def small_clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
             world.write(place / "data/demo", number)
     (place / "data/demo/done").write_text(f"demo world {world.VERSION}\n")
     return place
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of one's own, beside an empty repository that is the working folder."""
+    from tests.make.folders import write_own
+
+    write_own(tmp_path / "own data")
+    (tmp_path / "repository").mkdir()
+    monkeypatch.chdir(tmp_path / "repository")
+    return tmp_path / "own data"

@@ -75,3 +75,11 @@ def test_util_names_no_system_and_runs_no_module() -> None:
 def test_no_file_is_two_files() -> None:
     files = [*MODULES.values(), *(ROOT / "tests").rglob("*.py")]
     assert not {str(p.relative_to(ROOT)): n for p in files if (n := len(p.read_text(encoding="utf-8").splitlines())) > LONGEST}
+
+
+def test_no_test_imports_another() -> None:
+    """What several need is in tests/make; what is about golden files in tests/golden."""
+    trees = {path: ast.parse(path.read_text(encoding="utf-8")) for path in (ROOT / "tests").rglob("*.py")}
+    wrong = [f"{path.name} imports {node.module}" for path, tree in trees.items() for node in ast.walk(tree)
+             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("tests.test_")]  # fmt: skip
+    assert not wrong, "\n".join(wrong)

@@ -12,29 +12,11 @@ from model.few_shot.bam import BAM
 from model.few_shot.hdmnet import HDMNet
 from model.few_shot.pfenet import PFENet
 from model.few_shot.system import FewShot
-from tests.test_clip import small_clip
-from tests.test_few_shot import small_system
-from tests.test_pi_clip import episode as clip_episode
-from tests.test_pi_clip import pi_clip
+from tests.make import clip_episode, keyed, only, pi_clip, small_clip, small_system
 from util.cache import TensorCache, nbytes, open_cache
-from util.data.episodes import Episode, content_key
 from util.errors import UserError
 
 CPU = torch.device("cpu")
-
-
-def keyed(made: Episode) -> Episode:
-    made.query_key = [content_key(image.numpy()) for image in made.query]
-    made.support_key = [[content_key(image.numpy(), mask.numpy()) for image, mask in zip(images, masks, strict=True)]
-                        for images, masks in zip(made.support, made.support_mask, strict=True)]  # fmt: skip
-    return made
-
-
-def only(made: Episode, rows: list[int]) -> Episode:
-    def pick(value):
-        return value[rows] if isinstance(value, torch.Tensor) else [value[i] for i in rows] if value else []
-
-    return Episode(**{name: pick(value) for name, value in vars(made).items()})
 
 
 def systems() -> list[FewShot]:

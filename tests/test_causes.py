@@ -104,12 +104,12 @@ def test_one_histogram_serves_all_thresholds(squash):
         prior = torch.rand(7, 7, generator=generator)
         truth = torch.randint(0, 3, size, generator=generator).byte()
         truth[truth == 2] = 255
-        meter.update({"vtp": prior}, truth, cls, placed(size, squash))
+        meter.update({"a new prior": prior}, truth, cls, placed(size, squash))  # of whatever name
         for threshold, one in zip(THRESHOLDS, plain, strict=True):
             one.update((restore(prior[None], size, squash)[0] > threshold).long(), truth, cls)
     found = meter.result(Context(torch.device("cpu")))
-    assert list(found) == ["vtp"] and found["vtp"] == pytest.approx([one.result()["miou"] for one in plain])
-    assert len(set(found["vtp"])) == 9
+    assert list(found) == ["a new prior"] and found["a new prior"] == pytest.approx([one.result()["miou"] for one in plain])
+    assert len(set(found["a new prior"])) == 9
 
 
 def test_priors_that_are_not_numbers_or_leave_the_range():

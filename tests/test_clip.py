@@ -16,18 +16,10 @@ from safetensors.torch import save_file
 from model.clip import Clip, box_mask, high_order, load_clip, min_max, normalise_affinity, refine, softmax_grad_cam
 from model.clip.load import _config, clip_from_state
 from model.clip.origin import OPENAI, origin_of
+from tests.make import TEXT, VISION, small_clip
 from util.config import Config
 from util.errors import UserError
 from util.run.preflight import clip as preflight_clip
-
-VISION = {"image_size": 64, "layers": 4, "width": 128, "patch_size": 16}
-TEXT = {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 2}
-
-
-def small_clip(seed: int = 0) -> CLIP:
-    """A ViT of CLIP's architecture, small enough for a test; its heads are 64 wide as OpenAI's."""
-    torch.manual_seed(seed)
-    return CLIP(32, CLIPVisionCfg(**VISION), CLIPTextCfg(**TEXT), quick_gelu=True).eval()
 
 
 @pytest.fixture(scope="module")
@@ -377,5 +369,5 @@ def test_home_is_expanded_alike_by_check_and_loading(tmp_path: Path, monkeypatch
 def test_a_text_bank_of_another_activation_is_not_taken(tmp_path: Path, reference: CLIP) -> None:
     state = reference.state_dict()
     quick, plain = clip_from_state(state), clip_from_state(state, origin=replace(OPENAI, quick_gelu=False))
-    assert not torch.equal(quick.text.bank(["a cat"], tmp_path), plain.text.bank(["a cat"], tmp_path))
+    assert not torch.equal(quick.text.bank(["a cat"], cache=tmp_path), plain.text.bank(["a cat"], cache=tmp_path))
     assert quick.settings != plain.settings

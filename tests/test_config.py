@@ -1,10 +1,13 @@
 """The typed config: layers, overrides, and errors that name the file, the key and the nearest right one."""
 
+import copy
+import dataclasses
 from pathlib import Path
 
 import pytest
 
-from util.config import load_config
+from model import SYSTEMS, configure
+from util.config import config_of, load_config
 from util.data.folds import fold_of, read_class_names
 from util.errors import UserError
 
@@ -67,3 +70,20 @@ def test_shipped_configs_are_complete() -> None:
             assert len(names) == fold_of(config).num_classes
             if config.Train.data_set != "coco":
                 assert Path(config.Data.train_list).is_file() and Path(config.Data.val_list).is_file()
+
+
+def test_records_of_before_are_read() -> None:
+    """Checkpoints and reports keep the config they were made with: the options of all systems stood in one section then."""
+    fold = "config/demo/demo_split0_resnet50.yaml"
+    for arch, own in (("HDMNet", {"low_fea": "layer3", "aux_weight1": 0.5}), ("IMR_HSNet", {"stages": 3, "mask_mode": "paper"})):
+        now = configure(fold, arch, [f"Method.{key}={value}" for key, value in own.items()] + ["Train.validate_every=0.5"])
+        old = dataclasses.asdict(now)
+        del old["Train"]["validate_every"]
+        old["Method"] |= {"low_fea": "layer2", "ppm_scales": None, "kshot_trans_dim": 2, "aux_weight1": 1.0, "stages": 2,
+                          "mask_mode": "official"} | own  # fmt: skip
+        old["Train"] |= {"SubEpoch_val": True, "evaluate": True, "rotate_min": -10.0, "rotate_max": 10.0}
+        kept = copy.deepcopy(old)
+        assert config_of(old, "old", options=SYSTEMS[arch].Options) == now and old == kept
+        assert config_of(dataclasses.asdict(now), "new", options=SYSTEMS[arch].Options) == now
+    old["Train"]["SubEpoch_val"] = False
+    assert config_of(old, "old", options=SYSTEMS[arch].Options).Train.validate_every == 0

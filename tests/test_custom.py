@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,67 +11,20 @@ import pytest
 from PIL import Image
 
 from model import configure
+from tests.make.folders import COLOURS, NAMES, REPO, SIDE, add, label_of, picture, prepare
 from util import protocol
 from util.data.folds import fold_of, read_class_names, read_folds
 from util.data.index import Record, read_list
-from util.data.source import EpisodeSource
 from util.data.transforms import read_label
 from util.errors import UserError
 from util.prepare.custom import check
 from util.prepare.custom.__main__ import following, main
-
-REPO = Path(__file__).resolve().parents[1]
-NAMES = "star", "fish", "tree", "house"  # which the demo's CLIP knows
-SIDE = 64
-COLOURS = {"background": (0, 0, 0), "house": (9, 8, 7), "tree": (200, 0, 0), "fish": (0, 0, 1), "star": (1, 0, 0)}
+from util.score.episodes import FewShotTask
 
 
-def label_of(i: int) -> np.ndarray:
-    """Image i shows class i % 4 + 1, every fifth also the next one; one ignored pixel."""
-    label = np.zeros((SIDE, SIDE), np.uint8)
-    label[8 : 24 + i, 4:40] = i % 4 + 1
-    if i % 5 == 0:
-        label[:40, 44:62] = (i + 1) % 4 + 1
-    label[-1, -1] = 255
-    return label
-
-
-def picture(label: np.ndarray) -> Image.Image:
-    """The label, with colours and some noise."""
-    noise = np.random.default_rng(0).integers(0, 60, (*label.shape, 3))
-    return Image.fromarray((noise + 40 * np.stack([label % 5, label * 2 % 5, label * 3 % 5], -1)).astype(np.uint8))
-
-
-def write_own(root: Path) -> None:
-    """32 images with grey masks."""
-    for i in range(32):
-        add(root, f"im{i:02}", label_of(i))
-    (root / "classes.txt").write_text("star\nfish\ntree | tall tree\nhouse\n")
-
-
-@pytest.fixture
-def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder of one's own, beside an empty repository that is the working folder."""
-    write_own(tmp_path / "own data")
-    (tmp_path / "repository").mkdir()
-    monkeypatch.chdir(tmp_path / "repository")
-    return tmp_path / "own data"
-
-
-def add(root: Path, stem: str, label: np.ndarray) -> None:
-    for folder in ("images", "masks"):
-        (root / folder).mkdir(parents=True, exist_ok=True)
-    picture(label).save(root / f"images/{stem}.jpg")
-    Image.fromarray(label).save(root / f"masks/{stem}.png")
-
-
-def make(root: Path, *more: str) -> None:
-    main(["mine", "--from", str(root), "--min-pixels", "200", *more])
-
-
-def source(split: int = 0, name: str = "mine", net: str = "resnet50") -> EpisodeSource:
+def source(split: int = 0, name: str = "mine", net: str = "resnet50") -> FewShotTask:
     config = configure(f"config/{name}/{name}_split{split}_{net}.yaml", "HDMNet")
-    return EpisodeSource(config, Path("cache"))
+    return FewShotTask(config, Path("cache"))
 
 
 def files() -> dict[str, int]:
@@ -82,7 +36,7 @@ def files() -> dict[str, int]:
 
 
 def test_a_folder_becomes_a_data_set(own: Path, capsys: pytest.CaptureFixture) -> None:
-    make(own)
+    prepare(own)
     shown = capsys.readouterr().out
     assert re.search(r"3  tree +\d+ +\d+ +\d+ +\d+ +split2", shown) and "split3: " in shown, shown
     assert following("mine", False).endswith("ARCH=HDMNet NET=efficientnet_lite0 sh test.sh split0 mine 0")
@@ -93,7 +47,7 @@ def test_a_folder_becomes_a_data_set(own: Path, capsys: pytest.CaptureFixture) -
             for record in data.records(f"{part}_list"):
                 label = label_of(int(Path(record.image).stem[2:]))
                 assert record.pixels == {int(c): int((label == c).sum()) for c in np.unique(label) if c not in (0, 255)}
-        sample = data.validation()[0]
+        sample = data.validation().data[0]
         assert int(sample.cls) == split + 1 and (sample.query_mask == 1).any()
         assert data.training()[0].query.shape == (1, 3, 473, 473)
     assert source(0, net="efficientnet_lite0").config.Train.train_h == 225
@@ -105,7 +59,7 @@ def test_a_folder_becomes_a_data_set(own: Path, capsys: pytest.CaptureFixture) -
 
 
 def test_again_changes_nothing_but_what_is_new(own: Path, capsys: pytest.CaptureFixture) -> None:
-    make(own)
+    prepare(own)
     before = files()
     main(["mine", "--from", str(own)])  # --min-pixels is then that of base.yaml
     assert files() == before and "nothing new to write" in capsys.readouterr().out
@@ -120,7 +74,7 @@ def test_again_changes_nothing_but_what_is_new(own: Path, capsys: pytest.Capture
     for part, earlier in sides.items():
         assert earlier < set(read_list(f"lists/mine/{part}.txt"))
     base.unlink()
-    make(own)
+    prepare(own)
     assert "epochs: 20" in base.read_text()
 
 
@@ -130,7 +84,7 @@ def test_named_parts_and_folds(own: Path, capsys: pytest.CaptureFixture) -> None
     (own / "folds.yaml").write_text("split0: [fish, house]\nsplit1: [tree]  # star: always a base class\n")
     (own / "masks/im03.png").unlink()
     (own / "images/notes.txt").touch()
-    make(own)
+    prepare(own)
     shown = capsys.readouterr().out
     for text in ("without a mask .*im03.jpg", r"2 images in neither .*im30, im31", "no PNGs: notes.txt", r"star .*no fold"):
         assert re.search(text, shown), shown
@@ -138,12 +92,12 @@ def test_named_parts_and_folds(own: Path, capsys: pytest.CaptureFixture) -> None
     assert source(0).fold.novel == (2, 4) and source(1).fold.base == (1, 2, 4)
     assert Path("lists/mine/folds.yaml").read_text() == (own / "folds.yaml").read_text()
     (own / "folds.yaml").write_text("split0: [fish]\nsplit1: [tree]\n")
-    make(own)
+    prepare(own)
     assert source(0).fold.novel == (2,)
     (own / "folds.yaml").unlink()
-    make(own, "--folds", "2")  # those of the earlier run
+    prepare(own, "--folds", "2")  # those of the earlier run
     with pytest.raises(UserError, match=r"--folds 3: lists/mine/folds\.yaml has 2"):
-        make(own, "--folds", "3")
+        prepare(own, "--folds", "3")
 
 
 def test_the_folder_may_lie_where_the_data_go(own: Path) -> None:
@@ -151,7 +105,7 @@ def test_the_folder_may_lie_where_the_data_go(own: Path) -> None:
     root.parent.mkdir()
     own.rename(root)
     before = files()
-    make(root)
+    prepare(root)
     assert {path for path in files() if path.startswith("data")} == set(before)
     assert source().records("val_list")
 
@@ -195,19 +149,19 @@ def test_masks_of_colours(own: Path) -> None:
     table[:5] = [COLOURS[name] for name in ("background", *NAMES)]
     for i in range(32):
         Image.fromarray(table[label_of(i)]).save(own / f"masks/im{i:02}.png")
-    make(own)
+    prepare(own)
     before = files()
-    make(own)
+    prepare(own)
     assert files() == before
     assert all(np.array_equal(read_label(f"data/mine/converted/im{i:02}.png"), label_of(i)) for i in range(32))
-    assert not Path("data/mine/masks").exists() and source(2).validation()[0].cls == 3
+    assert not Path("data/mine/masks").exists() and source(2).validation().data[0].cls == 3
 
     Image.new("RGB", (SIDE, SIDE), (5, 5, 5)).save(own / "masks/im07.png")
     with pytest.raises(UserError, match=r"im07\.png: 1 colours are not in labelmap\.txt, 5,5,5"):
-        make(own)
+        prepare(own)
     (own / "classes.txt").unlink()
     Image.fromarray(table[label_of(7)]).save(own / "masks/im07.png")
-    make(own)
+    prepare(own)
     assert read_class_names("lists/mine/classes.txt").names == tuple(COLOURS)[1:]
 
 
@@ -256,7 +210,7 @@ def test_coco_with_chosen_categories(own: Path, text: bool, capsys: pytest.Captu
         assert np.array_equal(read_label(Path("data/mine") / label), expected), image
     before = files()
     coco(own, file)  # the classes of the earlier run
-    assert files() == before and source(1).names.texts[1] == "tall tree" and source(1).validation()[0].cls == 2
+    assert files() == before and source(1).names.texts[1] == "tall tree" and source(1).validation().data[0].cls == 2
 
 
 def test_coco_in_two_files(own: Path) -> None:
@@ -362,7 +316,7 @@ def mask(values: np.ndarray | Image.Image) -> Callable[[Path], object]:
 def test_what_is_wrong_is_named_and_nothing_written(own: Path, spoil: Callable, says: list[str]) -> None:
     spoil(own)
     with pytest.raises(UserError) as error:
-        make(own)
+        prepare(own)
     for message in says:
         assert re.search(message, str(error.value)), str(error.value)
     assert not files()
@@ -379,21 +333,24 @@ def test_names(own: Path, name: str) -> None:
 
 
 def test_a_name_is_not_given_twice(own: Path) -> None:
-    make(own)
+    prepare(own)
     before = files()
     for i in range(32):
         add(own.parent / "second", f"im{i:02}", label_of(i))
     (own.parent / "second/classes.txt").write_text("\n".join(NAMES))
     with pytest.raises(UserError, match="data/mine/images is there and is not .*second/images; delete it, or"):
-        make(own.parent / "second")
+        prepare(own.parent / "second")
     assert files() == before
 
 
 def test_folds_of_a_config(own: Path) -> None:
-    make(own)
+    prepare(own)
     file = "config/mine/mine_split0_resnet50.yaml"
+    assert fold_of(configure(file, "HDMNet", ["Data.folds="])) == fold_of(configure(file, "HDMNet"))  # beside the class names
+    Path("names").mkdir()
+    shutil.copy("lists/mine/classes.txt", "names")
     for override, says in {"Train.split=4": "has split0 to split3", "Data.folds=": "unknown data set 'mine'.*Data.folds",
                            "Train.data_set=pascal": "pascal has its own", "Data.folds=x.yaml": "x.yaml cannot be read"}.items():
         with pytest.raises(UserError, match=says):
-            fold_of(configure(file, overrides=[override]))
+            fold_of(configure(file, "HDMNet", [override, "Data.class_names=names/classes.txt"]))
     assert read_folds("lists/mine/folds.yaml", read_class_names("lists/mine/classes.txt")) == [(1,), (2,), (3,), (4,)]

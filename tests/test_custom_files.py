@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.test_custom import COLOURS, label_of, make, own  # noqa: F401
+from tests.make.folders import COLOURS, label_of, prepare
 from util.data.index import read_list
 from util.data.transforms import SUFFIXES, read_image
 from util.errors import UserError
@@ -36,17 +36,17 @@ UNREADABLE = {  # ending, how it is written, what is said
 
 
 @pytest.mark.parametrize("kind", UNREADABLE)
-def test_the_check_reads_as_a_run_does(own: Path, kind: str) -> None:  # noqa: F811
+def test_the_check_reads_as_a_run_does(own: Path, kind: str) -> None:
     ending, write, says = UNREADABLE[kind]
     (own / "images/im05.jpg").unlink()
     write(path := own / f"images/im05{ending}")
-    for read in (lambda: read_image(path), lambda: make(own)):
+    for read in (lambda: read_image(path), lambda: prepare(own)):
         with pytest.raises(UserError, match=rf"im05\{ending}: .*({says})"):
             read()
     assert not Path("lists").exists()
 
 
-def test_copies_in_both_parts_are_told(own: Path, capsys: pytest.CaptureFixture) -> None:  # noqa: F811
+def test_copies_in_both_parts_are_told(own: Path, capsys: pytest.CaptureFixture) -> None:
     for i in range(3):
         shutil.copy(own / f"images/im0{i}.jpg", own / f"images/copy{i}.jpg")
         shutil.copy(own / f"masks/im0{i}.png", own / f"masks/copy{i}.png")
@@ -54,15 +54,15 @@ def test_copies_in_both_parts_are_told(own: Path, capsys: pytest.CaptureFixture)
     shutil.copy(own / "masks/im03.png", own / "masks/other.png")
     (own / "train.txt").write_text("".join(f"im{i:02}\n" for i in range(16)))
     (own / "val.txt").write_text("copy0\ncopy1\nother\n" + "".join(f"im{i:02}\n" for i in range(16, 32)))
-    make(own)
+    prepare(own)
     told = r"warning: 3 images of validation .* same image .*: images/copy0\.jpg \(images/im00\.jpg\)"
     assert re.search(told, capsys.readouterr().out)
     (own / "val.txt").write_text("".join(f"im{i:02}\n" for i in range(16, 32)))
-    make(own)
+    prepare(own)
     assert "same image" not in capsys.readouterr().out
 
 
-def test_what_may_be_a_mistake_is_told(own: Path, capsys: pytest.CaptureFixture) -> None:  # noqa: F811
+def test_what_may_be_a_mistake_is_told(own: Path, capsys: pytest.CaptureFixture) -> None:
     """A palette that shows the background in white, a phone's photo with a mask of the size as stored."""
     mask = Image.fromarray(label_of(5), "P")
     mask.putpalette([255, 255, 255, 0, 0, 0])
@@ -73,27 +73,27 @@ def test_what_may_be_a_mistake_is_told(own: Path, capsys: pytest.CaptureFixture)
     Image.fromarray(np.pad(label_of(6), ((0, 0), (0, 16)))).save(own / "masks/im06.png")
     exif[sources.ORIENTATION] = 0  # of cameras that do not know
     Image.new("RGB", (64, 64), "blue").save(own / "images/im07.jpg", exif=exif)
-    make(own)
+    prepare(own)
     shown = capsys.readouterr().out
     assert re.search(r"warning: 1 images have an EXIF note .*im06\.jpg\n", shown), shown
     assert re.search(r"warning: 1 masks have a palette whose entry 0 is not black.*im05\.jpg\n", shown), shown
 
 
 @pytest.mark.parametrize("encoding", ["cp1252", "utf-16"])
-def test_texts_that_are_not_utf8(own: Path, encoding: str) -> None:  # noqa: F811
+def test_texts_that_are_not_utf8(own: Path, encoding: str) -> None:
     lines = "".join(f"{name.replace('fish', 'küken')}:{r},{g},{b}::\n" for name, (r, g, b) in COLOURS.items())
     for name, content in (("classes.txt", "küken\nauto\n"), ("folds.yaml", "split0: [küken]\n"), ("labelmap.txt", lines)):
         (own / name).write_bytes(content.encode(encoding))
         with pytest.raises(UserError, match=name):
-            make(own)
+            prepare(own)
         (own / name).unlink()
         (own / "classes.txt").write_text("star\nfish\ntree\nhouse\n")
-    make(own)
+    prepare(own)
     Path("config/mine/BAM.yaml").write_bytes("# mit Gefühl\n".encode(encoding))
-    make(own)  # yours: left alone
+    prepare(own)  # yours: left alone
 
 
-def test_hidden_and_strange_entries(own: Path, capsys: pytest.CaptureFixture) -> None:  # noqa: F811
+def test_hidden_and_strange_entries(own: Path, capsys: pytest.CaptureFixture) -> None:
     """What a Mac leaves on a stick is passed over; what would block whoever reads it is not opened."""
     for folder, ending in (("images", "jpg"), ("masks", "png")):
         (own / f"{folder}/._im05.{ending}").write_bytes(b"\0\5\x16\7\0\2\0\0Mac OS X")
@@ -103,7 +103,7 @@ def test_hidden_and_strange_entries(own: Path, capsys: pytest.CaptureFixture) ->
         picture = Image.fromarray(np.random.default_rng(1).integers(0, 255, (64, 64, 3), np.uint8))
         picture.save(own / f"images/x{ending[1:]}{ending}")
         Image.fromarray(label_of(3)).save(own / f"masks/x{ending[1:]}.png")
-    make(own)
+    prepare(own)
     assert "no PNGs: pipe.jpg\n" in capsys.readouterr().out
     listed = {Path(image).name for part in ("train", "val") for image, _ in read_list(f"lists/mine/{part}.txt")}
     assert len(listed) == 32 + len(SUFFIXES) and {path.name for path in find([str(own / "images")])} == listed

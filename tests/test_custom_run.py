@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_custom import NAMES, REPO, write_own
+from tests.make.folders import NAMES, REPO, write_own
 from util.prepare.custom.__main__ import main
 
 RUN = """

@@ -10,7 +10,8 @@ from PIL import Image
 from demo import world
 from demo.shapes import NAMES
 from demo.train_clip import evaluate
-from util.data.folds import fold, read_class_names
+from model import configure
+from util.data.folds import fold_of, read_class_names
 from util.data.index import build_index, scan
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -80,7 +81,7 @@ def test_every_fold_has_enough_of_every_class(data_root: Path, tmp_path: Path) -
     names = read_class_names(LISTS / "classes.txt")
     train, val = (scan(data_root, LISTS / f"{name}.txt", names, tmp_path) for name in ("train", "val"))
     for split in range(4):
-        classes = fold("demo", split)
+        classes = fold_of(configure(ROOT / f"config/demo/demo_split{split}_resnet50.yaml", "PSPNet"))
         base = build_index(train, classes.base, only=True, min_pixels=256).by_class
         novel = build_index(val, classes.novel, only=False, min_pixels=256).by_class
         assert min(len(base[c]) for c in classes.base) >= 30

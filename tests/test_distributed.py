@@ -2,14 +2,10 @@
 
 import os
 import signal
-from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from model.few_shot.bam import BAM
 from model.few_shot.hdmnet import HDMNet
@@ -17,8 +13,8 @@ from model.few_shot.pfenet import PFENet
 from model.few_shot.system import FewShot
 from model.ops import Dropout
 from model.system import Prediction
-from tests.test_cache import only
-from tests.test_few_shot import random_episode, small_system
+from tests.make import only, random_episode, small_system
+from tests.make.runs import CPU, in_processes
 from util.config import Train
 from util.data.episodes import Episode, EpisodeDataset, EpisodeList
 from util.data.folds import fold, read_class_names
@@ -30,23 +26,6 @@ from util.run.distributed import Context, Termination
 from util.run.log import RunLog
 from util.score.episodes import evaluate_episodes
 from util.score.task import How
-
-CPU = torch.device("cpu")
-
-
-def work(rank: int, world: int, rendezvous: str, task: Callable[[Context], object], out: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{rendezvous}", timedelta(seconds=60), world, rank)
-    torch.save(task(Context(CPU, rank, world)), f"{out}.{rank}")
-    dist.destroy_process_group()
-
-
-def in_processes(world: int, folder: Path, task: Callable[[Context], object]) -> list:
-    """What the task returns in each of `world` processes."""
-    out = folder / f"out{world}"
-    mp.spawn(work, (world, str(folder / f"meet{world}"), task, str(out)), nprocs=world)
-    return [torch.load(f"{out}.{rank}", weights_only=True) for rank in range(world)]
-
 
 SYSTEMS = [HDMNet, BAM, PFENet]
 

@@ -12,7 +12,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from util.config import Config, load_config
+from model import SYSTEMS, configure
+from model.build import FAMILIES
+from model.system import Frozen
+from util.config import Config
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -20,10 +23,11 @@ PAGES = sorted(DOCS.rglob("*.md"))
 TEXTS = [*PAGES, ROOT / "README.md", ROOT / "bench/RESULTS.md", ROOT / "demo/README.md", ROOT / "lists/README.md"]
 ABOUT_CODE = [*sorted((DOCS / "systems").glob("*.md")), DOCS / "extending.md"]
 
-FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+FENCE = re.compile(r"^```(\w*)(?: title=\"[^\"]+\")?\n(.*?)^```", re.MULTILINE | re.DOTALL)
+TITLED = re.compile(r"^```\w* title=\"([^\"]+)\"\n(.*?)^```", re.MULTILINE | re.DOTALL)
 SPAN = re.compile(r"`([^`\n]+)`")
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
-KEY = re.compile(r"(?<![\w./])(Data|CLIP|Train|Method|Test_Finetune|Runtime)\.([A-Za-z_]\w*)(=\[[^\]]*\]|=[^\s`|,;)\"]+)?")
+KEY = re.compile(r"(?<![\w./])(Data|CLIP|Train|Method|System|Test_Finetune|Runtime)\.([A-Za-z_]\w*)(=\[[^\]]*\]|=[^\s`|,;)\"]+)?")
 SCORE = re.compile(r"\d+\.\d+ ± +\d+\.\d+")
 
 ids = lambda page: str(page.relative_to(ROOT))  # noqa: E731
@@ -82,16 +86,35 @@ def wrong_links(text: str, page: Path) -> list[str]:
     return wrong
 
 
+def names_of_fields(options: type) -> set[str]:
+    return {f.name for f in dataclasses.fields(options)}
+
+
+def wrong_commands(text: str) -> list[str]:
+    """`python -m MODULE [COMMAND]` of ours where there is no such module, or no such word in it."""
+    wrong = []
+    for module, word in re.findall(r"python -m ((?:bench|demo|model|tests|util)[\w.]*)(?: ([a-z]\w+))?", text):
+        path = ROOT.joinpath(*module.split("."))
+        file = next((f for f in (path.with_suffix(".py"), path / "__main__.py") if f.exists()), None)
+        commands = "" if file is None else file.read_text()
+        if file is None or (word and "add_parser" in commands and f'"{word}"' not in commands):
+            wrong.append(f"{module} {word}".strip())
+    return wrong
+
+
 def wrong_keys(text: str) -> list[str]:
     """`Section.key` or `Section.key=value` that the config has not or refuses. Values in capitals or ... stand for anything."""
     wrong = []
     for section, key, value in KEY.findall(text):
-        known = [f.name for f in dataclasses.fields(getattr(Config(), section))]
-        if key not in known:
+        owners = {arch: cls.Options if section == "Method" else type(getattr(Config(), section)) for arch, cls in SYSTEMS.items()}
+        archs = [arch for arch, owner in owners.items() if key in {f.name for f in dataclasses.fields(owner)}]
+        if section == "Method" and re.search(rf"^    {key}: ", text, re.MULTILINE):  # an option that the page defines
+            continue
+        if not archs:
             wrong.append(f"{section}.{key}")
         elif value and not re.fullmatch(r"=[A-Z_.]+", value):
             try:
-                load_config(ROOT / "config/demo/demo_split0_resnet50.yaml", "PI_CLIP", [f"{section}.{key}{value}"])
+                configure(ROOT / "config/demo/demo_split0_resnet50.yaml", archs[0], [f"{section}.{key}{value}"])
             except ValueError:
                 wrong.append(f"{section}.{key}{value}")
     return wrong
@@ -103,14 +126,20 @@ def test_the_checks_find_mistakes() -> None:
     assert not wrong_spans(good, DOCS) and len(wrong_spans(bad, DOCS)) == 4
     good, bad = "[a](data.md) [b](protocols.md#leaks) [c](../README.md)", "[a](date.md) [b](protocols.md#leeks) [c](README.md)"
     assert not wrong_links(good, DOCS / "index.md") and len(wrong_links(bad, DOCS / "index.md")) == 3
-    good, bad = "Train.shot Train.shot=5 Train.selection=RULE", "Train.short Train.shot=five Train.selection=lst"
-    assert not wrong_keys(good) and len(wrong_keys(bad)) == 3
+    good = "Train.shot Train.shot=5 Train.selection=RULE Method.stages=3"
+    bad = "Train.short Train.shot=five Train.selection=lst Method.stage Method.stages=0"
+    assert not wrong_keys(good) and len(wrong_keys(bad)) == 5
+    good = "`python -m util.data index`, `python -m demo.web --clip`"
+    bad = "`python -m util.episodes`, `python -m util.prepare custom`"
+    assert not wrong_commands(good) and len(wrong_commands(bad)) == 2
 
 
 @pytest.mark.parametrize("page", TEXTS, ids=ids)
 def test_named_files_functions_and_keys_exist(page: Path) -> None:
-    assert not wrong_spans(prose(page), page.parent, page in ABOUT_CODE)
+    written = {file for file, _ in TITLED.findall(page.read_text())}  # by the page itself
+    assert not {*wrong_spans(prose(page), page.parent, page in ABOUT_CODE)} - written
     assert not wrong_keys(page.read_text())
+    assert not wrong_commands(page.read_text())
 
 
 @pytest.mark.parametrize("page", TEXTS, ids=ids)
@@ -124,7 +153,7 @@ def test_recipes_are_those_of_the_configs() -> None:
     for page in ABOUT_CODE:
         for arch, heads, body in re.findall(r"^\| `ARCH=(\w+)` \|(.+)\|\n\|[-|]+\n((?:\|.+\n)+)", page.read_text(), re.MULTILINE):
             sets = [head.strip() for head in heads.split("|")]
-            configs = [load_config(ROOT / f"config/{name}/{name}_split0_resnet50.yaml", arch) for name in sets]
+            configs = [configure(ROOT / f"config/{name}/{name}_split0_resnet50.yaml", arch) for name in sets]
             for row in body.splitlines():
                 key, *values = [cell.strip(" `") for cell in row.strip("|").split("|")]
                 section, name = key.split(".")
@@ -144,18 +173,34 @@ def test_measured_numbers_stand_in_the_results() -> None:
 
 
 def test_extending_runs(small_clone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from model import SYSTEMS
-
+    """The page's files are written, its blocks run in order; both systems learn, predict and take part in a whole evaluation."""
     monkeypatch.chdir(small_clone)
-    monkeypatch.setitem(SYSTEMS, "Tiny", None)  # taken out again afterwards
+    monkeypatch.setattr("model.build.FAMILIES", dict(FAMILIES))
+    for name in ("Tiny", "LinearProbe"):
+        monkeypatch.setitem(SYSTEMS, name, None)  # taken out again afterwards
+    page = (DOCS / "extending.md").read_text()
+    for file, text in TITLED.findall(page):
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
+        Path(file).write_text(text)
     names: dict = {}
-    for language, block in FENCE.findall((DOCS / "extending.md").read_text()):
+    for language, block in FENCE.findall(page):
         if language == "python":
             exec(compile(block, "docs/extending.md", "exec"), names)
     assert isinstance(names["system"].priors[0], names["PrototypePrior"])
     assert 0.3 < float(names["loss"].detach()) < 3  # of two classes, untrained
-    assert names["prediction"].final.shape == (1, 2, 129, 129)
-    assert all(p.grad is not None for p in names["system"].trained.parameters())
+    assert names["prediction"].final.shape == (1, 2, 129, 129) and names["mask"].shape == names["episode"].original_mask[0].shape
+    assert 0.5 < float(names["dense_loss"].detach()) < 3  # of three
+    assert names["dense"].final.shape == (1, 3, 129, 129) and names["wide"].final.shape == (1, 3, 97, 129)
+    assert names["labels"].shape == names["image"].original_label[0].shape
+    rates = [(group["lr"], group["weight_decay"]) for group in names["optimizer"].param_groups]
+    assert rates == [(0.0003, 0.01), (0.0006, 0)]
+    for system in (names["system"], names["probe"]):
+        assert all(p.grad is not None for p in system.trained.parameters())
+        frozen = [p for child in system.children() if isinstance(child, Frozen) for p in child.parameters()]
+        assert frozen and all(p.grad is None for p in frozen)
+    values = {int(value) for data in (names["data"], names["scenes"].validation().data) for i in range(20)
+              for value in data[i].label.unique()}  # fmt: skip
+    assert values == {0, 1, 2, 255}  # the table of the page: background, post, shed, all else
 
 
 def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:

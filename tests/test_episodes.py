@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from tests.make import abstract_index
 from util.data.episodes import (
     Episode,
     EpisodeDataset,
@@ -21,7 +22,7 @@ from util.data.episodes import (
     permutation,
 )
 from util.data.folds import fold, read_class_names
-from util.data.index import Index, Record, build_index, scan
+from util.data.index import Record, build_index, scan
 from util.data.semantic import SemanticDataset
 from util.data.transforms import TrainTransform, ValTransform, read_label, worker_init
 from util.errors import UserError
@@ -37,14 +38,6 @@ PINNED_SPECS = [
     EpisodeSpec(number=1000, query=0, cls=2, supports=(24, 36, 27, 3, 30)),
 ]
 PINNED_SHUFFLED = [(24, 2, 18), (30, 2, 36), (7, 5, 24)]
-
-
-def abstract_index(images: int, classes: tuple[int, ...]) -> Index:
-    """Image p shows class p mod C, and every third one the next class too; no files behind it."""
-    c = len(classes)
-    present = [tuple(sorted({classes[p % c], classes[(p + (p % 3 == 0)) % c]})) for p in range(images)]
-    records = [Record(f"{p}.jpg", f"{p}.png", 9, 9, {k: 5000 for k in present[p]}, present[p]) for p in range(images)]
-    return build_index(records, classes, only=True)
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.test_report import card, result, self_contained
+from tests.make.reports import card, result, self_contained
 from util import cli
 from util.report import figures
 from util.report.__main__ import main

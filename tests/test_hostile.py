@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 
 from model.clip import load
 from model.clip.load import clip_from_state, load_clip
-from tests.test_clip import TEXT, VISION, small_clip
+from tests.make import TEXT, VISION, small_clip
 from util.errors import UserError
 from util.files import load_state, save_json
 from util.run import checkpoint

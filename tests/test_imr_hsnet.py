@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from bench.oracle import correlation, masked, whole
 from model import configure
 from model.backbone import build_encoder
 from model.build import open_system
@@ -14,10 +15,10 @@ from model.clip import ResNetTower, load_clip
 from model.clip.cam import ResNetCam, ViTCam, published_map
 from model.clip.load import clip_from_state
 from model.few_shot.cam import CamPrior
-from model.few_shot.hsnet import correlation, masked
+from model.few_shot.conv4d import keep, unit
 from model.few_shot.imr_hsnet import Head, IMRHSNet, Options
 from model.system import Frozen
-from tests.test_few_shot import random_episode
+from tests.make import random_episode
 from util.cache import TensorCache
 from util.data.episodes import Episode, EpisodeMaker
 from util.data.folds import fold
@@ -54,28 +55,37 @@ def levels(seed: int) -> list[Tensor]:
     return [torch.randn(2, n, 6, side, side, generator=generator) for n, side in ((2, 9), (3, 5), (1, 3))]
 
 
+def correlations(head: Head, query: list[Tensor], support: list[Tensor], masks: list[Tensor]) -> list[Tensor]:
+    """By level, queries first."""
+    kept = [[keep(unit(q), unit(s)) for q, s in zip(*pair, strict=True)] for pair in zip(query, support, strict=True)]
+    norms = [torch.cat(pair).norm(dim=2) for pair in zip(query, support, strict=True)]
+    pairs = [[whole(level) for level in pair] for pair in head.pairs(kept, norms, masks)]
+    return [torch.stack(level) for level in zip(*pairs, strict=True)]
+
+
 def test_official_masks_start_swapped_and_stay() -> None:
     head = Head((2, 3, 1), 6, 2, "official")
     query, support = levels(1), levels(2)
     maps = [torch.rand(4, 1, 9, 9) * (torch.rand(4, 1, 9, 9) > 0.3) for _ in range(2)]
-    once, other, first = head.correlations(query, support, maps[0], swapped=True)
-    _, _, second = head.correlations(once, other, maps[1], swapped=False)
+    sizes = [x.shape[3:] for x in query]
+    once = head.masks([], maps[0], sizes)
+    first = correlations(head, query, support, once)
+    second = correlations(head, query, support, head.masks(once, maps[1], sizes))
     (q0, s0), (q1, s1) = (m.chunk(2) for m in maps)
     for level in range(3):
         q, s = masked(query[level], s0), masked(support[level], q0)  # each image under the other's map
-        assert torch.equal(first[level][:2], correlation(q, s))
+        torch.testing.assert_close(first[level][:2], correlation(q, s), rtol=0, atol=1e-6)
         assert torch.equal(first[level][2:], first[level][:2].permute(0, 1, 4, 5, 2, 3))
-        assert torch.equal(second[level][:2], correlation(masked(q, q1), masked(s, s1)))  # on top of the first
-    assert torch.equal(query[0], levels(1)[0])  # the caller's features are as they were
+        torch.testing.assert_close(second[level][:2], correlation(masked(q, q1), masked(s, s1)), rtol=0, atol=1e-6)  # on top
 
 
 def test_paper_masks_one_side_anew() -> None:
     head = Head((2, 3, 1), 6, 2, "paper")
     query, support, maps = levels(1), levels(2), torch.rand(4, 1, 9, 9)
-    again, _, found = head.correlations(query, support, maps, swapped=False)
-    assert again is query
-    assert torch.equal(found[1][:2], correlation(query[1], masked(support[1], maps[2:])))
-    assert torch.equal(found[1][2:], correlation(support[1], masked(query[1], maps[:2])))
+    sizes = [x.shape[3:] for x in query]
+    found = correlations(head, query, support, head.masks(head.masks([], maps.flip(0), sizes), maps, sizes))
+    forth, back = correlation(query[1], masked(support[1], maps[2:])), correlation(support[1], masked(query[1], maps[:2]))
+    torch.testing.assert_close(found[1], torch.cat([forth, back]), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("mask_mode", ["official", "paper"])
@@ -150,7 +160,7 @@ def test_the_square_image_for_clip() -> None:
     ("CLIP.vocabulary=present", "choose all"),
     ("CLIP.vocabulary=target", "choose all"),
     ("Method.priors=[cosine]", "no other prior"),
-    ("System.stages=0", "at least 1"),
+    ("Method.stages=0", "at least 1"),
 ])  # fmt: skip
 def test_what_it_refuses(override: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
@@ -172,8 +182,8 @@ def test_a_resnet_clip_is_refused_where_tokens_are_needed(monkeypatch: pytest.Mo
 def test_a_checkpoint_is_not_tested_with_other_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     made, asked = (configure("config/demo/demo_split0_resnet50.yaml", "IMR_HSNet", given)
-                   for given in ([], ["System.stages=3", "CLIP.clip_size=crop", "Train.shot=5"]))  # fmt: skip
+                   for given in ([], ["Method.stages=3", "CLIP.clip_size=crop", "Train.shot=5"]))  # fmt: skip
     with pytest.raises(UserError) as found:
-        check_identity(tmp_path, identity("IMR_HSNet", made, ["cam"]), identity("IMR_HSNet", asked, ["cam"]))
-    assert "System.stages: the checkpoint has 2, the config 3" in str(found.value) and "CLIP.clip_size" in str(found.value)
+        check_identity(tmp_path, *(identity("IMR_HSNet", IMRHSNet.facts, config) for config in (made, asked)))
+    assert "Method.stages: the checkpoint has 2, the config 3" in str(found.value) and "CLIP.clip_size" in str(found.value)
     assert "Train.shot" not in str(found.value)  # shots vote: any number will do

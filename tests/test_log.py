@@ -39,3 +39,17 @@ def test_quiet_keeps_the_file(tmp_path: Path, capsys: pytest.CaptureFixture) -> 
         log.info("all is well")
         log.warning("look here")
     assert "all is well" not in capsys.readouterr().out and "all is well" in (tmp_path / "train.log").read_text()
+
+
+@pytest.mark.parametrize(("files", "said"), [
+    ({"wandb/readme.txt": ""}, "hides the package"),
+    ({"wandb.py": "def init(**_):\n    raise RuntimeError('no login')\n"}, "could not start .*no login"),
+])  # fmt: skip
+def test_a_tracker_that_cannot_start(files: dict[str, str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    with pytest.raises(UserError, match=f"Runtime.tracker=wandb.*{said}"), tracking("wandb", "name", tmp_path / "run", {}):
+        pass

@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from tests.make import restore
+from util.data.transforms import Placed
 from util.errors import UserError
-from util.score.metrics import FewShotMeter, SemanticMeter
+from util.score.metrics import FewShotMeter, SemanticMeter, seen_unseen
 
 
 def iou_counts(pred: np.ndarray, truth: np.ndarray, value: int) -> list[int]:
@@ -122,3 +123,30 @@ def test_corners_stay_corners():
     ramp = torch.linspace(0, 1, 7).expand(1, 7, 7)
     assert torch.allclose(restore(ramp, (5, 10), squash=True)[0, 2], torch.linspace(0, 1, 10))
     assert torch.allclose(restore(ramp, (10, 5), squash=False)[0, 2], torch.linspace(0, 1, 10)[:5])
+
+
+def test_half_pixel_centres_where_they_are_asked_for():
+    """mmsegmentation's way back (align_corners=False): outer cells are flat, and a letterbox is cut as before."""
+    ramp = torch.tensor([0.0, 1.0]).expand(1, 2, 2)
+    got = Placed((4, 8), (4, 8), corners=False).restore(ramp)
+    assert torch.allclose(got[0, 0], torch.tensor([0, 0, 0.125, 0.375, 0.625, 0.875, 1, 1]))
+    assert torch.allclose(Placed((3, 8), (8, 8), corners=False).restore(ramp)[0], got[0, :1].expand(3, 8))
+    assert torch.allclose(Placed((8, 3), (8, 8), corners=False).restore(ramp)[0], got[0, :1, :3].expand(8, 3))
+
+
+def test_seen_and_unseen_by_hand():
+    """A class that neither has is in no mean; one that only the prediction has counts as 0."""
+    meter = SemanticMeter([0, 3, 5, 8, 9])  # channels 0..4
+    meter.update(torch.tensor([1, 1, 1, 2, 3, 0]), torch.tensor([1, 1, 2, 2, 0, 0]))
+    found = meter.result(seen=[3, 5, 9], unseen=[8])
+    assert found["per_class"] == {0: 1 / 2, 3: 2 / 3, 5: 1 / 2, 8: 0.0, 9: None}
+    assert found["miou"] == pytest.approx((2 / 3 + 1 / 2 + 0) / 3)
+    assert found["background_miou"] == pytest.approx((1 / 2 + 2 / 3 + 1 / 2 + 0) / 4)
+    assert (found["seen_miou"], found["unseen_miou"], found["hiou"]) == (pytest.approx(7 / 12), 0, 0)
+    meter.update(torch.tensor([3, 3]), torch.tensor([3, 3]))
+    found = meter.result(seen=[3, 5, 9], unseen=[8])
+    assert found["unseen_miou"] == pytest.approx(2 / 3) and found["hiou"] == pytest.approx(2 * 7 / 12 * 2 / 3 / (7 / 12 + 2 / 3))
+    assert "hiou" not in meter.result(seen=[3, 5], unseen=[9]) and "hiou" not in meter.result()
+    state, unseen = meter.state, [3]
+    assert seen_unseen(state, unseen)["miou"] == pytest.approx(found["background_miou"])
+    assert seen_unseen(state, unseen)["miou_unseen"] == pytest.approx(2 / 3)

@@ -23,10 +23,7 @@ from model.few_shot.bam import BAM
 from model.few_shot.hdmnet import HDMNet
 from model.few_shot.pfenet import PFENet
 from model.few_shot.system import FewShot
-from tests.make import restore
-from tests.test_clip import small_clip
-from tests.test_few_shot import random_episode, small_system
-from tests.test_pi_clip import pi_clip
+from tests.make import pi_clip, random_episode, restore, small_clip, small_system
 from util.data.episodes import Episode, EpisodeDataset, EpisodeList, collate
 from util.data.folds import fold, read_class_names
 from util.data.index import build_index, scan

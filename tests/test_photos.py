@@ -10,14 +10,11 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from demo import world
+from tests.make import upright
 from util.data.transforms import read_image
 from util.errors import UserError
 from util.photos.polygons import Coco, polygons
 from util.photos.reading import ORIENTATION, box_mask, doubt, read_mask, read_photo
-
-
-def upright(rng: np.random.Generator, hw: tuple[int, int] = (40, 60)) -> np.ndarray:
-    return cv2.resize(rng.integers(0, 255, (5, 7, 3), dtype=np.uint8), hw[::-1], interpolation=cv2.INTER_NEAREST)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

@@ -17,8 +17,7 @@ from model.few_shot.prior import TextPrior
 from model.predict.predictor import Predictor
 from model.predict.text_predictor import TextPredictor
 from model.system import Prediction
-from tests.make import CONFIG, ROOT, make, palette_mask, restore, star
-from tests.test_photos import upright
+from tests.make import CONFIG, ROOT, make, palette_mask, restore, star, upright
 from util.cache import TensorCache
 from util.data.episodes import Episode, EpisodeList, mask_table
 from util.data.folds import fold

@@ -5,10 +5,11 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.make import restore
+from tests.make.runs import check
 from util.data.episodes import EpisodeList
 from util.data.folds import fold
 from util.data.index import Index, Record, build_index
@@ -20,10 +21,6 @@ from util.run.distributed import Context
 from util.score.metrics import FewShotMeter, SemanticMeter
 from util.score.statistics import bootstrap, pooled
 from util.score.table import COLUMNS, read_episodes
-
-
-def check(examples: int) -> settings:
-    return settings(max_examples=examples, deadline=None, derandomize=True)
 
 
 def arrays(values: Sequence[int], low: int = 1, high: int = 12) -> st.SearchStrategy[np.ndarray]:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from model.few_shot.hdmnet import HDMNet
-from tests.test_properties import check
+from tests.make.runs import check
 from util.config import Config, load_config
 from util.data.folds import read_class_names, read_folds
 from util.data.index import _annotated, read_list, scan
@@ -34,7 +34,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 # ---- configs
 
-SECTIONS = {name: type(section) for name, section in vars(Config(System=HDMNet.Options())).items()}
+SECTIONS = {name: type(section) for name, section in vars(Config(Method=HDMNet.Options())).items()}
 KEYS = [(section, key.name) for section, kind in SECTIONS.items() for key in dataclasses.fields(kind)]
 # What PyYAML fails on with errors that are not its own, what is too long or too deep, and what no number may be.
 AWKWARD = ["2024-13-45", "2001-01-01 25:61:61", "!!int x", "!!float a", "!!bool x", "!!timestamp x", "!!binary x", "!!set {a}",

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from util.errors import UserError
-from util.score.metrics import FewShotMeter
+from util.score.causes import Spread
+from util.score.metrics import Counts, FewShotMeter
 from util.score.statistics import bootstrap, compare, describe, pooled
-from util.score.table import COLUMNS, read_episodes
+from util.score.table import COLUMNS, EpisodeTable, Row, align, read_episodes
 
 
 def rows(n: int, rng: np.random.Generator, classes: int = 3, gain: float = 0.0) -> np.ndarray:
@@ -166,3 +167,28 @@ def test_older_report_without_a_protocol_hash():
     del given["protocol_hash"]
     with pytest.raises(UserError, match="no protocol hash"):
         compare(given, given)
+
+
+def dense(rows: dict[tuple[int, int], tuple[int, int]]) -> dict:
+    """A result over images: (image, class) -> (intersection, union)."""
+    found = [Row(image, cls, image, Counts(hit, union, 90 - union, 90 - hit), Spread(hit, 0, 0))
+             for (image, cls), (hit, union) in rows.items()]  # fmt: skip
+    return result(np.empty((0, 7)), episodes=EpisodeTable.of("abc", {0: found}, dense=True).to_json())
+
+
+def test_dense_rows_are_aligned_before_they_are_compared():
+    """One prediction finds class 2 where nothing is, the other does not: a row in one, a zero in the other."""
+    truth = {(0, 1): (30, 40), (0, 2): (10, 20), (1, 1): (25, 50), (2, 2): (20, 30)}
+    more = truth | {(1, 2): (0, 10), (0, 1): (20, 40)}
+    a, b = read_episodes(dense(truth)), read_episodes(dense(more))
+    one, two = align(a, b)
+    assert (len(a), len(b), len(one), len(two)) == (4, 5, 5, 5)
+    for left, right in ((one.cls, two.cls), (one.number, two.number), (one.query, two.query)):
+        assert np.array_equal(left, right)
+    assert one.counts[np.flatnonzero((one.number == 1) & (one.cls == 2))[0]].tolist() == [0, 0, 0, 0]
+    assert pooled(one)["miou"] == pooled(a)["miou"] == pytest.approx((55 / 90 + 30 / 50) / 2)
+    found = compare(dense(truth), dense(more), resamples=200)
+    assert found.comparable and found.mious == pytest.approx(((55 / 90 + 30 / 50) / 2, (45 / 90 + 30 / 60) / 2))
+    assert compare(dense(more), dense(truth), resamples=200).difference == pytest.approx(-found.difference)
+    with pytest.raises(UserError, match="twice"):
+        read_episodes({"episodes": dense(truth)["episodes"] | {"dense": False}})

@@ -132,10 +132,10 @@ def test_the_start_of_rfm_is_a_rule_of_the_protocol() -> None:
         for name in ("auto", "strict"):
             file = ROOT / f"config/{data_set}/{data_set}_weak_{net}.yaml"
             config = configure(file, "WeCLIP", [f"Test_Finetune.protocol={name}"])
-            used, steps = protocol.of(config), config.System.static_steps
+            used, steps = protocol.of(config), config.Method.static_steps
             assert used.describe(False, WeakTask.says)["steps before attention is filtered (RFM)"] == str(steps)
             found[data_set, used.name] = steps
     assert found == {("voc", "weclip-paper"): 9144, ("voc", "strict"): 15_000, ("coco", "weclip-paper"): 40_000,
                      ("coco", "strict"): 40_000, ("demo", "weclip-paper"): 400, ("demo", "strict"): 400}  # fmt: skip
-    hashes = {protocol.of(configure(CONFIG, "WeCLIP", [f"System.static_steps={n}"])).hash for n in (1, 2)}
+    hashes = {protocol.of(configure(CONFIG, "WeCLIP", [f"Method.static_steps={n}"])).hash for n in (1, 2)}
     assert len(hashes) == 2

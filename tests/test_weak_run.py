@@ -51,7 +51,7 @@ def few(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 @pytest.fixture(scope="module")
 def short(few: list[str]) -> list[str]:
-    return [*few, "Train.iterations=6", "System.static_steps=3", "Train.validate_every=0", "Train.watch=false"]
+    return [*few, "Train.iterations=6", "Method.static_steps=3", "Train.validate_every=0", "Train.watch=false"]
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,7 @@ def test_interrupted_before_rfm_and_after_it_starts(short: list[str], trained: P
     assert program("train", "WeCLIP", *stepwise, "Train.workers=1").returncode == 0
     a, b = (load_tensors(out / RUN / "snapshot/last.safetensors") for out in (trained, tmp_path))
     assert all(torch.equal(a[key], b[key]) for key in a)
-    static = program("train", "WeCLIP", *short, f"Runtime.output={tmp_path}/static", "System.static_steps=100")
+    static = program("train", "WeCLIP", *short, f"Runtime.output={tmp_path}/static", "Method.static_steps=100")
     assert static.returncode == 0
     other = load_tensors(tmp_path / "static" / RUN / "snapshot/last.safetensors")
     assert not all(torch.equal(a[key], other[key]) for key in a)  # the switch was on the way
@@ -103,8 +103,8 @@ def test_rows_of_one_result(short: list[str], trained: Path) -> None:
 
 
 def test_another_recipe_is_another_checkpoint(short: list[str], trained: Path, tmp_path: Path) -> None:
-    run = program("test", "WeCLIP", *short, f"Runtime.output={trained}", "System.static_steps=4")
-    assert run.returncode == 2 and "System.static_steps: the checkpoint has 3, the config 4" in run.stderr, run.stderr
+    run = program("test", "WeCLIP", *short, f"Runtime.output={trained}", "Method.static_steps=4")
+    assert run.returncode == 2 and "Method.static_steps: the checkpoint has 3, the config 4" in run.stderr, run.stderr
     names = tmp_path / "names.txt"
     names.write_text((ROOT / "lists/demo/classes.txt").read_text().replace("crown\n", ""))
     weight = trained / RUN / "snapshot/last.safetensors"

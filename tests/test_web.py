@@ -1,5 +1,7 @@
 """What the page does, without gradio; the page itself is tested in test_web_page.py."""
 
+# ruff: noqa: F401, F811 (fixtures of tests.make.web)
+
 import base64
 import io
 import re
@@ -21,7 +23,8 @@ from demo.web import show
 from demo.web.session import Model, Session, Support, demo_examples
 from model.predict.predictor import NAMED, Predictor
 from model.predict.text_predictor import TextPredictor
-from tests.make import ROOT, make
+from tests.make import make
+from tests.make.web import at_root, example, model, query, save
 from util import cli
 from util.data.transforms import IGNORE
 from util.errors import UserError
@@ -29,31 +32,6 @@ from util.photos.reading import MAX_SIDE, Photo
 from util.report.viz import COLOURS
 
 STAR = 1  # class
-
-
-@pytest.fixture(autouse=True)
-def at_root(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
-
-
-@pytest.fixture(scope="module")
-def model(piclip: Path) -> Model:
-    return Model(Predictor.from_checkpoint(piclip, "cpu"), "PI-CLIP of the demo")
-
-
-@pytest.fixture(scope="module")
-def example() -> do.Example:
-    return next(demo_examples([STAR]))
-
-
-@pytest.fixture
-def query(example: do.Example, tmp_path: Path) -> str:
-    return save(tmp_path / "query.png", example.query)
-
-
-def save(path: Path, image: np.ndarray) -> str:
-    Image.fromarray(image).save(path)
-    return str(path)
 
 
 def painted(mask: np.ndarray) -> dict:

@@ -1,6 +1,6 @@
 """The real page in a headless browser, where gradio, playwright and chromium are."""
 
-# ruff: noqa: F401, F811 (fixtures of test_web)
+# ruff: noqa: F401, F811 (fixtures of tests.make.web)
 
 import contextlib
 import importlib.util
@@ -15,7 +15,7 @@ from demo.shapes import NAMES
 from demo.web import session as do
 from demo.web.session import Model, demo_examples
 from model.predict.text_predictor import TextPredictor
-from tests.test_web import at_root, example, model, query, save
+from tests.make.web import at_root, example, model, query, save
 
 
 @contextlib.contextmanager

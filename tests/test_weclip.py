@@ -22,8 +22,8 @@ from model.weak.losses import balanced_loss, pair_labels
 from model.weak.maps import BACKGROUND, Bank, Pairs, background_texts, decide, see
 from model.weak.par import refine_by_colour
 from model.weak.weclip import WeCLIP
-from tests.test_clip import small_clip
-from tests.test_distributed import in_processes
+from tests.make import small_clip
+from tests.make.runs import in_processes
 from util.config import Train, options_of
 from util.data.folds import read_class_names
 from util.errors import UserError
@@ -374,8 +374,8 @@ def test_wrong_input() -> None:
     for options in ({"score": "both"}, {"outside": "drop"}, {"absent": "weigh"}, {"statistics": "clips"}, {"box": 1.0},
                     {"template": "a photo"}, {"scales": []}, {"scales": [0.0]}, {"rfm_layers": 1}, {"layers": 0},
                     {"static_steps": -1}, {"dropout": 1.0}, {"affinity_weight": -1}, {"long_side": 0}):  # fmt: skip
-        with pytest.raises(UserError, match=f"System.{next(iter(options))}"):
-            options_of(options, weclip.Options).check()
+        with pytest.raises(UserError, match=f"Method.{next(iter(options))}"):
+            options_of(options, weclip.Options)
 
 
 def test_background_texts() -> None:

@@ -15,8 +15,9 @@ from model.zero_shot.clip_rc import CLIP_RC
 from model.zero_shot.losses import focal_and_dice
 from model.zero_shot.tower import owners, reading_mask
 from model.zero_shot.zegclip import MANY, ZegCLIP, text_bank
-from tests.test_clip import small_clip
-from tests.test_distributed import CPU, in_processes
+from tests.make import small_clip
+from tests.make.runs import CPU, in_processes
+from tests.make.zero_shot import published
 from util.config import Train
 from util.data.loading import RangeSampler
 from util.errors import UserError
@@ -221,20 +222,6 @@ def test_filled_up_border_is_the_mean_colour() -> None:
 
 # ---- checkpoints
 
-def published(system: ZegCLIP) -> dict[str, Tensor]:
-    """A whole published state dict: trained parts, parts without use, CLIP's two towers."""
-    visual = system.trunk.visual
-    state = {system.official_name(f"head.{name}"): torch.randn_like(value) for name, value in system.trained_state().items()}
-    state |= {f"backbone.{name}": value.half().float() for name, value in visual.state_dict().items()}
-    state |= {f"text_encoder.{name}": value for name, value in system.clip.module.text.clip.state_dict().items()
-              if name != "logit_scale"}  # fmt: skip
-    state["backbone.positional_embedding"] = system.trunk.position((6, 6))
-    state["backbone.region_level_bridge"] = (visual.class_embedding + visual.positional_embedding[0]).repeat(16, 1)
-    stream = "decoder_q" if isinstance(system, CLIP_RC) else "decoder_1"
-    dead = ("self_attn.in_proj_weight", "norm1.bias") + (() if isinstance(system, CLIP_RC) else ("linear1.weight",))
-    return state | {f"decode_head.{stream}.layers.2.{name}": torch.zeros(3) for name in dead}
-
-
 @pytest.mark.parametrize("cls", SYSTEMS)
 def test_published_checkpoints(cls: type[ZegCLIP]) -> None:
     system = small(cls)
@@ -323,3 +310,18 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
         for name in one:
             for other in two:
                 torch.testing.assert_close(other[name], one[name], rtol=1e-8, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_clip_as_it_is_stands_beside() -> None:
+    """Its scores are the cosines of CLIP's own patch tokens to the texts, window by window."""
+    system = small(inference="whole").eval()
+    batch = random_images(1)
+    found = system.predict(batch, baselines=True)
+    assert torch.equal(found.final, system.predict(batch).final) and not system.predict(batch).variants
+    visual = system.trunk.visual
+    tokens = system.trunk.run(system.trunk.embed(system.trunk.normalise(batch.image))[0]).tokens
+    patches = F.normalize(visual.ln_post(tokens[:, 1:]) @ visual.proj, dim=-1)
+    side = 64 // system.trunk.patch
+    expected = (patches @ system.texts.T).transpose(1, 2).unflatten(2, (side, side))
+    torch.testing.assert_close(found.variants["CLIP without training"],
+                               F.interpolate(expected, (64, 64), mode="bilinear"), rtol=1e-4, atol=1e-5)  # fmt: skip

@@ -1,7 +1,7 @@
-"""Tensors that are worth computing once: in memory up to a number of bytes, and in a folder where one is named.
+"""Keep tensors that are worth computing once: in memory up to a number of bytes, and in a folder if one is named.
 
-Entries are keyed by content (what goes in, and which weights), so nothing in a cache can be out of date. Files are written
-beside their place and renamed, which several processes may do at once; a damaged one is computed again.
+The key of an entry is a hash of its inputs and weights, so nothing in a cache can be out of date. A file is written beside its
+place and then renamed; several processes may do so at once. A damaged file is computed again.
 """
 
 import hashlib
@@ -23,14 +23,15 @@ Entry = dict[str, Tensor]
 
 
 class TensorCache:
-    """Named tensors by key.
+    """Store named tensors by key.
 
-    When it is full a random entry leaves: an evaluation asks for the same images in turn, where to drop the least recently
-    used would be to drop exactly what comes next.
+
+    A full cache drops a random entry. An evaluation reads the same images in turn, so the least recently used entry is the one
+    needed next.
 
     Args:
         budget: bytes kept in memory (where the tensors live: the GPU's memory on a GPU).
-        folder: keeps every entry for later runs; None: none is kept.
+        folder: where every entry is kept for later runs; None: nowhere.
     """
 
     def __init__(self, budget: int, folder: Path | None = None):
@@ -42,7 +43,7 @@ class TensorCache:
         self._random = random.Random(0)
 
     def get(self, key: str, device: torch.device) -> Entry | None:
-        """The entry on a device, or None."""
+        """Return the entry on a device, or None."""
         entry = self._entries.get(key)
         if entry is None and self.folder is not None and (entry := self._read(key)) is not None:
             entry = {name: tensor.to(device) for name, tensor in entry.items()}
@@ -52,7 +53,7 @@ class TensorCache:
         return entry
 
     def put(self, key: str, entry: Entry) -> Entry:
-        """Keeps an entry and returns it in a memory of its own (a row of a batch would keep the batch alive)."""
+        """Keep an entry and return a copy of it. (A row of a batch would keep the whole batch in memory.)"""
         entry = {name: tensor.detach().clone() for name, tensor in entry.items()}
         self._keep(key, entry)
         if self.folder is not None and self.writable:
@@ -94,7 +95,7 @@ class TensorCache:
 
 
 def open_cache(gigabytes: float, folder: str) -> TensorCache:
-    """The cache that a config asks for.
+    """Return the cache that a config describes.
 
     Raises:
         UserError: the folder cannot be made.

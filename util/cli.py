@@ -10,8 +10,8 @@ from util.errors import Terminated, UserError
 
 
 def parse(description: str, episodes: bool = False, plan: bool = False) -> argparse.Namespace:
-    """config, arch, gpus, quiet, overrides; with `episodes` also --episodes FILE, which becomes an override; with `plan`
-    --dry-run."""
+    """Parse config, arch, gpus, quiet and overrides; with `episodes` also --episodes FILE, which becomes an override; with
+    `plan` also --dry-run."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="config/DATASET/DATASET_EXP_NET.yaml")
     parser.add_argument("--arch", required=True, help="system, PI_CLIP and so on (`train.sh` and `test.sh`: $ARCH)")
@@ -19,7 +19,7 @@ def parse(description: str, episodes: bool = False, plan: bool = False) -> argpa
     parser.add_argument("overrides", nargs="*", metavar="Section.key=value")
     parser.add_argument("--quiet", action="store_true", help="only warnings and errors on the console; the log file has all")
     if plan:
-        parser.add_argument("--dry-run", action="store_true", help="tell what it would do and take, from a few measured steps")
+        parser.add_argument("--dry-run", action="store_true", help="estimate time, memory and disk from a few measured steps")
     if episodes:
         parser.add_argument("--episodes", metavar="FILE", help="evaluate the episodes of this file")
     found = parser.parse_intermixed_args()
@@ -29,13 +29,13 @@ def parse(description: str, episodes: bool = False, plan: bool = False) -> argpa
 
 
 def run(main: Callable[[], None]) -> None:
-    """Runs a program: the user's mistakes end in one message and code 2, Ctrl-C in code 130, SIGTERM in 143; files stay valid."""
+    """Run a program. A user's mistake ends in one message and code 2, Ctrl-C in code 130, SIGTERM in 143. Files stay valid."""
     try:
         main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except RuntimeError as error:  # torch raises it in the middle of anything when a worker dies or hangs
+    except RuntimeError as error:  # torch raises it anywhere when a worker dies or hangs
         if "DataLoader" not in str(error):
             raise
         reason = str(error).strip().splitlines()[0]
@@ -45,7 +45,7 @@ def run(main: Callable[[], None]) -> None:
     except BrokenPipeError:
         try:
             print(flush=True)
-        except BrokenPipeError:  # `... | head`: nobody listens any more
+        except BrokenPipeError:  # `... | head` has closed the pipe
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)
         raise  # of a worker's pipe, or the like

@@ -19,7 +19,7 @@ from util.errors import UserError
 from util.yaml_text import parse_yaml, short
 
 CONFIGS = Path(__file__).parents[1] / "config"
-PROTOCOLS, SYSTEMS = CONFIGS / "protocol", CONFIGS / "system"  # one file per protocol; what a system keeps on every data set
+PROTOCOLS, SYSTEMS = CONFIGS / "protocol", CONFIGS / "system"  # one file per protocol; per system, its keys on every data set
 STRICT = "strict"  # the protocol of a system that no paper has one for
 
 
@@ -29,6 +29,7 @@ class Data:
     train_list: str = ""  # text file, one `image_path label_path` per line
     val_list: str = ""
     class_names: str = ""  # text file, one `NAME | text for CLIP` per line
+    same_by: Literal["time", "size", "content"] = "time"  # how a run that goes on knows its images: size and time, size, or bytes
     on_error: Literal["stop", "skip"] = "stop"  # a broken image or label: stop, or go on without it and count it in the report
     image_labels: str = ""  # file of image-level labels (util/data/image_labels.py); "": the XML beside an image, else its label
     label_table: str = ""  # YAML file `VALUE: CLASS`, where label values are no class ids (0 background, 255 ignore)
@@ -41,7 +42,7 @@ class Data:
 @dataclass
 class CLIP:
     clip_path: str = "initmodel/ViT-B-16.pt"  # file, folder, hub name MODEL/PRETRAINED, or `random` (no meaning, full path)
-    activation: Literal["auto", "quick_gelu", "gelu"] = "auto"  # of a file of weights that nothing else tells it of
+    activation: Literal["auto", "quick_gelu", "gelu"] = "auto"  # for a file of weights whose activation is not known otherwise
     # VTP's image: undo the squash (PASCAL) or keep the network side (COCO). IMR-HSNet's: all of the image, or a centre square
     clip_size: Literal["original", "train", "whole", "crop"] = "original"
     vocabulary: Literal["present", "target", "base+target", "all"] = "present"  # texts that compete; `present` reads ground truth
@@ -57,7 +58,7 @@ class Train:
     # images
     train_h: int = 473  # side of the square network input
     val_size: int = 473
-    draw: Literal["image", "pair", "class"] = "image"  # what an episode starts from; the latter two: supports may repeat (HSNet)
+    draw: Literal["image", "pair", "class"] = "image"  # what an episode starts from; pair, class: supports may repeat (HSNet)
     augment: bool = True  # False: training images are only resized (HSNet)
     antialias: bool = False  # squash with Pillow's antialiased bilinear (HSNet) instead of OpenCV's plain one
     crop: bool = False  # random crop (BAM, PFENet, base learner) instead of squashing the aspect ratio
@@ -88,19 +89,25 @@ class Train:
     before: Literal["ask", "run"] = "ask"  # the run that must come first (a base learner): ask for it, or train it on the way
     val_episodes: int = 1000
     batch_size_val: int = 1
-    print_freq: int = 10  # iterations between points of the TensorBoard curves
+    print_freq: int = 10  # steps between points of the TensorBoard curves
     save_minutes: float = 10.0  # between resume points within an epoch; its end is always one
+    start_from: str = ""  # weights to start from: EXP/STEP of the same system and network (or EXP/last), or a file
     resume: Literal["auto", "none"] = "auto"  # auto: the same command goes on where the last run stopped
 
 
 @dataclass
 class Method:
+    """What all systems share; a system's own options extend it (`class Options(Method)` beside the system)."""
+
     backbone: str = "resnet50"  # resnet50 | resnet101 | vgg16_bn | vgg16 | timm:NAME
     width: int = 64  # ResNet base width; 64 is the published network
     stem: Literal["deep", "plain"] = "deep"  # ResNet's: semseg's three 3x3, or torchvision's 7x7 (HSNet)
     backbone_weight: str = "hub"  # ImageNet weights the base learner starts from: file | hub | none
     pre_weight: str = "auto"  # base learner checkpoint; auto: the one trained for this fold
     priors: list[str] | None = None  # cosine | similarity | vtp | vvp; None: the system's own
+
+    def check(self) -> None:
+        """Raises UserError for values that cannot be; a system extends it for its own options."""
 
 
 @dataclass
@@ -135,7 +142,6 @@ class Config:
     CLIP: CLIP = field(default_factory=CLIP)
     Train: Train = field(default_factory=Train)
     Method: Method = field(default_factory=Method)
-    System: Any = field(default_factory=dict)  # the system's own options: its `Options`, defined and explained beside it
     Test_Finetune: Test_Finetune = field(default_factory=Test_Finetune)
     Runtime: Runtime = field(default_factory=Runtime)
 
@@ -144,70 +150,62 @@ class Config:
 
 
 def load_config(path: str | Path, arch: str | None = None, overrides: list[str] | None = None,
-                options: type | None = None) -> Config:  # fmt: skip
-    """Reads a fold's YAML. (`model.configure` knows a system's options; commands about data do without.)
+                options: type[Method] | None = Method) -> Config:  # fmt: skip
+    """Reads a fold's YAML. (`model.configure` knows a system's options.)
 
     Order, later wins: defaults, the protocol, config/system/ARCH.yaml, the files it extends, `ARCH.yaml` beside it (a system's
-    own recipe for the data set, where there is one), the file itself, `Section.key=value` overrides.
+    own recipe for the data set, where there is one) and `ARCH_EXP.yaml` (for one experiment), the file itself, overrides.
 
     Args:
-        options: dataclass of the system's own options; None: section `System` is kept as it is.
+        options: section Method with the system's own options; None: keys of Method that not all systems share are passed over.
     Raises:
         UserError: missing file, bad YAML, unknown section or key, wrong type or value, malformed override.
     """
-    path = Path(path)
-    config = Config(System={} if options is None else options())
+    path, loose = Path(path), options is None
+    config = Config(Method=(options or Method)())
     *bases, fold = _layers(path)
     system, recipe = _system_layers(path, arch)
     layers = [*system, *bases, *recipe, fold, *((Path("command line"), _override(text)) for text in overrides or [])]
     named = [(content.get("Test_Finetune") or {}).get("protocol") for _, content in [*recipe, *system]]
     paper = next(filter(None, named), STRICT)
-    _apply(config, layers)  # first without the protocol: which one, and of which data set?
+    _apply(config, layers, loose)  # first without the protocol: which one, and of which data set?
     name = paper if config.Test_Finetune.protocol == "auto" else config.Test_Finetune.protocol
-    _apply(config, [(PROTOCOLS / f"{name}.yaml", protocol_layer(name, config.Train.data_set)), *layers])
+    _apply(config, [(PROTOCOLS / f"{name}.yaml", protocol_layer(name, config.Train.data_set)), *layers], loose)
     config.Test_Finetune.protocol = name
     _validate(config)
     return config
 
 
-def config_of(content: dict, source: str, overrides: list[str] | None = None, options: type | None = None) -> Config:
+def config_of(content: dict, source: str, overrides: list[str] | None = None, options: type[Method] = Method) -> Config:
     """A config as a checkpoint or config.yaml of a run keeps it (`dataclasses.asdict`), with `Section.key=value` overrides.
 
     Raises:
         UserError: as `load_config`.
     """
-    config = Config(System={} if options is None else options())
-    known = None if options is None else {f.name for f in dataclasses.fields(options)}
-    _apply(config, [(Path(source), renewed(content, known))])
+    config = Config(Method=options())
+    _apply(config, [(Path(source), renewed(content, options))])
     _apply(config, [(Path("command line"), _override(text)) for text in overrides or []])
     _validate(config)
     return config
 
 
-def renewed(content: dict, options: set[str] | None) -> dict:
-    """A recorded config under the names of today. Records of before had the options of all systems in one section.
-
-    Args:
-        options: names of the system's own options; None: keep all.
-    """
+def renewed(content: dict, options: type[Method]) -> dict:
+    """A recorded config under the keys of today. Records of before had the options of all systems in section Method."""
     content = {section: dict(values or {}) for section, values in content.items()}
-    train, method = content.get("Train", {}), content.get("Method", {})
+    train, own = content.get("Train", {}), {f.name for f in dataclasses.fields(options)}
     for key in ("evaluate", "rotate_min", "rotate_max"):
         train.pop(key, None)
     if "SubEpoch_val" in train:
         train["validate_every"] = 0.5 if train.pop("SubEpoch_val") else 0.0
-    if "System" not in content:
-        shared = {f.name for f in dataclasses.fields(Method)}
-        own = {key: method.pop(key) for key in [*method] if key not in shared}
-        content["System"] = {key: value for key, value in own.items() if options is None or key in options}
+    content["Method"] = {key: value for key, value in content.get("Method", {}).items() if key in own}
     return content
 
 
 def names_of(path: str | Path) -> tuple[str, str, str]:
-    """(DATASET, EXP, NET) of config/DATASET/DATASET_EXP_NET.yaml.
+    """Return (DATASET, EXP, NET) of config/DATASET/DATASET_EXP_NET.yaml.
 
     Raises:
-        UserError: the file is not called like this.
+        UserError: the file has another kind of name.
     """
     path = Path(path)
     data_set = path.parent.name
@@ -223,7 +221,7 @@ def protocol_names() -> list[str]:
 
 
 def protocol_layer(name: str, data_set: str) -> dict[str, dict]:
-    """Sections and keys that a protocol fixes for a data set.
+    """Return the sections and keys that a protocol fixes for a data set.
 
     Raises:
         UserError: no such protocol.
@@ -237,7 +235,7 @@ def protocol_layer(name: str, data_set: str) -> dict[str, dict]:
 
 
 def _override(text: str) -> dict[str, dict]:
-    """`Section.key=value` -> {section: {key: value}}."""
+    """Parse `Section.key=value` into {section: {key: value}}."""
     name, equals, value = text.partition("=")
     section, dot, key = name.partition(".")
     if not equals or not dot:
@@ -245,15 +243,17 @@ def _override(text: str) -> dict[str, dict]:
     return {section: {key: parse_yaml(value, f"override {text!r}: {value!r}")}}
 
 
-def _apply(config: Config, layers: list[tuple[Path, dict]]) -> None:
+def _apply(config: Config, layers: list[tuple[Path, dict]], loose: bool = False) -> None:
     for file, content in layers:
         for section, values in content.items():
             for key, value in _mapping(values, f"{file}: {section}").items():
+                if loose and section == "Method" and not hasattr(config.Method, str(key)):
+                    continue
                 _set(config, section, key, value, str(file))
 
 
 def _layers(path: Path, seen: tuple[Path, ...] = ()) -> list[tuple[Path, dict]]:
-    """The file and what it extends, base first."""
+    """Return the file and all files that it extends, base first."""
     content = _read(path)
     if path.resolve() in seen:
         raise UserError(f"{path}: `extends` runs in a circle")
@@ -266,9 +266,10 @@ def _layers(path: Path, seen: tuple[Path, ...] = ()) -> list[tuple[Path, dict]]:
 
 
 def _system_layers(path: Path, arch: str | None) -> tuple[list[tuple[Path, dict]], list[tuple[Path, dict]]]:
-    """What a system keeps on every data set, and its recipe beside a fold's file; empty lists where there is none."""
-    files = (SYSTEMS / f"{arch}.yaml", path.parent / f"{arch}.yaml")
-    return tuple([(file, _read(file))] if arch and file.is_file() else [] for file in files)
+    """What a system keeps on every data set, and its recipes beside a fold's file; empty lists where there is none."""
+    exp = path.stem.removeprefix(f"{path.parent.name}_").partition("_")[0]
+    system, recipes = [SYSTEMS / f"{arch}.yaml"], [path.parent / f"{arch}.yaml", path.parent / f"{arch}_{exp}.yaml"]
+    return tuple([(file, _read(file)) for file in files if arch and file.is_file()] for files in (system, recipes))
 
 
 def _read(path: Path) -> dict:
@@ -291,9 +292,6 @@ def _mapping(value: Any, where: str) -> dict:
 
 def _set(config: Config, section: str, key: str, value: Any, source: str) -> None:
     target = _named(config, section, f"{source}: unknown section {section!r}")
-    if isinstance(target, dict):
-        target[key] = value
-        return
     _named(target, key, f"{source}: unknown key {section}.{key}")
     expected = typing.get_type_hints(type(target))[key]
     setattr(target, key, _convert(value, expected, f"{source}: {section}.{key}"))
@@ -301,8 +299,6 @@ def _set(config: Config, section: str, key: str, value: Any, source: str) -> Non
 
 def _named(owner: Any, name: str, complaint: str) -> Any:
     names = [f.name for f in dataclasses.fields(owner)]
-    if not names:
-        raise UserError(f"{complaint}; this system has no options of its own")
     if name in names:
         return getattr(owner, name)
     lower = {n.lower(): n for n in names}
@@ -311,7 +307,7 @@ def _named(owner: Any, name: str, complaint: str) -> Any:
 
 
 def _convert(value: Any, expected: Any, where: str) -> Any:
-    """Checks a YAML value against a type hint; an integer may stand for a float, '1e-4' (a string in YAML 1.1) too."""
+    """Check a YAML value against a type hint; an integer may stand for a float, '1e-4' (a string in YAML 1.1) too."""
     origin, arguments = typing.get_origin(expected), typing.get_args(expected)
     if origin is Literal:
         if value in arguments:
@@ -345,17 +341,18 @@ def _convert(value: Any, expected: Any, where: str) -> Any:
     raise UserError(f"{where} = {short(value)}: expected {name}")
 
 
-def options_of(content: Any, options: type) -> Any:
-    """Section `System` as the options of a system, checked by type and by their own `check`.
+def options_of(values: Method | dict[str, Any], options: type[Method]) -> Method:
+    """Section Method with a system's own options; those that `values` does not name keep their defaults.
 
     Raises:
         UserError: unknown key, wrong type or value.
     """
-    if isinstance(content, options):
-        return content
-    holder = Config(System=options())
-    _apply(holder, [(Path("config"), {"System": content})])
-    return holder.System
+    if isinstance(values, options):
+        return values
+    config = Config(Method=options())
+    _apply(config, [(Path("config"), {"Method": vars(values) if isinstance(values, Method) else values})])
+    config.Method.check()
+    return config.Method
 
 
 def _validate(config: Config) -> None:
@@ -385,5 +382,4 @@ def _validate(config: Config) -> None:
     need("Test_Finetune.seeds", test.seeds, len(test.seeds) > 0, "at least one seed")
     if len(set(test.seeds)) < len(test.seeds):
         raise UserError(f"Test_Finetune.seeds = {test.seeds}: a seed is there twice")
-    if check := getattr(config.System, "check", None):
-        check()
+    config.Method.check()

@@ -1,4 +1,4 @@
-"""Exceptions that speak to the user."""
+"""Errors whose message is for the user."""
 
 
 class UserError(ValueError):
@@ -9,8 +9,8 @@ class UserError(ValueError):
 
 
 class BrokenFile(UserError):
-    """A file of the data that is missing or damaged; `Data.on_error: skip` goes on without it."""
+    """A file of the data is missing or damaged; `Data.on_error: skip` leaves it out."""
 
 
 class Terminated(BaseException):
-    """A run that saved its state and stops, because it was asked to."""
+    """A run saved its state and stops because of a signal."""

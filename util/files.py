@@ -22,14 +22,14 @@ NUMBERS = {torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.bo
 
 
 def entries(folder: Path) -> list[Path]:
-    """What lies in a folder, sorted, without hidden files: those that a Mac leaves beside `a.jpg` are called `._a.jpg`."""
+    """List a folder, sorted, without hidden files. (A Mac leaves `._a.jpg` beside `a.jpg`.)"""
     return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
 
 
 def local_path(source: str) -> Path | None:
-    """Where a source of weights lies on this machine, `~` expanded; None for a name that is no path (a hub's).
+    """Return the path of a source of weights, `~` expanded; None for a name that is no path (a hub's).
 
-    Whatever exists is a path, and so is what begins like one or ends like a file of weights.
+    A name is a path if it exists, begins like a path, or ends like a file of weights.
     """
     path = Path(source)
     if source.startswith("~"):
@@ -41,7 +41,7 @@ def local_path(source: str) -> Path | None:
 
 @contextlib.contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """Gives a temporary path in the same folder; it replaces `path` when the block ends well, and vanishes when not."""
+    """Yield a temporary path in the same folder. It replaces `path` when the block succeeds, and is deleted otherwise."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -59,7 +59,7 @@ def atomic(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def written(path: Path) -> Iterator[None]:
-    """Turns the many errors of a failed write into one for the user."""
+    """Turn the errors of a failed write into one UserError."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
@@ -97,10 +97,10 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 def load_state(path: Path) -> dict[str, Tensor]:
     """Reads a state dict from `.safetensors` or from a torch file (`weights_only`: nothing in it is executed).
 
-    Published `.pth` files nest the weights under "state_dict" or "model": that is undone; "module." prefixes are dropped.
+    Weights nested under "state_dict" or "model", as in published `.pth` files, are taken out; "module." prefixes are dropped.
 
     Raises:
-        UserError: missing, damaged, something other than tensors inside, or a file that unfolds to more than it holds.
+        UserError: missing, damaged, something other than tensors inside, or tensors larger than the file.
     """
     path = Path(path)
     if path.suffix == ".safetensors":
@@ -110,7 +110,7 @@ def load_state(path: Path) -> dict[str, Tensor]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged and foreign files raise many kinds
-        kind = type(error).__name__  # not its text, in which torch advises to open the file all the same
+        kind = type(error).__name__  # without torch's text, which advises to open the file anyway
         damaged = (f"{path} is damaged, or holds more than tensors ({kind}); it is not opened otherwise, since unpickling could "
                    "run code. Download it again, or convert it to safetensors")
         raise UserError(_other_kind(path) or damaged) from error
@@ -121,7 +121,7 @@ def load_state(path: Path) -> dict[str, Tensor]:
 
 
 def _other_kind(path: Path) -> str:
-    """What a file is that was saved in the place of weights, and what to do; "" where its beginning does not show it."""
+    """Say what a file without weights is, from its first bytes, and what to do; "" where they do not show it."""
     with open(path, "rb") as file:
         start = file.read(1024).lstrip(b"\xef\xbb\xbf \t\r\n")
     lower = start.lower()
@@ -136,7 +136,7 @@ def _other_kind(path: Path) -> str:
 
 
 def zip_members(path: Path) -> list[zipfile.ZipInfo]:
-    """What a zip file holds, such as torch writes; nothing for another kind of file.
+    """List the members of a zip file, such as torch writes; empty for another kind of file.
 
     Raises:
         UserError: missing, or a damaged zip file.
@@ -154,7 +154,7 @@ def zip_members(path: Path) -> list[zipfile.ZipInfo]:
 
 
 def _checked(path: Path, content: Any) -> dict[str, Tensor]:
-    """Names with plain tensors of numbers, every number of which is in the file."""
+    """Check that names lead to plain tensors whose numbers are all in the file."""
 
     def plain(value: Any) -> bool:
         return (isinstance(value, Tensor) and value.layout == torch.strided and value.device.type == "cpu"

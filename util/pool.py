@@ -1,4 +1,4 @@
-"""A function of many jobs on all cores."""
+"""Run a function over many jobs on all cores."""
 
 import contextlib
 import signal
@@ -11,10 +11,10 @@ from util.errors import UserError
 
 
 def parallel(function: Callable[[Any], Any], jobs: Collection[Any], workers: int, chunk: int) -> Iterator[Any]:
-    """The results in order. What `function` raises is raised here.
+    """Return the results in order. An error of `function` is raised here.
 
     Raises:
-        UserError: a worker died. (multiprocessing.Pool would wait for it for ever.)
+        UserError: a worker died. (multiprocessing.Pool would wait for ever.)
     """
     with pool(workers) as processes:
         yield from processes.map(function, jobs, chunksize=chunk)
@@ -32,6 +32,6 @@ def pool(workers: int) -> Iterator[ProcessPoolExecutor]:
 
 
 def _signals() -> None:
-    """Ctrl-C is the parent's affair, and a handler for SIGTERM, inherited from a training, would keep workers from ending."""
+    """Ignore Ctrl-C, which the parent handles, and let SIGTERM end a worker. (A training's handler would be inherited.)"""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -16,7 +16,7 @@ from typing import Any
 from util.config import STRICT, Config, protocol_layer
 from util.errors import UserError
 
-KEYS = {  # what a protocol fixes, and what it says in a report
+KEYS = {  # key -> its words in a report, and those of its values
     "Train.use_split_coco": ("folds", {True: "interleaved", False: "contiguous"}),
     "Train.filter_novel": ("training images", {True: "without novel objects (BAM)", False: "novel objects are background"}),
     "Train.draw": ("episodes start from", {"image": "an image", "pair": "an (image, class) pair; supports may repeat",
@@ -30,8 +30,16 @@ KEYS = {  # what a protocol fixes, and what it says in a report
     "CLIP.vocabulary": ("text vocabulary", {"present": "classes in the query's annotation (a leak, as published)",
                                             "target": "the target alone", "base+target": "base classes and the target",
                                             "all": "all classes"}),
-    "System.static_steps": ("steps before attention is filtered (RFM)", {}),
-    "System.statistics": ("pixel statistics", {"clip": "CLIP's", "imagenet": "ImageNet's (not CLIP's, as published)"}),
+    "Method.static_steps": ("steps before attention is filtered (RFM)", {}),
+    "Method.statistics": ("pixel statistics", {"clip": "CLIP's", "imagenet": "ImageNet's (not CLIP's, as published)"}),
+    "Method.setting": ("setting", {
+        "inductive": "inductive: names and labels of the seen classes; pixels of unseen objects count as no class",
+        "transductive": "transductive: all names, guessed labels for the pixels of unseen classes; which pixels these are is "
+                        "read from the ground truth (a leak, as published)",
+        "transductive-strict": "transductive: all names, guessed labels where no seen class is labelled; no label of an "
+                               "unseen class is read",
+        "full": "full: labels of all classes; seen and unseen are those of the other settings"}),
+    "Method.inference": ("inference", {"slide": "windows, their scores averaged", "whole": "the whole image at once"}),
     "Data.min_pixels": ("smallest object", {}),
     "Test_Finetune.ann_type": ("support annotation", {}),
     "Test_Finetune.test_num": ("episodes per seed", {}),
@@ -40,7 +48,7 @@ KEYS = {  # what a protocol fixes, and what it says in a report
 }  # fmt: skip
 
 
-# Keys that came later, with the values that all protocols had before: a hash counts them only where they differ.
+# Keys added later, with the values that all protocols had before: a hash counts them only where they differ.
 LATER = {"Train.draw": "image", "Train.augment": True, "Train.antialias": False}
 
 
@@ -56,7 +64,7 @@ class Protocol:
         return hashlib.sha256(json.dumps(self.values, sort_keys=True).encode()).hexdigest()[:12]
 
     def describe(self, text_prior: bool = True, says: Mapping[str, str] = MappingProxyType({})) -> dict[str, str]:
-        """Lines for people; a leak is called one.
+        """Describe the protocol in lines for people; a leak is named as one.
 
         Args:
             text_prior: whether the system reads class texts.
@@ -76,7 +84,7 @@ class Protocol:
 
 
 def of(config: Config) -> Protocol:
-    """The protocol that a config amounts to."""
+    """Return the protocol of a config: its effective values and their name."""
     coco = config.Train.data_set == "coco"  # which alone has two styles of folds
     values = {key: lookup(config, key) for key in KEYS if key != "Test_Finetune.episodes"}
     values["Train.use_split_coco"] = values["Train.use_split_coco"] and coco
@@ -104,16 +112,15 @@ def read_bytes(path: Path) -> bytes:
 def lookup(config: Config, key: str) -> Any:
     """The value of a key; None where the system has no such option."""
     section, name = key.split(".")
-    owner = getattr(config, section)
-    return owner.get(name) if isinstance(owner, dict) else getattr(owner, name, None)
+    return getattr(getattr(config, section), name, None)
 
 
 def without_leaks(config: Config, text_prior: bool, last_epoch: bool) -> tuple[Config, list[str]]:
-    """The same episodes without what a paper's protocol leaks, and what differs in words (nothing where nothing leaks).
+    """Return the config without the leaks of a paper's protocol, and the differences as texts (none where nothing leaks).
 
     Args:
         text_prior: whether the system reads class texts.
-        last_epoch: whether the weights of the last epoch are at hand (of published checkpoints only the best is).
+        last_epoch: whether the weights of the last epoch are available (a published checkpoint is the best epoch).
     """
     train, clip, differences = config.Train, config.CLIP, []
     if text_prior and clip.vocabulary == "present":

@@ -1,4 +1,4 @@
-"""YAML as users write it, read safely. It imports no torch: a wrong key is answered before torch is loaded."""
+"""Read users' YAML safely. Nothing here imports torch, so that a wrong key is reported before torch is loaded."""
 
 from reprlib import Repr
 from typing import Any
@@ -9,7 +9,7 @@ from util.errors import UserError
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses what YAML lets pass: a key that is there twice (the first would be lost), and values of absurd length."""
+    """Refuse what YAML permits: a repeated key (the first value would be lost), and values of absurd length."""
 
     def construct_mapping(self, node: yaml.Node, deep: bool = False) -> dict:
         names = [key.value for key, _ in node.value] if isinstance(node, yaml.MappingNode) else []
@@ -26,7 +26,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """What a user's YAML holds. Raises UserError, beginning with `where`, for whatever is wrong with it."""
+    """Parse a user's YAML. Raises UserError, beginning with `where`, for any mistake in it."""
     try:
         return yaml.load(text, _Loader)
     except Exception as error:  # PyYAML raises many kinds: on 2024-13-45, on a thousand brackets
@@ -34,7 +34,7 @@ def parse_yaml(text: str, where: str) -> Any:
 
 
 def short(value: Any) -> str:
-    """repr, cut: YAML's aliases of aliases make it endless."""
+    """Return a shortened repr. (YAML's aliases of aliases can make it endless.)"""
     view = Repr()
     view.maxlevel, view.maxstring = 2, 100
     return view.repr(value)

@@ -1,4 +1,4 @@
-"""The page: its steps from left to right, in gradio. What they do is in session.py, how results look in show.py."""
+"""The page in gradio: its steps from left to right. session.py has their actions, show.py the look of results."""
 
 import socket
 from collections.abc import Callable
@@ -145,5 +145,5 @@ def upload(label: str, name: str) -> gr.Image:
 
 
 def file(value: dict | None) -> str | dict | None:
-    """The path of an upload, which gradio has not opened: what is wrong with it is told by our reader. Else the value itself."""
+    """Return the path of an upload, unopened by gradio, so that our reader reports its faults. Else the value itself."""
     return value["path"] if isinstance(value, dict) and "path" in value else value

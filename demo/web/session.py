@@ -1,7 +1,7 @@
-"""What the page does, without gradio: uploads in, what was found out.
+"""Actions of the page, without gradio: from uploads to results.
 
 All that belongs to one user is a `Session` of bounded size, which every action replaces by another; the model is shared.
-Photos are reduced once, to the size at which the Predictor takes them in: what is painted, shown and segmented is the same.
+Photos are reduced once, to the size that the Predictor uses: the painted, shown and segmented photo is the same.
 """
 
 import base64
@@ -48,7 +48,7 @@ class Support:
 
 @dataclass(frozen=True)
 class Found:
-    """What the network gave for a query H x W; a threshold makes the mask of it."""
+    """Scores of the network for a query H x W; a threshold turns them into the mask."""
 
     image: np.ndarray  # H W 3 uint8
     score: np.ndarray  # H W float32 0..1
@@ -64,7 +64,7 @@ class Found:
 
 @dataclass(frozen=True)
 class Session:
-    """One user's: the support at hand, those kept before it, and what was found last."""
+    """State of one user: the current support, those kept before it, and the last result."""
 
     support: Support | None = None
     kept: tuple[Support, ...] = ()
@@ -85,7 +85,7 @@ class Model:
 
     Attributes:
         about: one line on what it is.
-        words: all that its CLIP knows, where that is few.
+        words: all words that its CLIP knows, where they are few.
         takes_supports: False for a CLIP without a trained network, which reads the text alone.
         takes_text: whether it reads the text.
     """
@@ -106,7 +106,7 @@ class Model:
 
 
 def open_support(session: Session, path: str) -> Session:
-    """The upload becomes the support at hand, without a mask.
+    """Make the upload the current support, without a mask.
 
     Raises:
         UserError: not an image, or too large.
@@ -117,7 +117,7 @@ def open_support(session: Session, path: str) -> Session:
 
 
 def open_mask(session: Session, path: str) -> Session:
-    """The upload becomes the mask of the support at hand.
+    """Make the upload the mask of the current support.
 
     Raises:
         UserError: no support yet, or no mask of it (`read_mask`).
@@ -133,12 +133,12 @@ def open_mask(session: Session, path: str) -> Session:
 
 
 def supports(session: Session, drawn: dict | None) -> tuple[Support, ...]:
-    """Those kept and, if there is one, that at hand, with what was painted for its mask.
+    """Return the kept supports and the current one, if any, with its painted mask.
 
-    drawn: what painter.js says, {"painted": a PNG as data URI}, or, before anything is painted, what `show.painter` told it.
+    drawn: value from painter.js, {"painted": a PNG as data URI}; before anything is painted, the value from `show.painter`.
 
     Raises:
-        UserError: the one at hand has no mask, or what was painted is none; the page shows one that is forgotten here.
+        UserError: the current support has no mask, the painting is empty, or the page shows a support that is not stored here.
     """
     painted, photo = (drawn.get(key) if isinstance(drawn, dict) else None for key in ("painted", "photo"))
     if session.support is None and (painted or photo):
@@ -152,7 +152,7 @@ def supports(session: Session, drawn: dict | None) -> tuple[Support, ...]:
 
 
 def keep(session: Session, drawn: dict | None) -> Session:
-    """The support at hand is kept, and there is room for another.
+    """Keep the current support, and make room for another.
 
     Raises:
         UserError: as `supports`; there are enough.
@@ -165,12 +165,12 @@ def keep(session: Session, drawn: dict | None) -> Session:
 
 
 def remove(session: Session) -> Session:
-    """Away with the support at hand; without one, with those kept."""
+    """Drop the current support; without one, the kept supports."""
     return replace(session, support=None) if session.support else replace(session, kept=())
 
 
 def segment(model: Model, session: Session, drawn: dict | None, text: str | None, query: str | None) -> Session:
-    """Finds the thing in the query, an uploaded file.
+    """Find the thing in the query, an uploaded file.
 
     Raises:
         UserError: an upload that cannot be used, or not enough to look for.
@@ -239,7 +239,7 @@ def reduced(photo: Photo) -> Photo:
 
 
 def check_size(path: str) -> None:
-    """Before anything is unpacked. What is no image is for `read_photo` and `read_mask` to tell."""
+    """Check the size before anything is unpacked. `read_photo` and `read_mask` report files that are no image."""
     try:
         with open_image(path) as image:
             size = image.size
@@ -250,5 +250,5 @@ def check_size(path: str) -> None:
 
 
 def bare_names(error: UserError, path: str) -> str:
-    """The message with the name that the user knows, not the folder that uploads lie in."""
+    """Replace the folder of an upload in a message by the name that the user knows."""
     return str(error).replace(str(path), Path(path).name)

@@ -1,4 +1,4 @@
-"""What was found as HTML: figures with captions, messages. Pictures travel inside the page, as data URIs."""
+"""Results as HTML: figures with captions, messages. Pictures are inside the page, as data URIs."""
 
 import base64
 import io
@@ -75,7 +75,7 @@ def message(text: str) -> str:
 
 
 def painter(support: Support | None) -> dict[str, str | None]:
-    """What painter.js shows: the photo, and its mask as it paints one (opaque where the object is); None: there is none."""
+    """Return the value for painter.js: the photo, and its mask as painted (opaque where the object is); None without a photo."""
     if support is None:
         return {"photo": None, "mask": None}
     photo = jpeg_data_uri(support.photo.image, quality=92)
@@ -89,7 +89,7 @@ def painter(support: Support | None) -> dict[str, str | None]:
 
 
 def thing(support: Support) -> np.ndarray:
-    """What a support's mask is on, with a little around it."""
+    """Cut out the object of a support, with a little around it."""
     y, x = np.nonzero(support.mask == 1)
     around = np.s_[max(y.min() - 6, 0) : y.max() + 7, max(x.min() - 6, 0) : x.max() + 7]
     return tinted(support.photo.image[around], support.mask[around], "support mask")

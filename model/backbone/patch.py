@@ -18,7 +18,7 @@ class PatchEncoder(nn.Module):
 
     Args:
         name: timm's, with or without the tag of its weights (`vit_small_patch16_dinov3.lvd1689m`). Nothing is downloaded.
-        published: repeat what the first authors' code does where timm does otherwise: DINO v1 resamples its positional table by
+        published: follow the first authors' code where timm differs: DINO v1 resamples its positional table by
             `model.ops.nominal_positions`; DINOv3's checkpoint holds the periods of its rotary positions rounded to bfloat16.
     Attributes:
         channels: C of the features; patch: (rows, columns) of pixels of a cell; hub: the timm model whose weights fit.
@@ -53,7 +53,7 @@ class PatchEncoder(nn.Module):
         return (images.to(self.mean.dtype) / 255 - self.mean) / self.std
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
-        """Cells of an image; pixels that fill none, at the bottom and on the right, are not looked at.
+        """Return the grid of cells of an image; remaining pixels at the bottom and on the right are not used.
 
         Raises:
             UserError: the image is smaller than a cell.
@@ -83,7 +83,7 @@ class PatchEncoder(nn.Module):
         return tokens[:, self.body.num_prefix_tokens :].transpose(1, 2).reshape(len(x), -1, h, w)
 
     def _step_by_step(self, x: Tensor, grid: tuple[int, int], factors: Sequence[float] | None) -> Tensor:
-        """timm's forward_features with positions of our own."""
+        """Run timm's forward_features with our own positions."""
         body = self.body
         x = body.patch_embed(x)  # B h w C
         if factors is None:
@@ -110,7 +110,7 @@ class PatchEncoder(nn.Module):
             self._periods.copy_(kept)
 
     def load_weights(self, state: Mapping[str, Tensor], name: str) -> None:
-        """Loads timm's weights; those of a classifier's head are left out.
+        """Load timm's weights; those of a classifier's head are left out.
 
         Raises:
             UserError: a tensor is missing or has another shape (another patch size or grid).

@@ -1,4 +1,4 @@
-"""Box masks and attention affinity: how a class activation map spreads over its object (CLIP-ES, PI-CLIP Sec. 3.2).
+"""Box masks and attention affinity, which spread a class activation map over its object (CLIP-ES, PI-CLIP Sec. 3.2).
 
 Everything is batched, stays on the device, and applies affinities as products with the map: no n x n x class tensor.
 n = h*w patches.
@@ -20,7 +20,7 @@ def components(above: Tensor) -> Tensor:
     between two.
 
     Each round hooks the label of a cell on the largest label around it, then follows one link. Spirals and combs need about
-    log2(h*w) rounds, other maps fewer; twice as many run always, so that the device is never asked whether it is done.
+    log2(h*w) rounds, other maps fewer; twice as many run always, so that the device need not report whether it is done.
     """
     B, h, w = above.shape
     own = torch.arange(1, h * w + 1, device=above.device).view(1, h, w)
@@ -76,7 +76,7 @@ def box_mask(cam: Tensor, threshold: float = 0.4) -> Tensor:
 def normalise_affinity(affinity: Tensor, rounds: int = 1) -> Tensor:
     """B n n attention -> transition matrix: `rounds` times divide by the column sums, then by the row sums.
 
-    A patch that none attends to (sharp attention underflows) has a column of zeros, and keeps it.
+    A patch without any attention (sharp attention underflows) has a column of zeros, and keeps it.
     """
     tiny = torch.finfo(affinity.dtype).tiny
     for _ in range(rounds):

@@ -42,7 +42,7 @@ def softmax_grad_cam(
         texts: M D, L2-normalised text bank.
         logit_scale: scalar, log of the softmax scale.
         candidates: P M bool, the texts that compete in each row; must contain the target.
-        target: P int64, column of the text whose map is wanted.
+        target: P int64, column of the text of each map.
     """
     last = trunk.blocks[-1]
     with torch.autocast(tokens.device.type, enabled=False), torch.enable_grad():
@@ -81,7 +81,7 @@ def resnet_grad_cam(tower: ResNetTower, activation: Tensor, texts: Tensor, candi
 
 
 def published_map(raw: Tensor, side: int = 224, grid: int = 50) -> Tensor:
-    """IMR-HSNet's way from signed maps P h w to maps P 50 50 in 0..1: by way of the image's side, rescaled before and after."""
+    """Bring signed maps P h w to maps P 50 50 in 0..1 as IMR-HSNet does: via the image's side, rescaled before and after."""
 
     def rescaled(x: Tensor) -> Tensor:
         return min_max(x.flatten(1)).view_as(x)

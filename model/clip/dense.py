@@ -31,7 +31,7 @@ MEAN, STD = (122.771, 116.746, 104.094), (68.501, 66.632, 70.323)
 
 @dataclass(frozen=True)
 class Variant:
-    """How the last block is run.
+    """Rule of the last block.
 
     Attributes:
         attention: vanilla | identity | qq | kk | qq+kk (a sum, rows add up to 2) | neighbour (kk with the Gaussian) |
@@ -91,7 +91,7 @@ def prompt_bank(text: TextEncoder, words: Sequence[str], templates: Sequence[Cal
 
 
 def encode(clip: nn.Module, tokens: Tensor) -> Tensor:
-    """n L token ids -> n D, not normalised. The tower is causal: what stands behind the longest text's end is left out."""
+    """n L token ids -> n D, not normalised. The tower is causal: tokens after the longest text's end are left out."""
     tokens = tokens[:, : int(tokens.argmax(-1).max()) + 1]
     L = tokens.shape[1]
     x = clip.token_embedding(tokens) + clip.positional_embedding[:L]
@@ -103,7 +103,7 @@ def encode(clip: nn.Module, tokens: Tensor) -> Tensor:
 
 
 def embed(trunk: ClipTrunk, x: Tensor) -> tuple[Tensor, Grid]:
-    """Normalised images -> (B N C, what enters the last block; patch grid); positions by the nominal factors."""
+    """Embed normalised images: (input of the last block, B N C; patch grid); positions by the nominal factors."""
     visual = trunk.visual
     patches = visual.conv1(x)
     grid = (patches.shape[2], patches.shape[3])
@@ -176,13 +176,13 @@ def project(trunk: ClipTrunk, z: Tensor) -> Tensor:
 
 
 def features(trunk: ClipTrunk, tokens: Tensor, grid: Grid, variant: Variant) -> Tensor:
-    """Patch features B n D of what enters the last block (`embed`); n = h*w. ProxyCLIP: `proxy_features`."""
+    """Return patch features B n D from the input of the last block (`embed`); n = h*w. ProxyCLIP: `proxy_features`."""
     block = trunk.blocks[-1]
     q, k, v = heads(trunk, block.ln_1(tokens))
     if variant.attention == "identity":
         mixed = v[:, :, 1:]
     else:
-        mixed = attention(variant, q, k, grid)[:, :, 1:] @ v  # nobody looks at the class token's row
+        mixed = attention(variant, q, k, grid)[:, :, 1:] @ v  # the class token's row is not used
     z = block.attn.out_proj(mixed.transpose(1, 2).flatten(2))
     if variant.residual:
         z = tokens[:, 1:] + z
@@ -209,7 +209,7 @@ def proxy_features(trunk: ClipTrunk, tokens: Tensor, grid: Grid, variant: Varian
 
 @dataclass(frozen=True)
 class DenseClip:
-    """A frozen CLIP that gives a map for every text.
+    """A frozen CLIP that returns a map for every text.
 
     Attributes:
         patches: another network's patch features; ProxyCLIP needs them (published: DINO ViT-B/8).
@@ -244,7 +244,7 @@ class DenseClip:
 
     def pixels(self, x: Tensor) -> Tensor:
         """Normalised images back to RGB 0..255, with CLIP's exact statistics, as published; padding is CLIP's mean colour."""
-        return x * self.trunk.clip_std + self.trunk.clip_mean
+        return self.trunk.pixels["clip"].undo(x)
 
     def whole(self, x: Tensor, texts: Tensor, size: tuple[int, int]) -> Tensor:
         """Maps of images B 3 H W in one piece, at another size: B Q H' W'."""
@@ -325,11 +325,11 @@ def _argmax(x: Tensor) -> Tensor:
 
 
 def pamr(guide: Tensor, maps: Tensor, steps: int, dilations: tuple[int, ...]) -> Tensor:
-    """Refines maps by the likeness of neighbouring pixels (PAMR, Araslanov and Roth, CVPR 2020).
+    """Refine maps by the similarity of neighbouring pixels (PAMR, Araslanov and Roth, CVPR 2020).
 
     Args:
         guide: B 3 H W, the normalised image at the size of the maps; maps: B Q H W.
-        steps: how often; dilations: distances of the 8 neighbours.
+        steps: number of rounds; dilations: distances of the 8 neighbours.
     Returns:
         B Q H W.
     """

@@ -1,4 +1,4 @@
-"""Where CLIP weights come from: a local file, a folder, or a hub name."""
+"""Load CLIP weights from a local file, a folder, or a hub name."""
 
 import contextlib
 import hashlib
@@ -31,6 +31,7 @@ from model.clip.origin import (
 from model.clip.resnet import ResNetTower
 from model.clip.text import TextEncoder
 from model.clip.trunk import ClipTrunk
+from model.ops import Pixels
 from util.errors import UserError
 from util.files import load_state, local_path, zip_members
 
@@ -41,20 +42,20 @@ HUB_NAME = "ViT-B-16-quickgelu/openai"
 
 
 def _archive(source: str | Path) -> tuple[str, str]:
-    """Name of the OpenAI archive that a source means, and where it is."""
+    """Return the name of a source's OpenAI archive, and its place."""
     name, digest = ("RN50", OPENAI_RN50) if "RN50" in str(source) else ("ViT-B-16", OPENAI_VIT_B_16)
     return name, f"https://openaipublic.azureedge.net/clip/models/{digest}/{name}.pt"
 
 
 def _where(source: str | Path) -> str:
-    """What to do where OpenAI's archive is missing or damaged."""
+    """Say what to do where OpenAI's archive is missing or damaged."""
     name, url = _archive(source)
     return (f"Put OpenAI's {name}.pt there ({url}), or set CLIP.clip_path={name}-quickgelu/openai to download "
             "the same weights through open_clip, or CLIP.clip_path=random for a dry run without meaning")
 
 
 class Clip(nn.Module):
-    """A CLIP model in its two halves. Frozen by whoever holds it (`model.system.Frozen`)."""
+    """A CLIP model in its two halves. Its owner freezes it (`model.system.Frozen`)."""
 
     def __init__(self, clip: CLIP, known_ids: Tensor | None = None, random: bool = False, statistics: Statistics | None = None):
         super().__init__()
@@ -62,16 +63,17 @@ class Clip(nn.Module):
             raise UserError("CLIP.clip_path: only ViT image towers and OpenAI's ResNets are known here; this one is "
                             f"{type(clip.visual).__name__}")
         self.visual = ClipTrunk(clip.visual) if isinstance(clip.visual, VisionTransformer) else ResNetTower(clip.visual)
-        for name, values in zip(("mean", "std"), statistics or (), strict=False):  # of the pixels, where they are not CLIP's own
-            buffer = self.visual.get_buffer(f"clip_{name}" if isinstance(self.visual, ClipTrunk) else name)
-            buffer.copy_(torch.tensor(values).view(3, 1, 1) * 255)
+        if statistics and isinstance(self.visual, ClipTrunk):  # of the pixels, where they are not CLIP's own
+            self.visual.pixels["clip"] = Pixels(*statistics)
+        elif statistics:
+            self.visual.normalise = Pixels(*statistics)
         clip.visual = None  # each tensor has one home
         self.text = TextEncoder(clip, known_ids)
         self.random = random
 
     @property
     def settings(self) -> str:
-        """What the results depend on beside the tensors: activation, width of the heads."""
+        """Settings that change results besides the tensors: activation, width of the heads."""
         return self.text.settings + (f" {self.visual.blocks[0].attn.head_dim}" if isinstance(self.visual, ClipTrunk) else "")
 
     @property
@@ -87,11 +89,11 @@ def load_clip(source: str, resnet: bool = False, activation: str = "auto") -> Cl
             `.bin` or `.safetensors` state dict in OpenAI or open_clip naming; a folder with open_clip_config.json and the
             weights, or with our `config.json` and `model.safetensors`; `random` (deterministic weights of ViT-B/16); else a hub
             name `MODEL/PRETRAINED` or `hf-hub:...` that open_clip downloads.
-        resnet: whether a ResNet image tower (RN50) will do.
-        activation: auto, quick_gelu or gelu (`CLIP.activation`): decides for a file that nothing else tells it of.
+        resnet: whether a ResNet image tower (RN50) is accepted.
+        activation: auto, quick_gelu or gelu (`CLIP.activation`): decides for a file whose activation is not known otherwise.
     Raises:
         UserError: missing file, unknown archive, weights that do not fit, activation or width of the heads unknown, a hub name
-            whose activation is not that of its weights, a ResNet where that will not do.
+        whose activation is not that of its weights, a ResNet that is not accepted.
     """
     clip = _load(source, activation)
     if not resnet and not isinstance(clip.visual, ClipTrunk):
@@ -143,7 +145,7 @@ def _from_file(path: Path, activation: str) -> Clip:
 
 @contextlib.contextmanager
 def _no_log() -> Iterator[None]:
-    """The hub's client logs every retry twice; what went wrong stands in the error that it raises."""
+    """Silence the hub's client, which logs every retry twice; the cause is in the error that it raises."""
     before = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:
@@ -153,12 +155,12 @@ def _no_log() -> Iterator[None]:
 
 
 def clip_from_state(state: Mapping[str, Tensor], name: str = "state dict", origin: Origin = OPENAI) -> Clip:
-    """Builds a CLIP from a state dict in OpenAI or open_clip naming; its sizes are those of the origin's config, else read off.
+    """Build a CLIP from a state dict in OpenAI or open_clip naming; sizes come from the origin's config, else from the shapes.
 
     Extra metadata keys of OpenAI's archive are ignored; a missing or unexpected tensor is an error, never a partial load.
 
     Args:
-        origin: what the tensors do not say of themselves; OpenAI's QuickGELU and heads by default.
+        origin: facts that are not in the tensors; OpenAI's QuickGELU and heads by default.
     """
     state = {key: value.float() for key, value in _bare(state).items() if key not in (*OPENAI_METADATA, "attn_mask")}
     image = "visual.attnpool.c_proj.weight" if "visual.layer1.0.conv1.weight" in state else "visual.proj"
@@ -173,7 +175,7 @@ def clip_from_state(state: Mapping[str, Tensor], name: str = "state dict", origi
 
 
 def _bare(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Keys without the prefixes of DistributedDataParallel and of open_clip's CustomTextCLIP."""
+    """Remove the prefixes of DistributedDataParallel and of open_clip's CustomTextCLIP from keys."""
     return {key.removeprefix("module.").removeprefix("text."): value for key, value in state.items()}
 
 
@@ -189,7 +191,7 @@ def _config(state: Mapping[str, Tensor], origin: Origin) -> dict:
 
 
 def _sizes(state: Mapping[str, Tensor]) -> dict:
-    """What the shapes of a state dict in OpenAI naming say of open_clip's config; text heads 64 wide, as all have them."""
+    """Read open_clip's config off the shapes of a state dict in OpenAI naming; text heads are 64 wide, as in all models."""
 
     def depth(prefix: str) -> int:
         return len({k[len(prefix) :].split(".")[0] for k in state if k.startswith(prefix)})
@@ -212,14 +214,14 @@ def _sizes(state: Mapping[str, Tensor]) -> dict:
 
 
 def clip_tensors(clip: Clip) -> dict[str, Tensor]:
-    """CLIP's tensors under their OpenAI names."""
+    """Return CLIP's tensors under their OpenAI names."""
     visual = {f"visual.{key}": value for key, value in clip.visual.visual.state_dict().items()}
     return visual | clip.text.clip.state_dict()
 
 
 def without_clip(tensors: Mapping[str, Tensor], clip: Clip, name: str) -> dict[str, Tensor]:
-    """Tensors of a published checkpoint that are none of CLIP's. Those of CLIP, under whatever attribute it kept them, must
-    equal the CLIP in use (to fp16, in which published code keeps them).
+    """Return the tensors of a published checkpoint that are not CLIP's. CLIP's, under any attribute, must equal the CLIP in
+    use (to fp16, as published code stores them).
 
     Raises:
         UserError: another CLIP; `name` is the checkpoint's.
@@ -249,7 +251,7 @@ def _build(config: dict) -> CLIP:
 
 @contextlib.contextmanager
 def _described(name: str) -> Iterator[None]:
-    """Weights or a config that describe no CLIP raise many kinds of errors while it is built."""
+    """Turn the many errors of weights or a config that describe no CLIP into a UserError."""
     try:
         yield
     except Exception as error:

@@ -1,8 +1,9 @@
-"""What CLIP weights do not say of themselves: activation, width of the attention heads, pixel statistics.
+"""Facts about CLIP weights that are not in the tensors: activation, width of the attention heads, pixel statistics.
 
 Tensors of equal shape run with QuickGELU (OpenAI, MetaCLIP, DFN) or with GELU (most of LAION and DataComp), and heads are 64
-wide but for ViT-H (80), g (88), bigG (104) and e (112). Nothing is guessed. In this order decide: the sha256 of the file or
-its published name, OpenAI's metadata inside, `open_clip_config.json` beside the file, the option `CLIP.activation`.
+wide but for ViT-H (80), g (88), bigG (104) and e (112). Nothing is guessed. The first known of these decides: the
+sha256 of the file or its published name, OpenAI's metadata inside, `open_clip_config.json` beside
+the file, the option `CLIP.activation`.
 """
 
 import hashlib
@@ -28,11 +29,11 @@ Statistics = tuple[tuple[float, ...], tuple[float, ...]]
 
 @dataclass(frozen=True)
 class Origin:
-    """What is known of weights; None: not known.
+    """Known facts about weights; None: not known.
 
     Attributes:
-        source: who says so, for messages.
-        config: sizes as open_clip's model config has them; None: the weights' own shapes say them.
+        source: where they come from, for messages.
+        config: sizes as in open_clip's model config; None: read from the shapes.
         heads_known: whether the width of the heads is known.
         statistics: mean and std of the pixels in 0..1 units.
     """
@@ -44,7 +45,7 @@ class Origin:
     statistics: Statistics | None = None
 
     def decided(self, option: str, name: str) -> "Origin":
-        """The origin with the option `CLIP.activation` where nothing else knows.
+        """Return the origin, completed by the option `CLIP.activation`.
 
         Raises:
             UserError: activation or heads stay unknown, or the option contradicts what is known.
@@ -74,7 +75,7 @@ OPENAI = Origin("OpenAI's", True, heads_known=True)
 
 
 def origin_of(path: Path, state: Mapping[str, Tensor]) -> Origin:
-    """What is known of a file in OpenAI or open_clip naming.
+    """Return the known facts about a file in OpenAI or open_clip naming.
 
     Raises:
         UserError: a state dict in transformers' naming, or a config beside it that describes another kind of model.
@@ -91,29 +92,29 @@ def origin_of(path: Path, state: Mapping[str, Tensor]) -> Origin:
 
 
 def transformers(path: Path) -> UserError:
-    """The error for a model of the transformers library."""
+    """Return the error for a model of the transformers library."""
     return UserError(f"CLIP.clip_path: {path} is a CLIP of the transformers library, whose tensors have other names and which is "
                      f"not read. Take the open_clip file of the same model ({' or '.join(WEIGHTS)}, with open_clip_config.json), "
                      "or name the model by the hub (CLIP.clip_path=ViT-B-16-quickgelu/openai, or hf-hub:ORGANISATION/NAME)")
 
 
 def is_transformers(config: object) -> bool:
-    """Whether the content of a config.json is the transformers library's."""
+    """Return whether the content of a config.json is the transformers library's."""
     return isinstance(config, dict) and "embed_dim" not in config and bool(
         {"model_type", "architectures", "transformers_version"} & set(config))  # fmt: skip
 
 
 def check_hub(model: str, tag: str) -> None:
-    """Looks at a hub name MODEL/TAG before anything is downloaded.
+    """Check a hub name MODEL/TAG before anything is downloaded.
 
     Raises:
-        UserError: the name builds another activation than its weights were trained with.
+        UserError: the name gives another activation than that of the weights' training.
     """
     config, weights = open_clip.get_model_config(model), open_clip.get_pretrained_cfg(model, tag)
     twin = model.removesuffix("-quickgelu") if model.endswith("-quickgelu") else f"{model}-quickgelu"
     fits = weights or open_clip.get_pretrained_cfg(twin, tag)
     if not config or not fits:
-        return  # open_clip says which names there are
+        return  # the error lists the names
     trained, built = bool(fits.get("quick_gelu")), bool(config.get("quick_gelu"))
     if trained != built:
         right = f"write CLIP.clip_path={twin}/{tag}" if open_clip.get_model_config(twin) else "no name of open_clip has both"
@@ -122,7 +123,7 @@ def check_hub(model: str, tag: str) -> None:
 
 
 def check_parts(config: Mapping[str, Any], name: str) -> None:
-    """Raises UserError where a model config names another tower or tokenizer than CLIP's own."""
+    """Raise UserError where a model config names another tower or tokenizer than CLIP's own."""
     parts = {**config, **config.get("vision_cfg", {}), **config.get("text_cfg", {})}
     if foreign := [key for key in FOREIGN if parts.get(key)]:
         raise UserError(f"CLIP.clip_path: {name} is no plain CLIP ({', '.join(f'{key}: {parts[key]}' for key in foreign)}); only "
@@ -130,7 +131,7 @@ def check_parts(config: Mapping[str, Any], name: str) -> None:
 
 
 def listed(sizes: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The model of open_clip's list that has these sizes (a config as `model.clip.load` reads it off a state dict), or None."""
+    """Return the model of open_clip's list with these sizes (a config that `model.clip.load` reads off a state dict), or None."""
 
     def shape(config: Mapping[str, Any]) -> tuple:
         vision, text = config["vision_cfg"], config["text_cfg"]
@@ -147,7 +148,7 @@ def listed(sizes: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _beside(path: Path) -> Origin | None:
-    """What open_clip_config.json in the folder of a file says, None where there is none."""
+    """Read open_clip_config.json in the folder of a file; None where there is none."""
     file = path.parent / "open_clip_config.json"
     if not file.is_file():
         return None
@@ -169,7 +170,7 @@ def _beside(path: Path) -> Origin | None:
 
 
 def _published(path: Path) -> Origin | None:
-    """What open_clip's list of published weights says of a file: by its sha256, else by its name or that of its folders."""
+    """Look a file up in open_clip's list of published weights: by its sha256, else by its name or that of its folders."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     names = {path.name.lower(), path.stem.lower(), *(place.name.lower() for place in list(path.absolute().parents)[:3])}

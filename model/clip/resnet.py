@@ -1,9 +1,9 @@
 """CLIP's ResNet image tower (RN50), for class activation maps: the trunk without its pooling, and the pooling alone."""
 
-import torch
 from torch import Tensor, nn
 
 from model.clip.trunk import STATISTICS
+from model.ops import Pixels
 
 
 class ResNetTower(nn.Module):
@@ -12,22 +12,16 @@ class ResNetTower(nn.Module):
     def __init__(self, visual: nn.Module):
         super().__init__()
         self.visual = visual
-        mean, std = STATISTICS["clip"]
-        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1) * 255, persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(3, 1, 1) * 255, persistent=False)
+        self.normalise = Pixels(*STATISTICS["clip"])
 
     @property
     def side(self) -> int:
-        """Of its square input, in pixels."""
+        """Side of its square input in pixels."""
         size = self.visual.image_size
         return size if isinstance(size, int) else size[0]
 
-    def normalise(self, images: Tensor) -> Tensor:
-        """N 3 s s RGB 0..255 -> float."""
-        return (images.to(self.mean.dtype) - self.mean) / self.std
-
     def activation(self, normalised: Tensor) -> Tensor:
-        """N 3 s s -> N C s/32 s/32, what the last block gives."""
+        """Return the last block's output: N 3 s s -> N C s/32 s/32."""
         v = self.visual
         return v.layer4(v.layer3(v.layer2(v.layer1(v.stem(normalised)))))
 

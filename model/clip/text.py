@@ -80,7 +80,7 @@ class TextEncoder(nn.Module):
 
     @property
     def settings(self) -> str:
-        """What the embeddings depend on besides the tensors: the activation's name."""
+        """Settings that change embeddings besides the tensors: the activation's name."""
         return type(self.clip.transformer.resblocks[0].mlp.gelu).__name__
 
     def _key(self, rows: Sequence[Sequence[str]]) -> str:

@@ -1,9 +1,9 @@
 """CLIP's image tower, run block by block.
 
-open_clip holds the weights and modules; this runner adds what segmentation needs and open_clip does not offer: any patch
+open_clip holds the weights and modules. This runner adds, for segmentation: any patch
 grid, the tokens of any block, head-averaged attention maps of chosen blocks, and a stop before the last block (Grad-CAM
 re-runs that one under autograd). Trained tokens may join: prompts that are new before every block, further tokens behind the
-patches, and a mask that says which token reads which (ZegCLIP, CLIP-RC).
+patches, and a mask of which token reads which (ZegCLIP, CLIP-RC).
 
 Shapes: B images, N = 1 + h*w tokens (class token first, patches row-major), C width, H heads, D embedding, K prompts.
 """
@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.ops import Pixels
+
 # Pixel statistics in 0..1 units. CLIP's own; ImageNet's because published systems feed them to CLIP (PI-CLIP's VVP).
 STATISTICS = {
     "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
@@ -24,7 +26,7 @@ STATISTICS = {
 
 @dataclass
 class Run:
-    """What a run through the blocks leaves behind, keyed by 0-based block number."""
+    """Results of a run through the blocks, by 0-based block number."""
 
     tokens: Tensor  # B N C, output of the last block that ran
     hidden: dict[int, Tensor] = field(default_factory=dict)  # B N C, raw residual outputs
@@ -61,9 +63,7 @@ class ClipTrunk(nn.Module):
     def __init__(self, visual: nn.Module):
         super().__init__()
         self.visual = visual
-        for name, (mean, std) in STATISTICS.items():
-            self.register_buffer(f"{name}_mean", torch.tensor(mean).view(3, 1, 1) * 255, persistent=False)
-            self.register_buffer(f"{name}_std", torch.tensor(std).view(3, 1, 1) * 255, persistent=False)
+        self.pixels = nn.ModuleDict({name: Pixels(*statistics) for name, statistics in STATISTICS.items()})
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -75,8 +75,7 @@ class ClipTrunk(nn.Module):
 
     def normalise(self, images: Tensor, statistics: str = "clip") -> Tensor:
         """B 3 H W RGB 0..255 (any dtype) -> float, (x - mean) / std with "clip" or "imagenet" statistics."""
-        mean, std = self.get_buffer(f"{statistics}_mean"), self.get_buffer(f"{statistics}_std")
-        return (images.to(mean.dtype) - mean) / std
+        return self.pixels[statistics](images)
 
     def position(self, grid: tuple[int, int]) -> Tensor:
         """(1 + h*w) C positional table for a patch grid: bilinear, no corners, no antialias; class slot unchanged."""
@@ -93,7 +92,7 @@ class ClipTrunk(nn.Module):
         """Normalised images B 3 H W of any size -> (tokens B N C after ln_pre, patch grid (H // patch, W // patch)).
 
         Args:
-            class_twice: add the class embedding a second time, as DenseCLIP and its heirs do: published weights depend on it.
+            class_twice: add the class embedding a second time, as DenseCLIP and its successors do; published weights need it.
             extra: M C, further tokens behind the patches, with their position; ln_pre follows. N grows by M.
         """
         patches = self.visual.conv1(images)
@@ -116,10 +115,10 @@ class ClipTrunk(nn.Module):
         prompts: Callable[[int], Tensor] | None = None,
         allowed: Tensor | None = None,
     ) -> Run:
-        """Runs blocks start..stop-1 (default: all) on B N C tokens, keeping what is asked for.
+        """Run blocks start..stop-1 (default: all) on B N C tokens, and keep the results asked for.
 
         Args:
-            prompts: block number -> B K C. They take the places 1..K before that block, instead of the block before's.
+            prompts: block number -> B K C. They take places 1..K before that block, and replace the last block's prompts.
             allowed: see `attend`; counts the prompts.
         """
         run, prompted = Run(tokens), 0

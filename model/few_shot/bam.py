@@ -76,13 +76,13 @@ class Options(system.Options):
 
     def check(self) -> None:
         if self.kshot_trans_dim < 1:
-            raise UserError(f"System.kshot_trans_dim = {self.kshot_trans_dim}: must be at least 1")
+            raise UserError(f"Method.kshot_trans_dim = {self.kshot_trans_dim}: must be at least 1")
 
 
 class BAM(FewShot):
     """BAM with its own cosine prior, or any other."""
 
-    facts = Facts(identity=(*IDENTITY, "Train.shot", "System.low_fea"), before="PSPNet", priors=("cosine",))
+    facts = Facts(identity=(*IDENTITY, "Train.shot", "Method.low_fea"), before="PSPNet", priors=("cosine",))
     Options = Options
     official = (
         ("base_learner.module.encoder.stages.", "layer"),

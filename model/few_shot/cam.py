@@ -1,4 +1,4 @@
-"""IMR-HSNet's input in place of masks: where CLIP sees the episode's class, in the query and in the supports."""
+"""IMR-HSNet's input instead of masks: CLIP's activation map of the episode's class, in the query and in the supports."""
 
 from collections.abc import Sequence
 
@@ -21,7 +21,7 @@ class CamPrior:
         bank: C D, one row of TEMPLATE for every class, base and novel.
         vocabulary: which classes compete, CLIP.vocabulary; published: `all`.
         base: 1-based base classes of the fold.
-        view: what of an image CLIP sees, CLIP.clip_size: maps of one kind are not kept for the other.
+        view: CLIP.clip_size, the part of an image that CLIP sees; it is part of the key of cached maps.
     """
 
     name, channels = "cam", 1

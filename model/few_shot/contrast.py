@@ -1,6 +1,6 @@
-"""The contrast map: likeness to the supports' object minus likeness to their background. Nothing trained, no parameter.
+"""Contrast map: similarity to the supports' object minus similarity to their background. Nothing is trained.
 
-A cell's feature is a patch token (ViT) or stages 3 and 4 side by side (CNN); positive where the object is more alike.
+A cell's feature is a patch token (ViT) or stages 3 and 4 side by side (CNN); positive where the object is more similar.
 """
 
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""HDMNet (CVPR 2023), and PI-CLIP (CVPR 2024) which is HDMNet with CLIP priors in place of its similarity prior."""
+"""HDMNet (CVPR 2023), and PI-CLIP (CVPR 2024): HDMNet with CLIP's priors instead of its similarity prior."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -23,7 +23,7 @@ PRIOR_SCALE = 10.0  # of the priors in the query feature; the matcher gets them 
 
 @dataclass
 class Encoded:
-    """What a head that is fixed makes of N supports."""
+    """Result of a fixed head for N supports alone."""
 
     prototype: Tensor  # N 256 1 1
     tokens: Tensor  # N n 64: of the matcher's levels, one after the other
@@ -78,7 +78,7 @@ class Head(PrototypeHead):
         return self.supp_merge(torch.cat([support, prototype.expand_as(support)], 1))
 
     def encode_support(self, support: Tensor, mask: Tensor) -> Encoded:
-        """Everything that depends on the support alone. support: N C h w, from the backbone; mask: N 1 S S."""
+        """Compute everything that depends on the support alone. support: N C h w, from the backbone; mask: N 1 S S."""
         support = self.down_supp(support)
         prototype = masked_average(support, mask)
         levels = self.matcher.encode(self.support_feature(support, prototype))
@@ -95,7 +95,7 @@ class Options(bam.Options):
 class HDMNet(FewShot):
     """HDMNet with its own similarity prior, or any other."""
 
-    facts = Facts(identity=(*IDENTITY, "Train.shot", "System.low_fea"), before="PSPNet", priors=("similarity",))
+    facts = Facts(identity=(*IDENTITY, "Train.shot", "Method.low_fea"), before="PSPNet", priors=("similarity",))
     Options = Options
     optimizer_name = "adamw"
     masks_support = True

@@ -1,20 +1,21 @@
 """HSNet (ICCV 2021): cosines between all positions of query and support, at every block of the backbone, squeezed by 4-D
-convolutions.
+convolutions (conv4d.py).
 
 Shapes: B episodes, K shots, N = B*K, n blocks of a level, c channels, (h, w) the query's grid, (k, l) the support's.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from model.few_shot.conv4d import CenterPivotConv4d, CorrelationConv4d, Cosines, NormReLU4d, Pair, on_query_grid, unit
 from model.few_shot.prior import Features
 from model.few_shot.system import IDENTITY, Decoded, FewShot
 from model.losses import segmentation_loss
-from model.ops import full, resize
-from model.system import NoOptions
+from model.ops import resize
+from util.config import Method
 from util.data.episodes import Episode
 from util.errors import UserError
 from util.run.identity import Facts
@@ -23,53 +24,12 @@ WIDTHS, GROUPS = (16, 64, 128), 4
 SQUEEZE = {"4": ((3, 3, 3), (2, 2, 2)), "3": ((5, 3, 3), (4, 2, 2)), "2": ((5, 5, 3), (4, 4, 2))}  # level: kernels, strides
 
 
-def correlation(query: Tensor, support: Tensor) -> Tensor:
-    """Cosines, negative ones set to 0: N n C h w and N n C k l -> N n h w k l. The 1e-5 is added to the norms, as published."""
-
-    def unit(x: Tensor) -> Tensor:
-        x = full(x).flatten(3)
-        return x / (x.norm(dim=2, keepdim=True) + 1e-5)
-
-    cosines = unit(query).transpose(2, 3) @ unit(support)  # N n hw kl
-    return cosines.clamp(min=0).unflatten(3, support.shape[3:]).unflatten(2, query.shape[3:])
-
-
-def masked(level: Tensor, mask: Tensor) -> Tensor:
-    """A level N n C h w times a mask N 1 S S, resized to it."""
-    return level * resize(mask, level.shape[3:])[:, None]
-
-
-class CenterPivotConv4d(nn.Module):
-    """A 4-D convolution with a sparse kernel: the sum of a 2-D one over the query's grid and one over the support's.
-
-    Both read N c h w k l and give N c' h w k' l', where k' = ceil(k / stride).
-    """
-
-    def __init__(self, inputs: int, outputs: int, kernel: int, stride: int):
-        super().__init__()
-        self.stride = stride
-        self.conv1 = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2)
-        self.conv2 = nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2)
-
-    def forward(self, x_NchwKL: Tensor) -> Tensor:
-        x = x_NchwKL
-        on_query = on_query_grid(self.conv1, x[..., :: self.stride, :: self.stride])
-        y = self.conv2(x.permute(0, 2, 3, 1, 4, 5).flatten(0, 2))  # Nhw c k l
-        return on_query + y.unflatten(0, (len(x), *x.shape[2:4])).permute(0, 3, 1, 2, 4, 5)
-
-
-def on_query_grid(layer, x_NchwKL: Tensor) -> Tensor:
-    """Applies a 2-D layer to the query's grid at every position of the support: N c h w k l -> N c' h' w' k l."""
-    x = x_NchwKL
-    y = layer(x.permute(0, 4, 5, 1, 2, 3).flatten(0, 2))  # Nkl c h w
-    return y.unflatten(0, (len(x), *x.shape[4:])).permute(0, 3, 4, 5, 1, 2)
-
-
-def block(widths: Sequence[int], kernels: Sequence[int], strides: Sequence[int]) -> nn.Sequential:
-    """[4-D convolution, group norm, ReLU] x 3."""
+def block(widths: Sequence[int], kernels: Sequence[int], strides: Sequence[int], first: type[CenterPivotConv4d]) -> nn.Sequential:
+    """[4-D convolution, group norm, ReLU] x 3, each under its published number; first: class of the first convolution."""
     layers = []
     for inputs, outputs, kernel, stride in zip(widths, widths[1:], kernels, strides, strict=False):
-        layers += [CenterPivotConv4d(inputs, outputs, kernel, stride), nn.GroupNorm(GROUPS, outputs), nn.ReLU()]
+        conv = CenterPivotConv4d if layers else first
+        layers += [conv(inputs, outputs, kernel, stride), NormReLU4d(GROUPS, outputs), nn.Identity()]
     return nn.Sequential(*layers)
 
 
@@ -84,20 +44,25 @@ class Encoder4d(nn.Module):
         super().__init__()
         wide = (WIDTHS[-1],) * 4
         for n, (level, how) in zip(reversed(blocks), SQUEEZE.items(), strict=True):
-            self.add_module(f"encoder_layer{level}", block((n, *WIDTHS), *how))
-        self.encoder_layer4to3 = block(wide, (3, 3, 3), (1, 1, 1))
-        self.encoder_layer3to2 = block(wide, (3, 3, 3), (1, 1, 1))
+            self.add_module(f"encoder_layer{level}", block((n, *WIDTHS), *how, CorrelationConv4d))
+        self.encoder_layer4to3 = block(wide, (3, 3, 3), (1, 1, 1), CenterPivotConv4d)
+        self.encoder_layer3to2 = block(wide, (3, 3, 3), (1, 1, 1), CenterPivotConv4d)
 
-    def forward(self, correlations: Sequence[Tensor]) -> Tensor:
-        """N n h w k l of levels 2, 3, 4 -> N 128 h w on the grid of level 2."""
-        fine, middle, coarse = correlations
+    def forward(self, pairs: Iterable[Sequence[Pair]]) -> Tensor:
+        """Levels 2, 3, 4 of N pairs -> N 128 h w on the grid of level 2.
+
+        Pairs go one by one: no slower, as each is large, and no more memory than one needs.
+        """
+        return torch.cat([self.encode(*levels) for levels in pairs])
+
+    def encode(self, fine: Pair, middle: Pair, coarse: Pair) -> Tensor:
         s2, s3, s4 = self.encoder_layer2(fine), self.encoder_layer3(middle), self.encoder_layer4(coarse)
         if not s2.shape[4:] == s3.shape[4:] == s4.shape[4:]:
             cells = " and ".join(f"{s.shape[4]} x {s.shape[5]}" for s in (s2, s3, s4))
             raise UserError(f"HSNet cannot mix its levels at this image side, they are squeezed to {cells} cells: change "
                             "Train.train_h and Train.val_size (VGG: not 264 to 287 nor 520 to 543)")
-        mixed = self.encoder_layer4to3(on_query_grid(lambda x: resize(x, s3.shape[2:4]), s4) + s3)
-        mixed = self.encoder_layer3to2(on_query_grid(lambda x: resize(x, s2.shape[2:4]), mixed) + s2)
+        mixed = self.encoder_layer4to3(s3 + on_query_grid(lambda x: resize(x, s3.shape[2:4]), s4))
+        mixed = self.encoder_layer3to2(s2 + on_query_grid(lambda x: resize(x, s2.shape[2:4]), mixed))
         return mixed.mean((4, 5))
 
 
@@ -124,13 +89,21 @@ class Head(nn.Module):
         self.decoder = Decoder()
 
     def forward(self, query: Sequence[Tensor], support: Sequence[Tensor], mask: Tensor) -> Tensor:
-        """Levels 2, 3, 4, each N n C h w; mask: N 1 S S of the support. Logits N 2 h w at twice level 2."""
-        pairs = zip(query, support, strict=True)
-        return self.decoder(self.encoder([correlation(q, masked(s, mask)) for q, s in pairs]))
+        """Levels 2, 3, 4: B n C h w of queries, B*K n C h w of supports; mask: B*K 1 S S. Logits B*K 2 h w at twice level 2."""
+        return self.decoder(self.encoder(self.pairs(query, support, mask)))
+
+    @staticmethod
+    def pairs(query: Sequence[Tensor], support: Sequence[Tensor], mask: Tensor) -> Iterator[list[Pair]]:
+        """Each support with its query, whose vectors are normalised once."""
+        masks, shot = [resize(mask, level.shape[3:]) for level in support], len(mask) // len(query[0])
+        for i in range(len(query[0])):
+            vectors = [unit(level[i]) for level in query]
+            for j in range(i * shot, (i + 1) * shot):
+                yield [Cosines(q, s[j], m[j, 0]) for q, s, m in zip(vectors, support, masks, strict=True)]
 
 
 def vote_scores(votes: Tensor) -> Tensor:
-    """Logits B K 2 h w of each shot -> B 2 h w, whose argmax is the vote ; of one shot they are its own."""
+    """Turn logits B K 2 h w of each shot into B 2 h w whose argmax is the vote; one shot keeps its own."""
     if votes.shape[1] == 1:
         return votes[:, 0]
     count = votes.argmax(2).sum(1).float()
@@ -138,10 +111,10 @@ def vote_scores(votes: Tensor) -> Tensor:
 
 
 class HSNet(FewShot):
-    """HSNet. It is trained with one shot; several vote. Its backbone keeps the ImageNet weights and its strides."""
+    """HSNet, trained with one shot; several shots vote. Its backbone keeps the ImageNet weights and its strides."""
 
-    facts = Facts(identity=IDENTITY)  # without the shots: a checkpoint serves any number of them
-    Options = NoOptions
+    facts = Facts(identity=IDENTITY)  # without Train.shot: a checkpoint works with any number of shots
+    Options = Method
     dilated = False
     optimizer_name = "adam"  # its rate is constant where Train.power is 0, as published
     official = (("head.encoder.", "hpn_learner."), ("head.decoder.", "hpn_learner."))
@@ -169,8 +142,7 @@ class HSNet(FewShot):
         return found
 
     def decode(self, head: nn.Module, features: Features, maps: Sequence[Tensor], own: Tensor) -> Decoded:
-        query = [level.repeat_interleave(features.shot, 0) for level in features.query.levels]
-        votes = head(query, features.support.levels, features.mask).unflatten(0, (-1, features.shot))
+        votes = head(features.query.levels, features.support.levels, features.mask).unflatten(0, (-1, features.shot))
         return Decoded(vote_scores(votes), votes=votes)
 
     def terms(self, decoded: Decoded, features: Features, episode: Episode) -> dict[str, Tensor]:

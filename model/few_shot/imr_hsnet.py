@@ -1,23 +1,26 @@
-"""IMR-HSNet (IJCAI 2022): HSNet without support masks. Class activation maps of CLIP stand in for them, and a recurrent cell
-refines the masks of query and support together, stage by stage.
+"""IMR-HSNet (IJCAI 2022): HSNet with CLIP's class activation maps instead of support masks. A recurrent cell refines the masks of
+query and support together, stage by stage.
 
 Shapes as in hsnet.py. Query and support go through the network as one batch of 2N, the queries first.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.few_shot.cam import CamPrior
-from model.few_shot.hsnet import WIDTHS, Decoder, Encoder4d, HSNet, correlation, masked, vote_scores
+from model.few_shot.conv4d import Pair, Products, keep, shrink, unit
+from model.few_shot.hsnet import WIDTHS, Decoder, Encoder4d, HSNet, vote_scores
 from model.few_shot.parts import binary_mask
 from model.few_shot.prior import Features
 from model.few_shot.system import IDENTITY, Decoded
 from model.losses import segmentation_loss
-from model.ops import resize
+from model.ops import full, resize
+from util.config import Method
 from util.data.episodes import Episode
 from util.errors import UserError
 from util.run.identity import Facts
@@ -27,15 +30,27 @@ Levels = Sequence[Tensor]
 
 
 class Gate(nn.Module):
-    """1x1 to 512 channels, then a grouped 3x3 over each half of them."""
+    """1x1 to 512 channels, then a grouped 3x3 over each half of them.
 
-    def __init__(self, inputs: int):
+    The mid feature, most of what the 1x1 reads, stays the same over the stages: its share is computed once (`share`).
+
+    Args:
+        inputs: channels of map, encoded correlation, mid feature and state, in this order.
+    """
+
+    def __init__(self, inputs: Sequence[int]):
         super().__init__()
-        self.mix = nn.Conv2d(inputs, 512, 1)
+        self.inputs = tuple(inputs)
+        self.mix = nn.Conv2d(sum(inputs), 512, 1)
         self.first, self.second = (nn.Conv2d(256, WIDTH // 2, 3, padding=1, groups=8) for _ in range(2))
 
-    def forward(self, *parts: Tensor) -> Tensor:
-        first, second = self.mix(torch.cat(parts, 1)).chunk(2, 1)
+    def share(self, middle: Tensor) -> Tensor:
+        return F.conv2d(middle, self.mix.weight.split(self.inputs, 1)[2], self.mix.bias)
+
+    def forward(self, shown: Tensor, encoded: Tensor, share: Tensor, state: Tensor) -> Tensor:
+        of_map, of_encoded, _, of_state = self.mix.weight.split(self.inputs, 1)
+        changing = torch.cat([shown, encoded, state], 1)
+        first, second = (share + F.conv2d(changing, torch.cat([of_map, of_encoded, of_state], 1))).chunk(2, 1)
         return torch.cat([self.first(first), self.second(second)], 1)
 
 
@@ -46,7 +61,7 @@ class Head(nn.Module):
         blocks: of the backbone's levels.
         channels: of its stage 3.
         stages: how often the masks are refined.
-        mask_mode: "official" or "paper", see `correlations`.
+        mask_mode: "official" or "paper", see `masks`.
     """
 
     def __init__(self, blocks: Sequence[int], channels: int, stages: int, mask_mode: str):
@@ -55,7 +70,7 @@ class Head(nn.Module):
         self.encoder, self.decoder = Encoder4d(blocks), Decoder()
         self.adapter = nn.Conv2d(channels, MIDDLE, 1) if channels != MIDDLE else nn.Identity()
         self.state = nn.Parameter(torch.zeros(1, WIDTH, SIDE, SIDE))
-        self.z, self.r, self.h = (Gate(1 + WIDTH + MIDDLE + WIDTH) for _ in range(3))
+        self.z, self.r, self.h = (Gate((1, WIDTH, MIDDLE, WIDTH)) for _ in range(3))
         self.residual = nn.Sequential(nn.Conv2d(3, 10, 1), nn.GELU(), nn.Conv2d(10, 2, 1))
 
     def forward(self, query: Levels, support: Levels, query_cam: Tensor, support_cam: Tensor) -> list[Tensor]:
@@ -66,45 +81,60 @@ class Head(nn.Module):
             logits of each stage, 2N 2 h w at twice level 2: queries, then supports.
         """
         size = query[0].shape[3:]
-        middle = self.adapter(resize(torch.cat([query[1].sum(1), support[1].sum(1)]), size))
+        middle = self.adapter(torch.cat([query[1].sum(1), support[1].sum(1)]))
+        shares = [resize(gate.share(middle), size) for gate in (self.z, self.r, self.h)]  # 1x1 and resizing change places
         state = resize(self.state, size).expand(len(middle), -1, -1, -1)
-        maps, swapped, logits = torch.cat([query_cam, support_cam]), self.mask_mode == "official", []
+        kept = [[keep(unit(q), unit(s)) for q, s in zip(*levels, strict=True)] for levels in zip(query, support, strict=True)]
+        norms = [torch.cat([full(x).norm(dim=2) for x in levels]) for levels in zip(query, support, strict=True)]
+        maps, masks, logits = torch.cat([query_cam, support_cam]), [], []
         for _ in range(self.stages):
-            query, support, pairs = self.correlations(query, support, maps, swapped)
-            encoded = self.encoder(pairs)
+            masks = self.masks(masks, maps, [norm.shape[2:] for norm in norms])
+            encoded = self.encoder(self.pairs(kept, norms, masks))
             shown = resize(maps, size)
-            state = self.update(state, shown, encoded, middle)
+            state = self.update(state, shown, encoded, shares)
             decoded = self.decoder(state + encoded)
             logits.append(self.residual(torch.cat([decoded, resize(shown, decoded.shape[2:])], 1)))
-            maps, swapped = logits[-1].softmax(1)[:, 1:], False
+            maps = logits[-1].softmax(1)[:, 1:]
         return logits
 
-    def correlations(self, query: Levels, support: Levels, maps: Tensor, swapped: bool) -> tuple[Levels, Levels, Levels]:
-        """Levels to go on with, and correlations of both directions.
+    def masks(self, before: Sequence[Tensor], maps: Tensor, sizes: Sequence[torch.Size]) -> list[Tensor]:
+        """Return the factors of the features in this stage, 2N 1 h w of each level.
 
-        official: maps multiply both sides, stay multiplied in later stages, and the first time each goes to the other image
-            (swapped). This is what the published weights were trained with. One direction is the transposed other.
-        paper: only the side that is compared with is masked, by its own map, each stage anew.
+        official: maps stay multiplied in later stages, and the first time each goes to the other image. They multiply both
+            sides of a correlation. This is what the published weights were trained with.
+        paper: maps of this stage alone; only the other image of a comparison is masked (`pairs`).
+
+        Args:
+            before: of the stage before; empty in the first.
         """
-        own, other = maps.chunk(2)
-        if self.mask_mode == "paper":
-            forth = [correlation(q, masked(s, other)) for q, s in zip(query, support, strict=True)]
-            back = [correlation(s, masked(q, own)) for q, s in zip(query, support, strict=True)]
-            return query, support, [torch.cat(pair) for pair in zip(forth, back, strict=True)]
-        own, other = (other, own) if swapped else (own, other)
-        query, support = [masked(q, own) for q in query], [masked(s, other) for s in support]
-        forth = [correlation(q, s) for q, s in zip(query, support, strict=True)]
-        return query, support, [torch.cat([x, x.permute(0, 1, 4, 5, 2, 3)]) for x in forth]
+        if self.mask_mode == "official" and not before:
+            maps = maps.roll(len(maps) // 2, 0)
+        found = [resize(maps, size) for size in sizes]
+        return [a * b for a, b in zip(before, found, strict=True)] if self.mask_mode == "official" and before else found
 
-    def update(self, state: Tensor, shown: Tensor, encoded: Tensor, middle: Tensor) -> Tensor:
-        """A convolutional GRU's next state."""
-        seen = shown, encoded, middle
-        z, r = self.z(*seen, state).sigmoid(), self.r(*seen, state).sigmoid()
-        return (1 - z) * state + z * self.h(*seen, r * state).tanh()
+    def pairs(self, kept: Sequence[Sequence[Levels]], norms: Sequence[Tensor], masks: Sequence[Tensor]) -> Iterator[list[Pair]]:
+        """Levels of each query with its support, then of each support with its query.
+
+        Args:
+            kept: by level and pair, see `keep`; norms: 2N n h w of the features of each level.
+        """
+        factors = [shrink(norm, mask) for norm, mask in zip(norms, masks, strict=True)]
+        n = len(kept[0])
+        for i in range(2 * n):
+            other, levels = (i + n) % (2 * n), []
+            for dots, factor in zip(kept, factors, strict=True):
+                own = factor[i] if self.mask_mode == "official" else torch.ones_like(factor[i])
+                levels.append(Products(dots[i % n][i // n], own, factor[other]))
+            yield levels
+
+    def update(self, state: Tensor, shown: Tensor, encoded: Tensor, shares: Sequence[Tensor]) -> Tensor:
+        """A convolutional GRU's next state; shares: of the mid feature in z, r and h."""
+        z, r = (gate(shown, encoded, share, state).sigmoid() for gate, share in zip((self.z, self.r), shares, strict=False))
+        return (1 - z) * state + z * self.h(shown, encoded, shares[2], r * state).tanh()
 
 
 @dataclass
-class Options:
+class Options(Method):
     """IMR-HSNet's own options."""
 
     stages: int = 2  # how often the masks are refined; 3 on COCO
@@ -112,13 +142,13 @@ class Options:
 
     def check(self) -> None:
         if self.stages < 1:
-            raise UserError(f"System.stages = {self.stages}: must be at least 1")
+            raise UserError(f"Method.stages = {self.stages}: must be at least 1")
 
 
 class IMRHSNet(HSNet):
-    """IMR-HSNet: reads the supports' class, not their masks; those only teach it. It needs CLIP for the activation maps."""
+    """IMR-HSNet. It reads the supports' class, and their masks only as targets of training. CLIP gives the activation maps."""
 
-    facts = Facts(identity=(*IDENTITY, "System.stages", "System.mask_mode", "CLIP.clip_size"), priors=("cam",))
+    facts = Facts(identity=(*IDENTITY, "Method.stages", "Method.mask_mode", "CLIP.clip_size"), priors=("cam",))
     Options = Options
     official = (
         ("head.encoder.", "hpn_learner."), ("head.decoder.", ""), ("head.state", "state"), ("head.adapter.", "conv1024_512."),
@@ -139,8 +169,10 @@ class IMRHSNet(HSNet):
 
     def decode(self, head: nn.Module, features: Features, maps: Sequence[Tensor], own: Tensor) -> Decoded:
         query_cam, support_cam = maps
-        query, cams = ([x.repeat_interleave(features.shot, 0) for x in xs] for xs in (features.query.levels, [query_cam]))
-        stages = head(query, features.support.levels, cams[0], support_cam.flatten(0, 1))
+        shots = [level.unflatten(0, (-1, features.shot)) for level in features.support.levels]
+        each = [head(features.query.levels, [level[:, k] for level in shots], query_cam, support_cam[:, k])
+                for k in range(features.shot)]  # one by one, as each keeps its cosines  # fmt: skip
+        stages = [torch.stack([x.unflatten(0, (2, -1)) for x in stage], 2).flatten(0, 2) for stage in zip(*each, strict=True)]
         votes = stages[-1].chunk(2)[0].unflatten(0, (-1, features.shot))
         return Decoded(vote_scores(votes), votes=votes, inner=stages)
 

@@ -2,7 +2,7 @@
 
 Cells of the target that look like the supports' object are *candidates*; the target's own features fall into *regions* by
 average linkage; regions that hold candidates, resemble the prototype and belong to the best region (the seed) make the mask.
-What features say of their place in the image is taken out where images are compared ("debiased").
+Where images are compared, the positional part of the features is removed ("debiased").
 
 Shapes: K supports, C channels, h x w cells, N = h*w, M regions, S x S pixels.
 """
@@ -23,7 +23,7 @@ from util.errors import UserError
 
 
 def debias_projector(black: Tensor, components: int) -> Tensor:
-    """What a black image's features have in common with their place: P = B B^T of the first left singular vectors, C C.
+    """Return the projector onto positional features, from a black image: P = B B^T of the first left singular vectors, C C.
 
     Args:
         black: C h w, unit features of a black image.
@@ -100,7 +100,7 @@ class Candidates:
 def find_candidates(target: Tensor, supports: Tensor, masks: Tensor, prototype: Tensor) -> Candidates:
     """Cells with a positive similarity to the prototype whose nearest cell is foreground in at least half of the supports.
 
-    Where no similarity is positive, those above the 0.9 quantile stand in.
+    Where no similarity is positive, those above the 0.9 quantile are taken.
 
     Args:
         target: C h w; supports: K C h w, both debiased; masks: K h w bool; prototype: C.
@@ -162,7 +162,7 @@ def find_regions(unit: Tensor, tau: float) -> Tensor:
 
 @dataclass(frozen=True)
 class Regions:
-    """Regions of the target and how each one was judged; float arrays have one value per region."""
+    """Regions of the target and their scores; float arrays have one value per region."""
 
     label: Tensor  # h w int64
     area: Tensor  # cells
@@ -180,7 +180,7 @@ class Regions:
 
     @property
     def map(self) -> Tensor:
-        """Each cell's region's score, h w."""
+        """Score of each cell's region, h w."""
         return self.score[self.label]
 
     @property
@@ -194,7 +194,7 @@ def judge_regions(label: Tensor, debiased: Tensor, unit: Tensor, candidates: Ten
 
     Args:
         label: h w int64; debiased, unit: C h w of the target; candidates: h w bool; prototype: C.
-        alpha: regions above it make the mask; the seed, too, has to pass.
+        alpha: regions above it form the mask; the seed must exceed it too.
     """
     flat = label.flatten()
     M = int(flat.max()) + 1
@@ -255,7 +255,7 @@ Crf = Callable[[Tensor, Tensor], Tensor]  # image 3 S S RGB 0..255, unary S S ->
 
 @dataclass(frozen=True)
 class Found:
-    """What was found in one target."""
+    """Result for one target."""
 
     mask: Tensor  # S S bool
     prototypes: Tensor  # K C, one per support

@@ -1,9 +1,9 @@
 """HDMNet's matcher: a transformer that encodes query and support in a hierarchy and matches them level by level.
 
-Encoding and matching are decoupled: what enters level i+1 is the encoder's own output, never the matched query, so levels
-can be matched independently (HDMNet Sec. 3.2). Two exact identities keep the matching cheap: support columns outside the
-mask contribute nothing, so only in-mask tokens are gathered; and the correlation map, a mean of cosines over support
-tokens, equals the cosine with their mean key.
+Encoding and matching are decoupled: level i+1 reads the encoder's own output, never the matched query, so levels can be
+matched independently (HDMNet Sec. 3.2). Two exact identities keep the matching cheap. Support columns outside the mask
+contribute nothing, so only tokens inside it are gathered. The correlation map, a mean of cosines over support tokens, equals
+the cosine with their mean key.
 
 Shapes: B queries, K shots, N = h*w tokens of a level, M gathered support tokens, C = 64 channels, H heads.
 """
@@ -140,7 +140,7 @@ class Match(nn.Module):
 
 
 def gather_inside(tokens: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
-    """Keeps the tokens inside the mask, padded to the largest count in the batch (at least one).
+    """Keep the tokens inside the mask, padded to the largest count in the batch (at least one).
 
     Returns:
         tokens B M C, valid B M bool.
@@ -224,7 +224,7 @@ class Matcher(nn.Module):
         return self.match(queries, [tokens[:, 1:].flatten(0, 1) for tokens in episodes], mask, priors)
 
     def encode(self, x: Tensor) -> list[tuple[Tensor, tuple[int, int]]]:
-        """B C h w -> tokens B N C and grid of every level, finest first. Support and query do not see each other here."""
+        """Encode B C h w into tokens B N C and the grid of every level, finest first. Support and query do not interact here."""
         levels = []
         for level in self.levels:
             tokens, size = level.encode(x)
@@ -235,7 +235,7 @@ class Matcher(nn.Module):
     def match(
         self, query: Sequence[tuple[Tensor, tuple[int, int]]], support: Sequence[Tensor], mask: Tensor, priors: Tensor
     ) -> tuple[Tensor, list[Tensor]]:
-        """`forward` of what is encoded: of the query as `encode` gives it, of the support the tokens B*K N C alone."""
+        """Match encoded images. query: result of `encode`; support: its tokens B*K N C alone. Returns as `forward`."""
         B = len(priors)
         matched, correlations = [], []
         for level, (q, size), s in zip(self.levels, query, support, strict=True):

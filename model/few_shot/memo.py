@@ -1,4 +1,4 @@
-"""Frozen computations of an image, done once: a batch asks for rows, and only those not seen before are computed."""
+"""Compute the frozen part of an image once: a batch asks for rows, and only new rows are computed."""
 
 from collections.abc import Callable, Sequence
 
@@ -11,10 +11,10 @@ Compute = Callable[[Sequence[int] | slice], dict[str, Tensor]]  # rows of the ba
 
 
 class Memo:
-    """Looks rows up in a cache.
+    """Look rows up in a cache.
 
-    On the CPU missing rows are computed one by one: no faster together, and so a row has the same bits whatever batch it
-    comes in, with a cache and without. On a GPU they are computed together.
+    On the CPU missing rows are computed one by one. That is as fast, and a row has the same bits in any batch, with and without a
+    cache. On a GPU they are computed together.
 
     Args:
         cache: shared by all systems with the same frozen weights.
@@ -25,10 +25,10 @@ class Memo:
         self.cache, self.weights = cache, weights
 
     def rows(self, part: str, keys: Sequence[str], device: torch.device, compute: Compute) -> dict[str, Tensor]:
-        """One row per key, stacked.
+        """Return one row per key, stacked.
 
         Args:
-            part: what is computed; with the key it says everything that the result depends on but the weights.
+            part: name of the computation. Part, key and weights together determine the result.
             keys: hash of the content of each row of the batch; none: compute all, keep nothing (training).
         """
         if not keys:

@@ -56,7 +56,7 @@ def _best_cosine(q: Tensor, s: Tensor, eps: float) -> Tensor:
 
 
 def _drop_zeros(s: Tensor) -> Tensor:
-    """C m -> C m': all columns that are not zero, and one that is where there are any."""
+    """Keep the columns of C m that are not zero, and one zero column if there is any: C m'."""
     keep = s.any(0)
     if not keep.all():
         keep[keep.int().argmin()] = True
@@ -71,7 +71,7 @@ def gram(features: Tensor) -> Tensor:
 
 
 def scene_difference(query: Tensor, support: Tensor) -> Tensor:
-    """How much two scenes differ in style: Frobenius distance of Gram matrices over that of an all-ones matrix (BAM Eq. 6).
+    """Return the difference of scenes in style: Frobenius distance of Gram matrices over that of an all-ones matrix (BAM Eq. 6).
 
     Args:
         query: B C C; support: B K C C; see `gram`.
@@ -101,7 +101,7 @@ def classifier(width: int) -> nn.Sequential:
 
 
 class PrototypeHead(nn.Module):
-    """The part every head starts with: middle features reduced to `width`, and the masked average of the support's."""
+    """First part of every head: reduces middle features to `width`, and averages the support's inside its mask."""
 
     def __init__(self, channels: int, width: int):
         super().__init__()

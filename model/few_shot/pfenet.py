@@ -77,13 +77,13 @@ class Options(system.Options):
 
     def check(self) -> None:
         if self.ppm_scales is not None and min(self.ppm_scales, default=0) < 1:
-            raise UserError(f"System.ppm_scales = {self.ppm_scales}: name at least one side, each at least 1")
+            raise UserError(f"Method.ppm_scales = {self.ppm_scales}: name at least one side, each at least 1")
 
 
 class PFENet(FewShot):
     """PFENet with its own cosine prior, or any other. It has no base learner: its backbone keeps the ImageNet weights."""
 
-    facts = Facts(identity=(*IDENTITY, "Train.shot", "System.low_fea"), priors=("cosine",))
+    facts = Facts(identity=(*IDENTITY, "Train.shot", "Method.low_fea"), priors=("cosine",))
     Options = Options
     official = (("backbone.module.stages.", "layer"), ("head.", ""))
 

@@ -25,12 +25,12 @@ ATTENTION_BLOCKS = 8  # the affinity averages the last 8 blocks
 
 @dataclass
 class View:
-    """What the frozen backbone gives for N images; None where nothing asks for it."""
+    """Frozen features of N images; None where no prior or head needs them."""
 
     gram: Tensor | None = None  # N c c: Gram matrix of the low stage
-    middle: Tensor | None = None  # N C h w: stages 3 and 2 concatenated, or what a head that is fixed reduced them to
-    prototype: Tensor | None = None  # N 256 1 1 and
-    tokens: Tensor | None = None  # N n 64: what HDMNet's head, when it is fixed, makes of supports in place of `middle`
+    middle: Tensor | None = None  # N C h w: stages 3 and 2 concatenated; with a fixed head (testing) its reduced features
+    prototype: Tensor | None = None  # N 256 1 1, and
+    tokens: Tensor | None = None  # N n 64: instead of `middle`, the supports as encoded by HDMNet's fixed head
     stage4: Tensor | None = None  # N C' h' w'
     hidden: Tensor | None = None  # N 512 h' w': base learner before its classifier
     base: Tensor | None = None  # N B+1 h' w': base logits (queries)
@@ -61,9 +61,9 @@ class Features:
 
 
 class Prior(Protocol):
-    """Gives B channels h w, or B K channels h w where the head weighs the shots.
+    """A function that returns maps B channels h w, or B K channels h w where the head weighs the shots.
 
-    Attributes: channels it adds to the head, and the parts of a `View` it reads beyond the middle.
+    Attributes: number of channels, and the parts of a `View` that it reads beyond the middle.
     """
 
     name: str
@@ -75,7 +75,7 @@ class Prior(Protocol):
 
 
 def join(maps: Sequence[Tensor], weights: Tensor | None = None) -> Tensor:
-    """Prior maps as one tensor, B P h w; those with a map for every shot (B K c h w) are summed over shots.
+    """Join prior maps to one tensor, B P h w; those with a map for every shot (B K c h w) are merged over shots.
 
     Args:
         weights: B K, of the shots; None: their mean.
@@ -89,7 +89,7 @@ def join(maps: Sequence[Tensor], weights: Tensor | None = None) -> Tensor:
 
 
 class CosinePrior:
-    """PFENet's (Sec. 3.2), BAM's too: best stage-4 cosine with the support, rescaled to 0..1 for every shot.
+    """Prior of PFENet (Sec. 3.2) and BAM: best stage-4 cosine with the support, rescaled to 0..1 for every shot.
 
     The support's stage 4 is computed on its masked stage 3, and masked again.
     """
@@ -104,8 +104,8 @@ class CosinePrior:
 
 
 class SimilarityPrior:
-    """HDMNet's: best cosine with the support's masked-in positions in the base learner's hidden map and in stage 4;
-    mean over shots, not rescaled."""
+    """Prior of HDMNet: best cosine with the support's positions inside the mask, in the base learner's hidden map and in
+    stage 4; mean over shots, not rescaled."""
 
     name, channels = "similarity", 2
     query_needs = support_needs = frozenset({"stage4", "hidden"})
@@ -147,8 +147,8 @@ class VisualPrior:
         return resize(torch.cat(maps, 1), features.size)
 
     def tokens(self, images: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
-        """N 3 S S RGB 0..255 -> patch tokens of the last block and the one before, N C h w; with a mask N 1 S S of the
-        masked image, zero outside."""
+        """Return patch tokens of the last block and the one before, N C h w, of images N 3 S S RGB 0..255; with a mask
+        N 1 S S those of the masked image, zero outside."""
         trunk = self.clip.visual
         images = trunk.normalise(images, "imagenet")
         tokens, grid = trunk.embed(images if mask is None else images * mask)
@@ -179,12 +179,12 @@ class TextPrior:
         self.use(bank)
 
     def use(self, bank: Tensor) -> None:
-        """Other texts from now on."""
+        """Use other texts from now on."""
         self.bank = bank
         self.bank_key = content_key(bank.cpu().numpy())
 
     def candidates(self, episode: Episode) -> Tensor:
-        """B 2C bool: the texts that compete; the target always does."""
+        """Return the competing texts, B 2C bool; the target is always one."""
         if self.vocabulary == "present":
             classes = episode.present.clone()
         else:
@@ -208,7 +208,7 @@ class TextPrior:
         return found["map"].expand(-1, 2, -1, -1)
 
     def at_annotation_size(self, episode: Episode, rows: Sequence[int]) -> list[Tensor]:
-        """The refined prior of some queries, H0 W0 in 0..1 (its largest value may fall short of 1 after resizing)."""
+        """Return the refined prior of some queries, H0 W0 in 0..1 (the maximum may be below 1 after resizing)."""
         candidates = self.candidates(episode)
         by_size: dict[torch.Size, list[int]] = defaultdict(list)
         for i in rows:
@@ -222,12 +222,12 @@ class TextPrior:
         return [priors[i] for i in rows]
 
     def refined(self, images: Tensor, candidates: Tensor, target: Tensor) -> Tensor:
-        """B 3 H W uint8 images of one size -> B h w maps on the patch grid."""
+        """Return maps on the patch grid, B h w, of B 3 H W uint8 images of one size."""
         cam, attention = self.cam(images, candidates, target)
         return refine(cam.map, attention)
 
     def cam(self, images: Tensor, candidates: Tensor, target: Tensor) -> tuple[Cam, Tensor]:
-        """Grad-CAM of the target texts, and the patch-to-patch attention B n n averaged over the last blocks."""
+        """Return Grad-CAM of the target texts, and the patch-to-patch attention B n n averaged over the last blocks."""
         trunk = self.clip.visual
         tokens, grid = trunk.embed(trunk.normalise(images))
         last = len(trunk.blocks) - 1
@@ -242,7 +242,7 @@ PRIORS = ("cosine", "similarity", "vtp", "vvp")
 
 
 def check_priors(names: Sequence[str], base_learner: bool) -> None:
-    """Raises UserError for an unknown or repeated prior, or one that asks for a base learner where there is none."""
+    """Raise UserError for an unknown or repeated prior, or one that needs a base learner where there is none."""
     for name in names:
         if name not in PRIORS:
             raise UserError(f"Method.priors: unknown prior {name!r}; there are {', '.join(PRIORS)}")

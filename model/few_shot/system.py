@@ -1,6 +1,6 @@
-"""What PFENet, BAM, HDMNet and PI-CLIP share: frozen features, priors, prediction, baselines, published checkpoints.
+"""Shared by all few-shot systems: frozen features, priors, prediction, baselines, published checkpoints.
 
-A subclass gives the trained head (`decode`), its losses (`terms`) and the names of its published tensors.
+A subclass defines the trained head (`decode`), its losses (`terms`) and the names of its published tensors.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,6 +19,7 @@ from model.few_shot.prior import CosinePrior, Features, Prior, View
 from model.ops import resize
 from model.system import Frozen, Prediction, System, content_hash, load_exactly
 from util.cache import TensorCache
+from util.config import Method
 from util.data.episodes import Episode
 from util.errors import UserError
 from util.run.identity import code_hash
@@ -40,7 +41,7 @@ IDENTITY = ("Method.priors", "Train.filter_novel", "Train.crop", "Train.selectio
 
 
 @dataclass
-class Options:
+class Options(Method):
     """Options that every few-shot system with prototypes has."""
 
     low_fea: Literal["layer1", "layer2", "layer3"] = "layer2"  # stage whose Gram matrices measure scene difference
@@ -92,21 +93,21 @@ class FewShot(System):
         """Backbone stage whose Gram matrices measure scene difference."""
         return int(self.options.low_fea[-1])
 
-    # What a subclass gives.
+    # Defined by a subclass.
 
     def build_head(self, channels: int, priors: int) -> nn.Module:
-        """The trained part, for middle features and priors of so many channels."""
+        """Build the trained part, for middle features and priors of so many channels."""
         raise NotImplementedError
 
     def decode(self, head: nn.Module, features: Features, maps: Sequence[Tensor], own: Tensor) -> Decoded:
-        """Runs the head (perhaps wrapped by DDP). own: B base ranks of the episodes' classes, -1 for novel ones."""
+        """Run the head (perhaps wrapped by DDP). own: B base ranks of the episodes' classes, -1 for novel ones."""
         raise NotImplementedError
 
     def terms(self, decoded: Decoded, features: Features, episode: Episode) -> dict[str, Tensor]:
-        """Weighted loss terms."""
+        """Return weighted loss terms."""
         raise NotImplementedError
 
-    # What all share.
+    # Shared by all.
 
     @property
     def reads_text(self) -> bool:
@@ -117,15 +118,16 @@ class FewShot(System):
         return self.base_learner.module.encoder if self.uses_base_learner else self.backbone.module
 
     def remember(self, cache: TensorCache, fixed_head: bool) -> None:
-        """See System; acts on episodes that carry keys (evaluation)."""
-        made_by = [code_hash(), torch.__version__, str(self.encoder.mean.device.type), *self.frozen_hashes().values()]
+        """See System. Only episodes with keys (evaluation) are cached."""
+        device = next(self.encoder.parameters()).device.type
+        made_by = [code_hash(), torch.__version__, device, *self.frozen_hashes().values()]
         made_by += [] if self.clip is None else [self.clip.module.settings]
         self.memo = Memo(cache, " ".join([*made_by, repr(self.options), str(self.masks_support), str(self.dilated)]))
         self.fixed_head = content_hash(self.trained) if fixed_head else ""
 
     def features(self, episode: Episode, query_needs: frozenset[str] = frozenset(), support_needs: frozenset[str] = frozenset()
                  ) -> Features:  # fmt: skip
-        """Frozen views of query and support, with what the priors need and what is asked for beyond."""
+        """Compute frozen views of query and support: the parts that the priors need, and the ones asked for."""
         mask, images = binary_mask(episode.support_mask.flatten(0, 1)), episode.support.flatten(0, 1)
         query_needs = query_needs.union(*(prior.query_needs for prior in self.priors))
         if self.uses_base_learner:
@@ -143,14 +145,14 @@ class FewShot(System):
         return Features(View(**query), View(**support), mask, episode.support.shape[1], self.memo)
 
     def view(self, images: Tensor, mask: Tensor | None, needs: frozenset[str]) -> dict[str, Tensor]:
-        """The parts of a `View` of N images; the deep stages run only where they are needed.
+        """Compute the parts of a `View` of N images; the deep stages run only where they are needed.
 
         Args:
             mask: N 1 S S of supports, None for queries.
         """
         deep = bool(needs & {"stage4", "hidden", "base"})
         stages = self.encoder(images, mask if self.masks_support else None, last=4 if deep else 3)
-        middle = torch.cat([stages[3], resize(stages[2], stages[3].shape[2:])], 1)  # of one size but in VGG
+        middle = torch.cat([stages[3], resize(stages[2], stages[3].shape[2:])], 1)  # of one size except in VGG
         found = {"gram": gram(stages[self.low_stage])} | (self.reduce(middle, mask) if self.fixed_head else {"middle": middle})
         if "stage4" in needs:
             found["stage4"] = stages[4]
@@ -169,7 +171,7 @@ class FewShot(System):
         return deepest * resize(mask, deepest.shape[2:])
 
     def reduce(self, middle: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
-        """What a head that is fixed makes of middle features alone, as parts of a `View`: six times smaller."""
+        """Reduce middle features by the fixed head (testing), as parts of a `View`: six times smaller."""
         return {"middle": (self.trained.down_query if mask is None else self.trained.down_supp)(middle)}
 
     def difference(self, features: Features) -> Tensor:
@@ -186,7 +188,7 @@ class FewShot(System):
         return self.terms(self.decode(self.head, features, list(maps.values()), batch.base_rank), features, batch)
 
     def run(self, batch: Episode, *needs: frozenset[str]) -> tuple[Features, dict[str, Tensor], Decoded]:
-        """What `predict` goes through: frozen features, prior maps by name, the head's result. needs: as `features`."""
+        """Run the parts of `predict`: frozen features, prior maps by name, the head's result. needs: as `features`."""
         features = self.features(batch, *needs)
         maps = self.prior_maps(batch, features)
         return features, maps, self.decode(self.trained, features, list(maps.values()), batch.base_rank)
@@ -209,10 +211,11 @@ class FewShot(System):
         scores = (decoded.final, decoded.meta, features.query.base)
         final, meta, base = (None if x is None else resize(x.float(), side) for x in scores)
         trivial = self.baselines(batch, features, shown) if baselines else {}
-        return Prediction(final, meta, base, shown, tuple(self.prior_names), trivial, decoded.votes)
+        votes = None if decoded.votes is None else decoded.votes.float()
+        return Prediction(final, meta, base, maps=shown, priors=tuple(self.prior_names), baselines=trivial, votes=votes)
 
     def baselines(self, batch: Episode, features: Features, maps: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Predictions that cost no training: everything is foreground; a prior, which is in 0..1, above one half.
+        """Return predictions without training: everything is foreground; a prior, which is in 0..1, above one half.
 
         The cosine one is PFENet's prior, on this system's own features.
         """
@@ -230,19 +233,19 @@ class FewShot(System):
         return [] if self.uses_base_learner else [self.encoder]
 
     def load_before(self, state: Mapping[str, Tensor], name: str) -> None:
-        """Loads what ARCH=PSPNet trained, or a published base-learner checkpoint (`layerK...`, `ppm...`, `cls...`)."""
+        """Load the base learner of ARCH=PSPNet, or a published one (`layerK...`, `ppm...`, `cls...`)."""
         ours = {key.replace("layer", "encoder.stages.", 1) if key.startswith("layer") else key: v for key, v in state.items()}
         load_exactly(self.base_learner.module, ours, name)
 
     def official_name(self, name: str) -> str | None:
-        """Name in our state dict -> key in the published checkpoint; None for CLIP, which comes by its own file."""
+        """Return the published checkpoint's key of a name in our state dict; None for CLIP, which has its own file."""
         if name.startswith("clip."):
             return None
         ours, official = next(pair for pair in self.official if name.startswith(pair[0]))
         return official + name.removeprefix(ours)
 
     def _check_foreign(self, foreign: dict[str, Tensor], name: str) -> dict[str, Tensor]:
-        """CLIP tensors inside a checkpoint must equal the CLIP in use (to fp16, in which published code keeps them)."""
+        """Check that CLIP tensors inside a checkpoint equal the CLIP in use (to fp16, as published code stores them)."""
         if self.clip is None:
             return foreign
         return without_clip(foreign, self.clip.module, name)

@@ -1,4 +1,4 @@
-"""Which model: the options that predict.py and the web page share."""
+"""Options that name a model, for predict.py and the web page."""
 
 import argparse
 from pathlib import Path
@@ -11,7 +11,7 @@ from util.files import ROOT
 
 
 def asked_config(given: argparse.Namespace, weights: Path) -> Config | None:
-    """The config that --config and the overrides of a command line ask for; None: the one recorded with the weights."""
+    """Return the config of --config and the overrides of a command line; None: the one recorded with the weights."""
     if given.config:
         return configure(given.config, given.arch or "", given.overrides)
     return recorded(weights, given.overrides) if given.overrides else None
@@ -30,10 +30,10 @@ def model_options(parser: argparse.ArgumentParser) -> None:
 
 
 def check_model(given: argparse.Namespace) -> None:
-    """--clip becomes the name of a CLIP, that of a file or folder where there is one.
+    """Replace --clip by the name of a CLIP, or by its file or folder where there is one.
 
     Raises:
-        UserError: --clip together with what is about a checkpoint.
+        UserError: --clip together with options of a checkpoint.
     """
     if given.clip is None:
         return

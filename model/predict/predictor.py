@@ -4,8 +4,8 @@
     predictor.set_support("a.jpg", "a.png")
     found = predictor.predict("b.jpg")  # found.mask, found.score, found.maps
 
-How many supports: a checkpoint is trained for K shots (Train.shot). With fewer they repeat in turn; with more, each K of them in
-turn make a prediction (the last K filled up from the first on), and the mean of the scores counts.
+A checkpoint is trained for K shots (Train.shot). Fewer supports repeat in turn. More supports are taken in groups of K, the last
+filled up from the first supports; the result is the mean of the groups' scores.
 """
 
 import time
@@ -36,25 +36,25 @@ from util.run.distributed import Context
 from util.run.place import Experiment
 
 NAMED = {"photos": "demo/photos/hdmnet_lite0.safetensors", "demo": "exp/demo/PI_CLIP/split0/resnet50/snapshot/best.safetensors"}
-CACHE = 2**30  # bytes for what the supports and the latest queries gave
+CACHE = 2**30  # bytes for cached results of the supports and the latest queries
 NO_NAMES = ClassNames((), ())
 
 
 class Predictor:
-    """A trained few-shot system for images at hand. Use `from_checkpoint`, then `set_support`, then `predict`.
+    """A trained few-shot system for a user's images. Use `from_checkpoint`, then `set_support`, then `predict`.
 
     Attributes:
         system: in evaluation mode, on `device`.
-        config: what it was trained with.
+        config: that of its training.
         takes_text: whether its priors read a text (VTP); other systems use a text only to know a base class by its name.
-        notes: what the user should know of the present supports and text.
+        notes: remarks for the user about the present supports and text.
     """
 
     def __init__(self, system: FewShot, config: Config, fold: Fold, names: ClassNames, device: torch.device, precision: str,
                  note: str = ""):
         self.system = system.to(device).eval()
         self.config, self.fold, self.names, self.device, self.precision = config, fold, names, device, precision
-        self._note = note  # that came with an exported file
+        self._note = note  # of an exported file
         self.system.remember(TensorCache(CACHE), fixed_head=True)
         self.maker = EpisodeMaker(
             ValTransform(config.Train.val_size, config.Train.resized_val, config.Train.antialias), fold,
@@ -65,13 +65,13 @@ class Predictor:
         self.notes: tuple[str, ...] = ()
         self._text_alone = TextPredictor(system.clip, device, precision) if self.takes_text else None
         self._groups: list[list[Shot]] | None = None  # of K shots; text alone: none
-        self._examples: list[tuple[Photo, np.ndarray, bool]] = []  # with its mask; whether that was made of boxes
+        self._examples: list[tuple[Photo, np.ndarray, bool]] = []  # with its mask; whether the mask comes from boxes
         self._base_rank = -1
 
     @classmethod
     def from_checkpoint(cls, path: str | Path = "photos", device: str | None = None, precision: str | None = None,
                         config: Config | None = None, arch: str | None = None) -> "Predictor":  # fmt: skip
-        """Loads a checkpoint with everything it was trained with, checked by hash as in test.py.
+        """Load a checkpoint and the frozen parts of its training, checked by hash as in test.py.
 
         Args:
             path: snapshot/best.safetensors of a run, an exported file, or a published .pth; here or below the repository.
@@ -80,18 +80,18 @@ class Predictor:
             precision: fp32 or bf16; None: bf16 on a GPU that has it, fp32 otherwise.
             config: instead of the recorded one; needed, with `arch`, for a published .pth (`load_config(file, arch)`).
         Raises:
-            UserError: no such checkpoint, of another kind, or what it was trained with is not at hand.
+            UserError: no such checkpoint, one of another kind, or frozen parts of its training are missing.
         """
         path, chosen = find_weights(path), choose_device(device)
         meta = read_meta(path) if path.suffix == ".safetensors" else {}
         arch = arch or meta.get("system")
         if arch is None or (not meta and config is None):
-            raise UserError(f"{path} does not tell what it is: a published checkpoint needs the config and the system that it is "
+            raise UserError(f"{path} does not say what it is: a published checkpoint needs the config and the system that it is "
                             "of (--config config/pascal/pascal_split0_resnet50.yaml --arch PI_CLIP)")
         if not issubclass(system_class(arch), FewShot):
             raise UserError(f"{path} is a base learner (ARCH={arch}); give the checkpoint of a few-shot system")
         config = config or recorded(path)
-        config = replace(config, CLIP=replace(config.CLIP, vocabulary="target"))  # nothing is known of what else is there
+        config = replace(config, CLIP=replace(config.CLIP, vocabulary="target"))  # other classes in the image are unknown
         fold, names = trained_on(config, meta)
         system = build_system(arch, config, fold, NO_NAMES)
         load_weights(system, config, Experiment.of_checkpoint(path, arch, config), path)
@@ -99,12 +99,12 @@ class Predictor:
 
     def set_support(self, images: Source | Sequence[Source] | None = None, masks: Source | Sequence[Source | None] | None = None,
                     text: str | None = None, boxes: Box | Sequence[Box | Sequence[Box] | None] | None = None) -> None:
-        """Says what to look for, until the next call.
+        """Set the object to look for, until the next call.
 
         Args:
             images: supports: paths, Pillow images, uint8 arrays H W 3 or uint8 tensors 3 H W. None: the text alone.
             masks: one for each image, None where it has boxes; see util/photos/reading.py for what counts as the object.
-            text: what is to be found, "golden retriever".
+            text: name of the object, "golden retriever".
             boxes: one entry for each image: None, a box x0 y0 x1 y1 in pixels, or several boxes.
         Raises:
             UserError: not one mask or box for each image, an image or mask that cannot be used, no text where the priors read
@@ -130,7 +130,7 @@ class Predictor:
         self.notes = tuple(self._notes(count, text)) if count else self._text_alone.notes
 
     def predict(self, image: Source) -> Segmentation:
-        """Finds the object in an image: a path, Pillow image, uint8 array H W 3 or uint8 tensor 3 H W.
+        """Find the object in an image: a path, Pillow image, uint8 array H W 3 or uint8 tensor 3 H W.
 
         Raises:
             UserError: no support yet, or an image that cannot be used.
@@ -163,8 +163,8 @@ class Predictor:
         return [Segmentation(*parts, seconds) for parts in found]
 
     def check(self) -> list[float]:
-        """IoU 0..1 of each support's object with what is found in the support's own photo; where boxes were given, of the
-        box around each. Text alone: []. It costs a query each. Where it is low there is little to expect of other photos."""
+        """Return the IoU 0..1 of each support's object with the result for the support's own photo; for boxes, of the boxes
+        around both. Text alone: []. Each costs a query. Where it is low, expect little on other photos."""
         scores = []
         for photo, mask, boxed in self._examples:
             given, seen, counts = mask == 1, self.predict(photo).mask, mask != IGNORE
@@ -174,7 +174,7 @@ class Predictor:
         return scores
 
     def episode(self, photo: Photo, shots: Sequence[Shot]) -> Episode:
-        """The batch of one that evaluation would make of a query and its supports; nothing is known of its annotation."""
+        """Build the batch of one that evaluation builds from a query and its supports; there is no annotation."""
         image = shrink(photo.image, self._side)
         blank = np.zeros(image.shape[:2], np.uint8)
         return self.maker.episode(image.astype(np.float32), blank, shots, cls=1, base_rank=self._base_rank,
@@ -182,7 +182,7 @@ class Predictor:
 
     @property
     def _side(self) -> int:
-        """To which the longer side of a larger photo is reduced."""
+        """Pixels to which the longer side of a larger photo is reduced."""
         return max(self.config.Train.val_size, longest_side(self.system.clip_patch or 16))
 
     def _shot(self, photo: Photo, mask: np.ndarray) -> Shot:
@@ -204,7 +204,7 @@ class Predictor:
                             "alone take a CLIP: predict.py --clip, model.predict.text_predictor")
 
     def _rank(self, text: str) -> int:
-        """Of the base class that the text names, -1: it names none."""
+        """Rank of the base class that the text names, or -1."""
         ranks = {name.casefold(): rank for rank, c in enumerate(self.fold.base) if c <= len(self.names.names)
                  for name in (self.names.names[c - 1], self.names.texts[c - 1])}  # fmt: skip
         return ranks.get(text.casefold(), -1)
@@ -225,12 +225,12 @@ class Predictor:
         return found
 
     def _mean(self, x: Tensor) -> Tensor:
-        """B*G ... -> B ..., over the groups of supports."""
+        """Average over the groups of supports: B*G ... -> B ..."""
         return x.unflatten(0, (-1, len(self._groups))).mean(1)
 
 
 def find_weights(given: str | Path) -> Path:
-    """A checkpoint by its path, here or below the repository, or by its name.
+    """Find a checkpoint by its path, here or below the repository, or by its name.
 
     Raises:
         UserError: there is none.
@@ -246,7 +246,7 @@ def find_weights(given: str | Path) -> Path:
 
 
 def trained_on(config: Config, meta: dict) -> tuple[Fold, ClassNames]:
-    """Fold and class names of the training: an exported file has them, else they are where the config says (names may lack)."""
+    """Return fold and class names of the training, from an exported file or from the config's files (names may be missing)."""
     if EXPORT in meta:
         names, texts, novel, base = map(tuple, meta["classes"])
         return Fold(config.Train.data_set, config.Train.split, novel, base), ClassNames(names, texts)
@@ -255,7 +255,7 @@ def trained_on(config: Config, meta: dict) -> tuple[Fold, ClassNames]:
 
 
 def box_around(mask: np.ndarray) -> np.ndarray:
-    """H W bool: the smallest box that holds all of a mask, filled."""
+    """Fill the smallest box around a mask, H W bool."""
     filled, (y, x) = np.zeros_like(mask), np.nonzero(mask)
     if len(y):
         filled[y.min() : y.max() + 1, x.min() : x.max() + 1] = True
@@ -263,7 +263,7 @@ def box_around(mask: np.ndarray) -> np.ndarray:
 
 
 def box_lists(boxes: Box | Sequence | None) -> list[list[Box]]:
-    """The boxes of each image, whichever way they were given."""
+    """Return the boxes of each image, from any of the accepted forms."""
     def is_box(value: Sequence) -> bool:
         return len(value) > 0 and not any(isinstance(x, (list, tuple, np.ndarray, type(None))) for x in value)
 
@@ -275,7 +275,7 @@ def box_lists(boxes: Box | Sequence | None) -> list[list[Box]]:
 
 def annotated(photos: Sequence[Photo], masks: Sequence[Source | None], boxes: Sequence[Sequence[Box]]
               ) -> list[tuple[Photo, np.ndarray]]:  # fmt: skip
-    """Each photo with its mask, H W uint8 {0, 1, 255}.
+    """Return each photo with its mask, H W uint8 {0, 1, 255}.
 
     Raises:
         UserError: not one mask, or one entry of boxes, for each.

@@ -5,7 +5,7 @@
     python -m model.predict.share pull USER/REPO --out FOLDER
 
 The file holds the trained head and the base learner (or backbone) that it was trained with; its metadata the config, the names of
-the classes, the hashes of all frozen parts (CLIP comes by its own file, CLIP.clip_path) and the result of test.py where there is
+the classes, the hashes of all frozen parts (CLIP stays in its own file, CLIP.clip_path) and the result of test.py where there is
 one. `Predictor.from_checkpoint`, predict.py --weights and Test_Finetune.weight take it.
 """
 
@@ -72,7 +72,7 @@ def main() -> None:
     out = commands.add_parser("export", help="write one file with a model card beside it")
     out.add_argument("snapshot", type=Path, help="snapshot/best.safetensors of a run")
     out.add_argument("--out", type=Path, required=True, metavar="FILE.safetensors")
-    out.add_argument("--note", default="", help="what its users should know; predictors tell it")
+    out.add_argument("--note", default="", help="text for its users; predictors show it")
     out.add_argument("--half", action="store_true", help="round to 16 bits: half the size")
     out.add_argument("--push", metavar="USER/REPO", help="then upload both to this repository of the hub")
     into = commands.add_parser("pull", help="download what was pushed")
@@ -90,12 +90,12 @@ def main() -> None:
 
 
 def export(snapshot: Path, out: Path, half: bool = False, note: str = "") -> list[str]:
-    """Writes `out` and its model card, and returns what there is to tell.
+    """Write `out` and its model card; return messages for the user.
 
-    half: round all weights but CLIP's to fp16; computed with is fp32 all the same. note: what users should know.
+    half: round all weights but CLIP's to fp16; computations stay fp32. note: text for users.
 
     Raises:
-        UserError: `out` is no .safetensors, the checkpoint or what it was trained with is not at hand, the disk is full.
+        UserError: `out` is no .safetensors, the checkpoint or a frozen part of its training is missing, the disk is full.
     """
     if out.suffix != ".safetensors":
         raise UserError(f"--out {out}: the file is a safetensors one, call it {out.with_suffix('.safetensors')}")
@@ -124,7 +124,7 @@ def export(snapshot: Path, out: Path, half: bool = False, note: str = "") -> lis
 
 
 def portable(config: Config) -> dict[str, Any]:
-    """A config without the places of one machine: data and frozen weights of the training are not asked for again."""
+    """Return a config without paths of one machine: data and frozen weights of the training are not needed again."""
     content = dataclasses.asdict(config)
     content["Data"] = {"min_pixels": config.Data.min_pixels, "images": config.Data.images}
     content["Method"] |= {"pre_weight": "auto", "backbone_weight": "none"}
@@ -136,7 +136,7 @@ def portable(config: Config) -> dict[str, Any]:
 
 
 def result_of(snapshot: Path) -> tuple[dict[str, Any], list[str]]:
-    """The report of test.py on this very checkpoint ({} where there is none), and why there is none.
+    """Return the report of test.py on this checkpoint, or {} and the reason.
 
     Raises:
         UserError: the report is damaged.
@@ -159,7 +159,7 @@ def same_tensors(a: Path, b: Path) -> bool:
 
 
 def model_card(file: str, meta: dict[str, Any], report: dict[str, Any], count: int) -> str:
-    """Markdown for people, with the header that hubs read."""
+    """Write the model card: Markdown with the header that hubs read."""
     frozen = [f"- frozen {name}: `{digest}`" for name, digest in meta["frozen"].items()]
     if "clip" in meta["frozen"]:
         frozen.append(f"- CLIP is not inside: it comes from `{meta['config']['CLIP']['clip_path']}`, checked by that hash")
@@ -174,7 +174,7 @@ def model_card(file: str, meta: dict[str, Any], report: dict[str, Any], count: i
 
 
 def push(hub: ModuleType, file: Path, repository: str) -> str:
-    """Uploads an exported file, and its card as README.md; returns where to.
+    """Upload an exported file, and its card as README.md; return the address.
 
     Raises:
         UserError: what the hub says against it.
@@ -184,13 +184,13 @@ def push(hub: ModuleType, file: Path, repository: str) -> str:
         api.create_repo(repository, exist_ok=True)
         api.upload_file(path_or_fileobj=file, path_in_repo=file.name, repo_id=repository)
         api.upload_file(path_or_fileobj=file.with_suffix(".md"), path_in_repo="README.md", repo_id=repository)
-    except Exception as error:  # of the hub and of the network; the files are there all the same
+    except Exception as error:  # of the hub and of the network; the local files exist all the same
         raise UserError(f"--push {repository}: {error}. {file} is written; are you logged in (`hf auth login`)?") from error
     return f"pushed to {repository}"
 
 
 def pull(repository: str, folder: Path) -> list[Path]:
-    """Downloads the exported files of a repository into a folder; nothing else in it is touched.
+    """Download the exported files of a repository into a folder; its other files stay.
 
     Raises:
         UserError: what the hub says against it, or there is no exported file in the repository.

@@ -1,4 +1,4 @@
-"""Masks from words alone: CLIP's refined text prior (VTP, PI-CLIP Sec. 3.2), without any trained network.
+"""Masks from a text alone: CLIP's refined text prior (VTP, PI-CLIP Sec. 3.2), without a trained network.
 
     predictor = TextPredictor.from_clip("ViT-B-16-quickgelu/openai")
     predictor.set_support(text="golden retriever")
@@ -28,7 +28,7 @@ from util.run.distributed import Context
 
 @dataclass(frozen=True)
 class Segmentation:
-    """What was found in one image of H x W pixels, upright."""
+    """Result for one upright image of H x W pixels."""
 
     mask: np.ndarray  # H W bool
     score: np.ndarray  # H W float32 0..1; the mask is where it is above one half
@@ -37,10 +37,10 @@ class Segmentation:
 
 
 class TextPredictor:
-    """A frozen CLIP that finds what a text names: a `Predictor` without supports. Use `from_clip`, `set_support`, `predict`.
+    """A frozen CLIP that finds the object of a text: a `Predictor` without supports. Use `from_clip`, `set_support`, `predict`.
 
     Attributes:
-        notes: what the user should know of the results.
+        notes: remarks for the user about the results.
     """
 
     def __init__(self, clip: Frozen, device: torch.device, precision: str):
@@ -50,7 +50,7 @@ class TextPredictor:
 
     @classmethod
     def from_clip(cls, source: str = HUB_NAME, device: str | None = None, precision: str | None = None) -> "TextPredictor":
-        """Loads a CLIP.
+        """Load a CLIP.
 
         Args:
             source: a file, a folder or a hub name (`model.clip.load_clip`); OpenAI's ViT-B/16 is downloaded by default.
@@ -63,7 +63,7 @@ class TextPredictor:
 
     def set_support(self, images: Source | Sequence[Source] | None = None, masks: object = None, text: str | None = None,
                     boxes: object = None) -> None:  # fmt: skip
-        """Says what to look for, until the next call; as `Predictor.set_support`, which takes supports, too.
+        """Set the object to look for, until the next call; as `Predictor.set_support`, without supports.
 
         Raises:
             UserError: supports, an empty text, or one that this CLIP does not know.
@@ -80,7 +80,7 @@ class TextPredictor:
             self.notes += ("CLIP has random weights (CLIP.clip_path=random): the masks mean nothing",)
 
     def predict(self, image: Source) -> Segmentation:
-        """Finds it in an image: a path, Pillow image, uint8 array H W 3 or uint8 tensor 3 H W.
+        """Find the object in an image: a path, Pillow image, uint8 array H W 3 or uint8 tensor 3 H W.
 
         Raises:
             UserError: no text yet, or an image that cannot be used.
@@ -89,7 +89,7 @@ class TextPredictor:
 
     @torch.no_grad()
     def predict_batch(self, images: Sequence[Source]) -> list[Segmentation]:
-        """`predict` for several images of any sizes, one after the other."""
+        """Run `predict` on several images of any sizes, one after the other."""
         if self._prior is None:
             raise UserError("nothing to look for yet: call set_support(text=...) first")
         return [self._predict(read_photo(source, f"query {i}").image) for i, source in enumerate(images, start=1)]
@@ -112,13 +112,13 @@ class TextPredictor:
 
 
 def longest_side(patch: int) -> int:
-    """Pixels to which the longer side of a photo is reduced for a CLIP of this patch side: as many patches as PASCAL's and
-    COCO's largest images have with ViT-B/16."""
+    """Return the longer side to which photos are reduced for a CLIP of this patch side: as many patches as PASCAL's and COCO's
+    largest images have with ViT-B/16."""
     return MAX_SIDE * patch // 16
 
 
 def choose_device(name: str | None) -> torch.device:
-    """The named device, or the GPU where there is one.
+    """Return the named device, or the GPU where there is one.
 
     Raises:
         UserError: there is no such device.
@@ -133,7 +133,7 @@ def choose_device(name: str | None) -> torch.device:
 
 
 def choose_precision(name: str | None, device: torch.device) -> str:
-    """bf16 on a GPU that has it, unless named.
+    """Return the named precision, or bf16 on a GPU that has it, else fp32.
 
     Raises:
         UserError: no such precision.
@@ -144,5 +144,5 @@ def choose_precision(name: str | None, device: torch.device) -> str:
 
 
 def as_list(value: Source | Sequence | None) -> list:
-    """None, one thing or several -> a list."""
+    """Return None, one thing or several as a list."""
     return [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]

@@ -25,7 +25,7 @@ class Options(MapOptions):
     def check(self) -> None:
         super().check()
         if self.power <= 0:
-            raise UserError(f"System.power = {self.power}: the exponent of the background is positive")
+            raise UserError(f"Method.power = {self.power}: the exponent of the background is positive")
 
 
 class CLIPES(Weak):
@@ -43,7 +43,7 @@ class CLIPES(Weak):
     def groups(self, train: Train) -> list[dict[str, Any]]:
         return []
 
-    def losses(self, batch: Any, step: int) -> dict[str, Tensor]:
+    def losses(self, batch: Any, step: int = 0) -> dict[str, Tensor]:
         raise UserError("CLIP_ES trains nothing: test it, or write its label maps")
 
     @torch.no_grad()

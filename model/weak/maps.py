@@ -17,6 +17,7 @@ from model.clip import Cam, Clip, ClipTrunk, box_mask, min_max, softmax_grad_cam
 from model.clip.text import TextEncoder
 from model.ops import resize
 from model.weak.affinity import filtered, patch_part, spread, transition_matrix
+from util.config import Method
 from util.errors import UserError
 
 BACKGROUND = (
@@ -26,7 +27,7 @@ BACKGROUND = (
 
 
 @dataclass
-class MapOptions:
+class MapOptions(Method):
     """What both systems set of the class maps."""
 
     statistics: Literal["clip", "imagenet"] = "clip"  # pixel statistics that CLIP sees
@@ -38,11 +39,11 @@ class MapOptions:
 
     def check(self) -> None:
         if "{}" not in self.template:
-            raise UserError(f"System.template = {self.template!r}: the place of the class name, {{}}, is missing")
+            raise UserError(f"Method.template = {self.template!r}: the place of the class name, {{}}, is missing")
         if not 0 <= self.box < 1:
-            raise UserError(f"System.box = {self.box}: the threshold of the box mask lies in 0..1, and is less than 1")
+            raise UserError(f"Method.box = {self.box}: the threshold of the box mask lies in 0..1, and is less than 1")
         if self.layers < 1:
-            raise UserError(f"System.layers = {self.layers}: average the attention of at least one block")
+            raise UserError(f"Method.layers = {self.layers}: average the attention of at least one block")
 
 
 class Bank(NamedTuple):

@@ -44,23 +44,23 @@ class Options(MapOptions):
     def check(self) -> None:
         super().check()
         if self.rfm_layers < 2:
-            raise UserError(f"System.rfm_layers = {self.rfm_layers}: RFM chooses among at least two blocks")
+            raise UserError(f"Method.rfm_layers = {self.rfm_layers}: RFM chooses among at least two blocks")
         if not self.scales or min(self.scales) <= 0:
-            raise UserError(f"System.scales = {self.scales}: give at least one, all positive")
+            raise UserError(f"Method.scales = {self.scales}: give at least one, all positive")
         if self.static_steps < 0:
-            raise UserError(f"System.static_steps = {self.static_steps}: a number of steps is not negative")
+            raise UserError(f"Method.static_steps = {self.static_steps}: a number of steps is not negative")
         if self.long_side < 1:
-            raise UserError(f"System.long_side = {self.long_side}: a tested image needs at least a pixel")
+            raise UserError(f"Method.long_side = {self.long_side}: a tested image needs at least a pixel")
         if not 0 <= self.dropout < 1:
-            raise UserError(f"System.dropout = {self.dropout}: choose 0 or more, less than 1")
+            raise UserError(f"Method.dropout = {self.dropout}: choose 0 or more, less than 1")
         if self.affinity_weight < 0:
-            raise UserError(f"System.affinity_weight = {self.affinity_weight}: the weight of a loss is not negative")
+            raise UserError(f"Method.affinity_weight = {self.affinity_weight}: the weight of a loss is not negative")
 
 
 class WeCLIP(Weak):
     """WeCLIP. See `Weak` for what it reads of a batch; `label` is read in no case."""
 
-    facts = Facts(identity=tuple(f"System.{name}" for name in LEARNED_WITH), frozen=False, clip=True)
+    facts = Facts(identity=tuple(f"Method.{name}" for name in LEARNED_WITH), frozen=False, clip=True)
     Options = Options
     optimizer_name = "adamw"  # with weight decay on all tensors
     official: ClassVar[tuple[tuple[str, str], ...]] = (
@@ -77,7 +77,7 @@ class WeCLIP(Weak):
 
     # Training.
 
-    def losses(self, batch: Any, step: int) -> dict[str, Tensor]:
+    def losses(self, batch: Any, step: int = 0) -> dict[str, Tensor]:
         """Weighted terms. From `static_steps` finished steps on, RFM makes the pseudo labels."""
         images = self.normalise(batch.image)
         pairs = self.pairs(batch.present, images.device)

@@ -22,8 +22,10 @@ from model.system import Frozen, Prediction, System
 from model.zero_shot.decoder import Block, Layers, Scores
 from model.zero_shot.losses import IGNORE, focal_and_dice, pseudo_labels
 from model.zero_shot.tower import Prompts
-from util.config import Train
+from util.config import Method, Train
 from util.errors import UserError
+from util.run.identity import Facts
+from util.score.zero_shot import ZeroShotTask
 
 DEPTH = 3  # decoder layers
 OFFSET = 0.1  # taken from the scores of seen classes in the inductive setting
@@ -38,7 +40,7 @@ MANY = (
 
 
 @dataclass
-class Options:
+class Options(Method):
     """What ZegCLIP's runs differ in; the defaults are VOC's.
 
     Settings (labels are those of seen classes only, but in the last):
@@ -64,13 +66,13 @@ class Options:
 
     def check(self) -> None:
         if self.prompts < 1:
-            raise UserError(f"System.prompts = {self.prompts}: give each layer at least one")
+            raise UserError(f"Method.prompts = {self.prompts}: give each layer at least one")
         if not 0 < self.stride <= self.crop:
-            raise UserError(f"System.stride = {self.stride}: windows of crop = {self.crop} leave gaps; choose 1 to {self.crop}")
+            raise UserError(f"Method.stride = {self.stride}: windows of crop = {self.crop} leave gaps; choose 1 to {self.crop}")
         if not 0 <= self.dropout < 1:
-            raise UserError(f"System.dropout = {self.dropout}: choose 0 or more, less than 1")
+            raise UserError(f"Method.dropout = {self.dropout}: choose 0 or more, less than 1")
         if negative := [name for name in ("focal", "dice", "recovery") if getattr(self, name, 0) < 0]:
-            raise UserError(f"System.{negative[0]} = {getattr(self, negative[0])}: the weight of a loss is not negative")
+            raise UserError(f"Method.{negative[0]} = {getattr(self, negative[0])}: the weight of a loss is not negative")
 
 
 class Scored(NamedTuple):
@@ -119,6 +121,10 @@ class ZegCLIP(System):
         seen: 0-based numbers of the classes with labels.
     """
 
+    task = ZeroShotTask
+    facts = Facts(identity=("Method.setting", "Method.prompts", "Method.templates"), frozen=False, clip=True,
+                  stages=("Method.setting",))  # fmt: skip
+    optimizer_name = "adamw"
     Options: ClassVar[type] = Options
     Head: ClassVar[type[nn.Module]] = Head
     official: ClassVar[tuple[tuple[str, str], ...]] = (  # ours -> published, the first match wins
@@ -132,9 +138,14 @@ class ZegCLIP(System):
         for name in ("texts", "seen", "unseen", "table"):
             self.register_buffer(name, None, persistent=False)
         self.use(names, texts, seen)
+        self.vocabulary = "seen classes" if options.setting == "inductive" else "all classes"
         if clip.module.random:
             self.mark = "[random CLIP]"
             self.warnings = ("CLIP has random weights (CLIP.clip_path=random): every score means nothing.",)
+
+    @property
+    def reads_text(self) -> bool:
+        return True
 
     @property
     def trunk(self) -> ClipTrunk:
@@ -155,7 +166,7 @@ class ZegCLIP(System):
             raise UserError(f"seen classes {seen}: expected some of 0..{C - 1}, each once")
         unseen = [c for c in range(C) if c not in seen]
         if self.options.setting.startswith("transductive") and not unseen:
-            raise UserError(f"System.setting = {self.options.setting}: every class is seen; choose full")
+            raise UserError(f"Method.setting = {self.options.setting}: every class is seen; choose full")
         device = self.trunk.visual.proj.device
         table = torch.full((256,), UNSEEN, dtype=torch.int64)
         table[seen] = torch.arange(len(seen)) if self.options.setting == "inductive" else torch.tensor(seen, dtype=torch.int64)
@@ -168,7 +179,7 @@ class ZegCLIP(System):
 
     # Training.
 
-    def losses(self, batch: Any, step: int) -> dict[str, Tensor]:
+    def losses(self, batch: Any, step: int = 0) -> dict[str, Tensor]:
         self._check(batch)
         texts = self.texts[self.seen] if self.options.setting == "inductive" else self.texts
         scored = self.head(self.trunk, self.pixels(batch.image, batch.valid), texts)
@@ -200,10 +211,20 @@ class ZegCLIP(System):
 
     @torch.no_grad()
     def predict(self, batch: Any, baselines: bool = False) -> Prediction:
-        """`final`: B C h w at the images' size, sigmoids averaged over windows."""
+        """`final`: B C h w at the images' size, sigmoids averaged over windows. baselines: also CLIP as it is, a variant."""
+        looks = {"final": self.scores} | ({"CLIP without training": self.cosines} if baselines else {})
         if self.options.inference == "whole":
-            return Prediction(self.scores(batch.image))
-        return Prediction(slide(self.scores, batch.image, self.options.crop, self.options.stride))
+            found = {name: look(batch.image) for name, look in looks.items()}
+        else:
+            found = {name: slide(look, batch.image, self.options.crop, self.options.stride) for name, look in looks.items()}
+        return Prediction(found.pop("final"), variants=found)
+
+    def cosines(self, images: Tensor) -> Tensor:
+        """B 3 h w RGB 0..255 -> B C h w, the cosine of each patch of the frozen CLIP to each text, in CLIP's own statistics."""
+        tokens, grid = self.trunk.embed(self.padded(self.trunk.normalise(images)))
+        found = self.trunk.post_norm(self.trunk.run(tokens).tokens[:, 1:]) @ self.trunk.visual.proj
+        cosines = F.normalize(full(found), dim=-1) @ F.normalize(self.texts, dim=1).T
+        return self.upsample(cosines.transpose(1, 2).unflatten(2, grid), images.shape[2:])
 
     def scores(self, images: Tensor) -> Tensor:
         """B 3 h w RGB 0..255 of any size -> B C h w sigmoids, lowered for seen classes in the inductive setting."""
@@ -216,10 +237,14 @@ class ZegCLIP(System):
     # Both.
 
     def pixels(self, images: Tensor, valid: Tensor | None = None) -> Tensor:
-        """B 3 H W RGB 0..255 -> normalised; zero outside of `valid` (B 4), and right and below to multiples of the patch."""
+        """B 3 H W RGB 0..255 -> normalised, zero outside of `valid` (B 4), padded."""
         images = self.trunk.normalise(images, "imagenet")
         if valid is not None:
             images = images * inside(valid, images.shape[2:])[:, None]
+        return self.padded(images)
+
+    def padded(self, images: Tensor) -> Tensor:
+        """With zeros on the right and below, to multiples of the patch."""
         right, below = (-side % self.trunk.patch for side in (images.shape[3], images.shape[2]))
         return F.pad(images, (0, right, 0, below))
 
@@ -255,7 +280,7 @@ class ZegCLIP(System):
         number = self.official_options(state, name)["prompts"]
         if number != self.options.prompts:
             raise UserError(f"{name} has {number} prompts in each layer, this system {self.options.prompts}; nothing was loaded. "
-                            f"Set System.prompts={number}, and the data set it was trained on (VOC has 10, COCO-Stuff 100)")
+                            f"Set Method.prompts={number}, and the data set it was trained on (VOC has 10, COCO-Stuff 100)")
         super().import_official(state, name)
 
     def official_name(self, name: str) -> str | None:

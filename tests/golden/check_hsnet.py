@@ -7,8 +7,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from bench.oracle import masked, whole
 from model.backbone import build_encoder
-from model.few_shot.hsnet import CenterPivotConv4d, HSNet, correlation, masked
+from model.few_shot.conv4d import CenterPivotConv4d, Cosines, unit
+from model.few_shot.hsnet import Head, HSNet
 from model.few_shot.system import FewShot
 from model.system import Frozen
 from tests.golden.fill import tensor_for
@@ -104,14 +106,16 @@ def check_correlations(arrays: Arrays, correlations: dict[str, Tensor], suffix: 
 def correlate(system: HSNet, batch: Episode) -> dict[str, Tensor]:
     """Of the first support of each episode, by level."""
     features = system.features(batch)
-    pairs = zip(features.query.levels, features.support.levels, strict=True)
-    return dict(zip(("l2", "l3", "l4"), (correlation(q, masked(s, features.mask)) for q, s in pairs), strict=True))
+    pairs = Head.pairs(features.query.levels, features.support.levels, features.mask)
+    levels = [[whole(pair) for pair in levels] for levels in pairs]
+    return dict(zip(("l2", "l3", "l4"), map(torch.stack, zip(*levels, strict=True)), strict=True))
 
 
 def check_units(arrays: Arrays) -> Iterator[Row]:
     for i in range(3):
         query, support = (torch.from_numpy(arrays[f"unit_corr_{side}_{i}"])[:, None] for side in ("query", "support"))
-        yield compare(f"unit_corr_{i}", correlation(query, support), arrays[f"unit_corr_out_{i}"], 1e-6)
+        pairs = [Cosines(unit(q), s, torch.ones(s.shape[2:])) for q, s in zip(query, support, strict=True)]
+        yield compare(f"unit_corr_{i}", torch.stack([whole(pair) for pair in pairs]), arrays[f"unit_corr_out_{i}"], 1e-6)
         kernel, stride = map(int, arrays[f"unit_cp4d_kernel_stride_{i}"])
         outputs, inputs = arrays[f"unit_cp4d_conv1_weight_{i}"].shape[:2]
         conv = CenterPivotConv4d(inputs, outputs, kernel, stride)

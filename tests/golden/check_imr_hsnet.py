@@ -4,13 +4,13 @@ from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import open_clip
 import torch
-from torch import Tensor
 
+from bench.oracle import whole
+from bench.world import GivenCam
 from model.clip.cam import published_map, resnet_grad_cam
 from model.clip.load import clip_from_state
 from model.few_shot.cam import TEMPLATE
@@ -34,23 +34,6 @@ from util.data.episodes import Episode
 from util.data.transforms import clip_crop
 
 MODEL = "RN50-quickgelu"
-
-
-class GivenCam:
-    """The maps of the file in place of CLIP's."""
-
-    name, channels = "cam", 1
-    query_needs = support_needs = frozenset()
-    source = SimpleNamespace(side=224)
-
-    def __init__(self, query: np.ndarray, support: np.ndarray):
-        self.query, self.support = torch.from_numpy(query)[:, None], torch.from_numpy(support)[:, :, None]
-
-    def __call__(self, episode: Episode, features: Any) -> Tensor:
-        return self.query
-
-    def of_supports(self, episode: Episode, features: Any) -> Tensor:
-        return self.support
 
 
 def check_imr_hsnet(path: Path) -> Iterator[Row]:
@@ -80,7 +63,7 @@ def check_imr_hsnet(path: Path) -> Iterator[Row]:
 def check_stages(arrays: Arrays, system: IMRHSNet, batch: Episode) -> Iterator[Row]:
     kept = record(system)
     system.run(batch)
-    middle = kept["adapter"][0].chunk(2)
+    middle = resize(kept["adapter"][0], (50, 50)).chunk(2)
     for role, x in zip(("query", "support"), middle, strict=True):
         yield compare(f"{role}_mid", every(x, 16, 5, 5), arrays[f"{role}_mid"], 2e-4)
         yield close(f"{role}_mid_mean_std", torch.stack([x.mean(), x.std(correction=0)]), arrays[f"{role}_mid_mean_std"], 1e-5)
@@ -110,11 +93,11 @@ def record(system: IMRHSNet) -> dict[str, list]:
 
     for part, name in (("adapter", "adapter"), ("encoder", "encoded"), ("decoder", "decoder"), ("residual", "logits")):
         head.get_submodule(part).register_forward_hook(hook(name))
-    correlations, update = head.correlations, head.update
+    pairs, update = head.pairs, head.update
 
-    def kept_correlations(*given):
-        found = correlations(*given)
-        kept["correlations"].append(found[2])
+    def kept_pairs(*given):
+        found = list(pairs(*given))
+        kept["correlations"].append([torch.stack([whole(x) for x in level]) for level in zip(*found, strict=True)])
         return found
 
     def kept_update(state, shown, *rest):
@@ -122,7 +105,7 @@ def record(system: IMRHSNet) -> dict[str, list]:
         kept["state"].append(update(state, shown, *rest))
         return kept["state"][-1]
 
-    head.correlations, head.update = kept_correlations, kept_update
+    head.pairs, head.update = kept_pairs, kept_update
     return kept
 
 

@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         command.add_argument("overrides", nargs="*", metavar="Section.key=value")
     command.add_argument("--out", help="file, or - for the console (default OUTPUT/episodes/DATASET_EXP_SHOTshot.txt)")
     given = parser.parse_args(arguments)
-    config = load_config(given.config, given.arch, given.overrides)
+    config = load_config(given.config, given.arch, given.overrides, options=None)
     if given.command == "index":
         index(config)
     else:
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def index(config: Config) -> None:
-    """Prints both parts of a fold. Raises UserError when a novel class has no episode."""
+    """Print both parts of a fold. Raises UserError when a novel class has no episode."""
     source = EpisodeSource(config)
     for part in ("train", "val"):
         records, index = source.records(f"{part}_list"), source.index(training=part == "train")
@@ -54,7 +54,7 @@ def index(config: Config) -> None:
 
 
 def _episodes(config: Config, source: EpisodeSource, index: Index) -> Counter[int]:
-    """Class -> episodes, of the first seed."""
+    """Count the episodes of each class, of the first seed."""
     test = config.Test_Finetune
     episodes = EpisodeList(index, config.Train.shot, test.seeds[0], start=config.Train.draw)
     check_novel(episodes, source.fold, source.names, test.test_num)
@@ -62,7 +62,7 @@ def _episodes(config: Config, source: EpisodeSource, index: Index) -> Counter[in
 
 
 def export(config: Config, file: str, out: str | None) -> None:
-    """Writes the episodes of a config's protocol. Raises UserError when a novel class has no episode."""
+    """Write the episodes of a config's protocol. Raises UserError when a novel class has no episode."""
     train, test, used = config.Train, config.Test_Finetune, protocol.of(config)
     lists = EpisodeSource(config).test_episodes()
     count = None if test.episodes else test.test_num

@@ -1,17 +1,19 @@
 """The wrong-support control: the same episodes with supports of another class.
 
-Score minus control is the support gap; it is near zero for a system that takes no notice of its supports.
+Score minus control is the support gap. It is near zero for a system that ignores its supports.
 """
 
 from collections.abc import Hashable, Sequence
 
 
 def wrong_supports(classes: Sequence[int], queries: Sequence[Hashable], supports: Sequence[Sequence[Hashable]]) -> list[int]:
-    """For each episode of a list the one whose supports (images and masks) replace its own: the next, going round, of another
-    class whose supports do not hold the query. -1: there is none, and the episode counts in neither run.
+    """Choose for each episode another one whose supports (images and masks) replace its own.
+
+    It is the next in the list, going round, of another class and without the query among its supports. -1: there is none, and the
+    episode counts in neither run.
 
     Args:
-        classes, queries, supports: of each episode its class, its query image and its support images.
+        classes, queries, supports: class, query image and support images of each episode.
     """
     n, chosen = len(classes), []
     for i in range(n):

@@ -1,7 +1,7 @@
-"""Few-shot episodes: which query, class and supports make episode i, and the batch they become ("PI-CLIP Sec. 1").
+"""Few-shot episodes: query, class and supports of episode i, and its batch ("PI-CLIP Sec. 1").
 
-Everything random is a hash of (seed, i, role): the same episode comes out of 0 or 16 workers, on 1 or 8 GPUs, at any
-batch size, today or next year.
+Everything random is a hash of (seed, i, role). So an episode is the same with 0 or 16 workers, on 1 or 8 GPUs, at any batch
+size, today or next year.
 """
 
 from bisect import bisect_left, insort
@@ -39,30 +39,30 @@ AnnType = Literal["mask", "bbox"]
 
 
 def draw(n: int, *key: int | str) -> int:
-    """A uniform number of 0..n-1 that is a pure function of the key, stable for ever."""
+    """Return a uniform number of 0..n-1, a pure function of the key, stable for ever."""
     digest = blake2b("/".join(map(str, key)).encode(), digest_size=16).digest()
     return int.from_bytes(digest, "big") % n
 
 
 def generator(*key: int | str) -> np.random.Generator:
-    """A random generator that is a pure function of the key."""
+    """Return a random generator, a pure function of the key."""
     return np.random.Generator(np.random.PCG64(draw(2**128, *key)))
 
 
 @lru_cache(maxsize=4)
 def permutation(n: int, *key: int | str) -> np.ndarray:
-    """A permutation of 0..n-1, int64, that is a pure function of the key. (NumPy promises raw PCG64 bits for ever.)"""
+    """Return a permutation of 0..n-1, int64, a pure function of the key. (NumPy promises raw PCG64 bits for ever.)"""
     return np.argsort(np.random.PCG64(draw(2**128, *key)).random_raw(n), kind="stable")
 
 
 def shuffled(n: int, seed: int, i: int) -> int:
-    """Element i of an endless list of passes over 0..n-1, each pass in its own order."""
+    """Return element i of an endless list of passes over 0..n-1, each pass in its own order."""
     return int(permutation(n, seed, "pass", i // n)[i % n])
 
 
 @dataclass(frozen=True)
 class EpisodeSpec:
-    """What episode `number` is made of; query and supports are positions in `Index.records`."""
+    """Episode `number`; query and supports are positions in `Index.records`."""
 
     number: int
     query: int
@@ -76,7 +76,7 @@ Start = Literal["image", "pair", "class"]
 class EpisodeList:
     """The endless list of episodes over an index.
 
-    start  "image": each image in turn is a query, its class one of those that it shows; the supports are different images.
+    start  "image": each image in turn is a query, its class one of the classes in it; the supports are different images.
            "pair": each (query, class) in turn whose class counts in the image; supports may repeat (HSNet on PASCAL).
            "class": a class, all equally often, then a query of it; supports may repeat (HSNet on COCO).
     One pass has as many episodes as there are images, or pairs.
@@ -105,8 +105,8 @@ class EpisodeList:
         return len(self.pairs or self.index.records)
 
     def spec(self, i: int) -> EpisodeSpec:
-        """Episode i >= 0: query i % n (training: in the pass's own order), a class uniform over those present in it,
-        and `shot` different other images filed under that class; or as `start` says."""
+        """Return episode i >= 0: query i % n (training: in the pass's own order), a uniform class of the query, and `shot`
+        different other images of that class; for other values of `start` see the class."""
         if i < 0:
             raise IndexError(f"episodes are numbered from 0, got {i}")
         query, cls = self._target(i)
@@ -124,7 +124,7 @@ class EpisodeList:
         return EpisodeSpec(i, query, cls, tuple(supports))
 
     def _target(self, i: int) -> tuple[int, int]:
-        """Query and class of episode i."""
+        """Return query and class of episode i."""
         if self.start == "class":
             cls = self.classes[draw(len(self.classes), self.seed, i, "class")]
             filed = self.index.by_class[cls]
@@ -137,15 +137,15 @@ class EpisodeList:
 
 
 def episodes_per_class(episodes: EpisodeList, count: int) -> Counter[int]:
-    """Class -> how many of episodes 0..count-1 are of it. (Also of util.data.manifest.ManifestEpisodes.)"""
+    """Count the episodes 0..count-1 of each class. (Takes util.data.manifest.ManifestEpisodes too.)"""
     return Counter(episodes.spec(i).cls for i in range(count))
 
 
 def check_novel(episodes: EpisodeList, fold: Fold, names: ClassNames, count: int | None = None) -> None:
-    """Evaluation needs episodes of every novel class: a class without any has no score, and the mean would be another.
+    """Raise UserError, naming them, where novel classes have no image or no episode: they would be missing from the mean.
 
-    count: how many episodes are evaluated (None: only the images are checked). Raises UserError naming the classes, at the
-    start and not after hours in the meter. Training may do with some of the base classes.
+    count: how many episodes are evaluated (None: only the images are checked). Checked at the start, not after hours in the
+    meter. Training needs only some of the base classes.
     """
 
     def show(classes: Sequence[int]) -> str:
@@ -173,7 +173,7 @@ class Batch:
         return self._map(Tensor.pin_memory)
 
     def tensors(self) -> dict[str, Tensor]:
-        """All tensors by name; those of a list as name.0, name.1, ..."""
+        """Return all tensors by name; those of a list as name.0, name.1, ..."""
         found = {}
         for name, value in vars(self).items():
             named = enumerate(value) if isinstance(value, list) else [("", value)]
@@ -217,8 +217,8 @@ class Episode(Batch):
     cls: Tensor  # B int64, 1-based class of the episode
     base_rank: Tensor  # B int64, its 0-based rank among the base classes, -1 for a novel class
     present: Tensor  # B C bool; column c-1: class c is in the query's annotation
-    clip_query: list[Tensor]  # B of 3 H W uint8: the clean query at CLIP's size; [] unless asked for
-    annotation_hw: Tensor  # B 2 int64: the height and width that the text prior is brought to
+    clip_query: list[Tensor]  # B of 3 H W uint8: the clean query at CLIP's size; [] where no system needs it
+    annotation_hw: Tensor  # B 2 int64: height and width to which the text prior is resized
     number: Tensor  # B int64, which episode it is
     original_mask: list[Tensor]  # B of H W uint8: query_mask at file size; evaluation only, else []
     original_base: list[Tensor]  # B of H W uint8: base_label at file size; evaluation only, else []
@@ -230,13 +230,13 @@ class Episode(Batch):
     placed: list[Placed] = field(default_factory=list)  # B: the way back to file size; evaluation only
 
     def truth(self, i: int) -> Tensor:
-        """What a prediction of episode i is compared with: H W uint8 at file size."""
+        """Return the truth of episode i: H W uint8 at file size."""
         return self.original_mask[i]
-    clip_support: list[list[Tensor]] = field(default_factory=list)  # B of K of 3 s s uint8, for CLIP; [] unless asked for
+    clip_support: list[list[Tensor]] = field(default_factory=list)  # B of K of 3 s s uint8, for CLIP; [] where no system needs it
 
 
 def content_key(*arrays: np.ndarray) -> str:
-    """Hash of arrays, 32 hex digits: the key under which an evaluation keeps what it computed of an image."""
+    """Hash arrays, 32 hex digits: the key of an image in the cache of an evaluation."""
     digest = blake2b(digest_size=16)
     for array in arrays:
         digest.update(repr(array.shape).encode())
@@ -245,17 +245,17 @@ def content_key(*arrays: np.ndarray) -> str:
 
 
 def mask_table(cls: int) -> np.ndarray:
-    """Look-up table, 256 uint8: class id -> 1, ignore -> ignore, the rest 0."""
+    """Return a look-up table, 256 uint8: class id -> 1, ignore -> ignore, the rest 0."""
     return look_up({cls: 1})
 
 
 def base_table(fold: Fold) -> np.ndarray:
-    """Look-up table, 256 uint8: base class -> its rank 1..N, ignore -> ignore, the rest 0."""
+    """Return a look-up table, 256 uint8: base class -> its rank 1..N, ignore -> ignore, the rest 0."""
     return look_up({c: rank for rank, c in enumerate(fold.base, start=1)})
 
 
 def look_up(values: Mapping[int, int]) -> np.ndarray:
-    """Look-up table, 256 uint8: value -> what it becomes, ignore -> ignore, the rest 0."""
+    """Return a look-up table, 256 uint8: old value -> new value, ignore -> ignore, the rest 0."""
     table = np.zeros(256, np.uint8)
     table[list(values)] = list(values.values())
     table[IGNORE] = IGNORE
@@ -274,7 +274,7 @@ class Shot:
 
 
 class EpisodeMaker:
-    """Arrays -> an `Episode` of B = 1; what a data set on disk (`EpisodeDataset`) and anybody's photos (`model.predict`) share.
+    """Build an `Episode` of B = 1 from arrays: those of a data set (`EpisodeDataset`) or of a user's photos (`model.predict`).
 
     clip_size    the size that the clean query is brought to for CLIP: "original" = that of the file (PASCAL, undoes
                  the squash), "train" = S (COCO), rounded up to multiples of `patch`; None = no CLIP input; for query and

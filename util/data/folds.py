@@ -1,7 +1,7 @@
-"""Which classes a fold trains on and which it tests, and what the classes are called.
+"""Classes: their names and texts, and which of them a fold trains on (base) and tests (novel).
 
 Classes are the values of the label PNGs: 1..C, with 0 background and 255 ignore ("PI-CLIP Sec. 1, Folds"). The folds of the
-published data sets follow from rules; those of your own stand in a file (docs/custom-data.md).
+published data sets follow from rules; your own are in a file (docs/custom-data.md).
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ NUM_FOLDS = 4
 
 @dataclass(frozen=True)
 class Fold:
-    """One of the splits of a data set; class ids are 1-based and ascending."""
+    """The base and novel classes of one split; class ids are 1-based and ascending."""
 
     data_set: str
     split: int
@@ -32,22 +32,22 @@ class Fold:
         return len(self.novel) + len(self.base)
 
     def base_rank(self, cls: int) -> int:
-        """0-based rank of a class among the base classes, -1 for a novel class."""
+        """Return the 0-based rank of a class among the base classes, -1 for a novel class."""
         return self.base.index(cls) if cls in self.base else -1
 
 
 @dataclass(frozen=True)
 class ClassNames:
-    """Entry c-1 belongs to PNG value c: the name in the annotations, and what CLIP's text tower reads."""
+    """Entry c-1 belongs to PNG value c: its name in the annotations, and the text for CLIP."""
 
     names: tuple[str, ...]
     texts: tuple[str, ...]
 
 
 def fold_of(config: Config) -> Fold:
-    """The fold that a config names: by its data set's rule, or from a file: Data.folds, else folds.yaml beside the class names.
+    """Return the fold of a config: by the rule of its data set, or from Data.folds, else from folds.yaml beside the class names.
 
-    A split without novel classes has them all as base (seen) classes: full supervision.
+    In a split without novel classes all classes are base (seen) classes: full supervision.
     """
     train, data = config.Train, config.Data
     if data.folds and train.data_set in NUM_CLASSES:
@@ -65,7 +65,7 @@ def fold_of(config: Config) -> Fold:
 
 
 def fold(data_set: str, split: int, use_split_coco: bool = True) -> Fold:
-    """The classes of fold `split` (0..3).
+    """Return fold `split` (0..3) of a published data set.
 
     PASCAL holds out contiguous fives. COCO holds out every fourth class (`use_split_coco`, what nearly all
     papers report) or a contiguous twenty (PANet); numbers of the two are not comparable.
@@ -87,10 +87,10 @@ def fold(data_set: str, split: int, use_split_coco: bool = True) -> Fold:
 
 
 def read_folds(path: str | Path, names: ClassNames) -> list[tuple[int, ...]]:
-    """The novel classes of each fold, ascending, from YAML: `split0: [name, name]`, `split1: ...`.
+    """Read the novel classes of each fold, ascending, from YAML: `split0: [name, name]`, `split1: ...`.
 
-    A class in no fold is a base class of all; a fold without names has only base classes. Raises UserError, naming the fold, for
-    anything else than existing names in one fold each, with a base class left in every one.
+    A class in no fold is a base class of all; a fold without names has only base classes. Raises UserError, naming the fold,
+    where a name does not exist or is in two folds, or a fold leaves no base class.
     """
     path = Path(path)
     try:
@@ -141,9 +141,9 @@ def read_class_names(path: str | Path) -> ClassNames:
 
 
 def clean_name(where: str, name: object) -> str:
-    """A class name as the lists can hold it: line breaks and runs of blanks become one blank, those around it vanish.
+    """Return a class name on one line: line breaks and runs of blanks become one blank, those at the ends are removed.
 
-    Raises UserError, beginning with `where`: no text, none left, or with '|', which parts a name from its text for CLIP.
+    Raises UserError, beginning with `where`: no text, an empty one, or one with '|', which separates name and text for CLIP.
     """
     clean = " ".join(name.replace("\ufeff", "").split()) if isinstance(name, str) else ""
     if not clean or "|" in clean or clean.encode(errors="replace").decode() != clean:
@@ -152,7 +152,9 @@ def clean_name(where: str, name: object) -> str:
 
 
 def read_label_table(path: str | Path, classes: int) -> np.ndarray:
-    """256 uint8, label value -> class: 1..C, 0 background or 255 ignore, from YAML `VALUE: CLASS`; values not named are ignored.
+    """256 uint8, label value -> class 1..C, 0 background or 255 ignore, from YAML `VALUE: CLASS` (255 needs no line).
+
+    Values without a line become what is no class (their own number, or 254 where that is one): reading such a label is an error.
 
     Raises:
         UserError: no such file, or something else than whole numbers in these ranges.
@@ -163,7 +165,7 @@ def read_label_table(path: str | Path, classes: int) -> np.ndarray:
     except (OSError, ValueError) as error:
         raise UserError(f"Data.label_table: {path} cannot be read ({error})") from error
     content = parse_yaml(text, f"Data.label_table: {path}")
-    table = np.full(256, 255, np.uint8)
+    table = np.array([value if value > classes else 254 for value in range(256)], np.uint8)
     for value, cls in content.items() if isinstance(content, dict) else [(None, None)]:
         if type(value) is not int or type(cls) is not int or not 0 <= value <= 255 or not (0 <= cls <= classes or cls == 255):
             raise UserError(f"{path}: expected lines `VALUE: CLASS`, values 0..255, classes 0..{classes} or 255; got {value!r}: "

@@ -1,6 +1,6 @@
-"""Which images a fold uses and under which classes they are filed ("PI-CLIP Sec. 1, Per-fold index").
+"""Index of a fold: its images, each listed under the classes that count in it ("PI-CLIP Sec. 1, Per-fold index").
 
-`scan` reads every label once and caches what it saw; it knows nothing of folds. `build_index` applies a fold's rules.
+`scan` reads every label once and caches the pixel counts, for all folds. `build_index` applies the rules of one fold.
 `python -m util.data index --config FILE` shows the result.
 """
 
@@ -26,7 +26,7 @@ from util.files import save_json
 from util.pool import parallel
 
 MIN_PIXELS = 2 * 32 * 32
-SCAN_VERSION = 1  # raise when Record or what fills it changes: old caches are then left alone
+SCAN_VERSION = 1  # raise it when the content of Record changes: old caches are then not read
 SERIAL_BELOW = 1000  # a shorter list is read faster than worker processes start (about 1 ms a label)
 
 
@@ -69,7 +69,7 @@ def scan(
     have no label, a label is only opened where nothing else tells the classes, and records have no `pixels`.
     `workers`: processes, by default one a core. `skip`: leave out lines whose files are missing or damaged, with a warning.
     `values`: 256 uint8, label value -> class; None: values are classes.
-    Raises UserError on anything else that is wrong in the list or the files; it names the first files and counts the rest.
+    Raises UserError for any other fault in the list or the files; it names the first files and counts the rest.
     """
     root, list_file = Path(data_root), Path(list_file)
     if not os.path.isdir(data_root):  # unlike Path.is_dir, no error for a name that cannot be one
@@ -118,7 +118,7 @@ def read_list(list_file: str | Path, labelled: bool = True) -> list[tuple[str, s
     """
     path = Path(list_file)
     if not os.path.isfile(path):
-        raise UserError(f"Data.train_list / Data.val_list: no such list: {str(list_file)!r}; lists/README.md tells what makes it")
+        raise UserError(f"Data.train_list / Data.val_list: no such list: {str(list_file)!r}; lists/README.md says how to make it")
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()  # some editors put a mark at the start
     except UnicodeDecodeError as error:
@@ -146,10 +146,10 @@ def read_list(list_file: str | Path, labelled: bool = True) -> list[tuple[str, s
 
 
 def build_index(records: Sequence[Record], classes: Sequence[int], only: bool, min_pixels: int = MIN_PIXELS) -> Index:
-    """Keep the images in which at least one of `classes` counts (has `min_pixels` labelled pixels) and file them.
+    """Keep the images in which at least one of `classes` counts (has `min_pixels` labelled pixels), and list them by class.
 
     `classes`: the fold's base (training) or novel (evaluation) classes.
-    `only`: BAM's filter, drop an image whose label holds any other class, however small. Without it BAM's PASCAL mean
+    `only`: BAM's filter, which drops an image whose label has any pixel of another class. Without it BAM's PASCAL mean
     falls from 67.8 to 64.7, so it belongs to the protocol.
     """
     wanted = set(classes)
@@ -167,7 +167,7 @@ def build_index(records: Sequence[Record], classes: Sequence[int], only: bool, m
 
 
 def table(index: Index, class_names: ClassNames, episodes: Mapping[int, int] | None = None) -> str:
-    """Images filed under each class (and its episodes, class -> number), and the totals, as lines for the log."""
+    """Format the number of images of each class (and of episodes, class -> number) and the totals, as lines for the log."""
 
     def row(c: int, images: int) -> str:
         count = "" if episodes is None else f"  {episodes.get(c, 0):6d} episodes"
@@ -179,7 +179,7 @@ def table(index: Index, class_names: ClassNames, episodes: Mapping[int, int] | N
 
 
 def _wrong_path(name: str) -> str:
-    """Why a path of a list is refused, or ""."""
+    """Return why a path of a list is refused, or ""."""
     windows = PureWindowsPath(name)  # knows drives, and both kinds of slashes
     if windows.anchor:
         return "is an absolute path"
@@ -236,7 +236,7 @@ def _xml_path(root: Path, image: str) -> Path:
 
 
 def _annotated(xml: Path, names: tuple[str, ...]) -> tuple[int, ...] | None:
-    """Classes of the objects of a VOC XML, ascending; None where there is no XML."""
+    """Read the classes of the objects of a VOC XML, ascending; None where there is no XML."""
     if not xml.is_file():
         return None
     try:

@@ -1,7 +1,7 @@
-"""Batches from files, read by worker processes; and what happens when a file is broken.
+"""Read batches with worker processes, and deal with broken files.
 
-The error of a worker travels as a value: raised there, it would reach the user inside a traceback. With `Data.on_error:
-stop` it is raised here. With `skip` training takes another sample in its place, a pure function of the broken one's number;
+A worker returns an error as a value: raised there, it would reach the user inside a traceback. With `Data.on_error:
+stop` it is raised here. With `skip`, training takes another sample instead, a pure function of the broken one's number;
 evaluation leaves the episode out and counts it.
 """
 
@@ -18,7 +18,7 @@ from util.errors import BrokenFile, UserError
 
 PATIENCE = 900  # seconds without a batch until a worker counts as hanging
 ATTEMPTS = 10  # samples in place of a broken one
-FAR = 10**12 + 39  # a substitute's number is that far away, where no other sample of the run is; prime
+FAR = 10**12 + 39  # distance of a substitute's number, beyond all samples of the run; prime
 
 
 class Shard(Protocol):
@@ -34,7 +34,7 @@ class RangeSampler(Sampler[list[int]]):
     So 1 process with batch 8 and 2 with batch 4 see the same episodes in the same steps.
 
     Args:
-        drop_last: leave out an incomplete global batch (training); else its rows are dealt out as far as they go.
+        drop_last: leave out an incomplete global batch (training); else its rows are shared out, some ranks get fewer.
     """
 
     def __init__(self, start: int, stop: int, batch: int, shard: Shard, drop_last: bool):
@@ -61,19 +61,19 @@ class Failure:
 
     number: int
     message: str
-    broken: bool  # a file is missing or damaged; else something that no policy excuses
+    broken: bool  # a file is missing or damaged; any other error always stops the run
 
 
 class Loader:
     """Batches of a data set in the sampler's order, decoded by `workers` processes.
 
     Args:
-        warn: gets a line about every sample that is skipped.
+        warn: called with a line about every skipped sample.
         training: a skipped sample is replaced, so that every batch is full.
     Attributes:
         skipped: failures of this process so far.
     Raises:
-        UserError: a file is broken and `on_error` is "stop", or nothing but broken files is found.
+        UserError: a file is broken and `on_error` is "stop", or too many samples in a row are broken.
     """
 
     def __init__(self, data: Dataset, sampler: RangeSampler, workers: int, device: torch.device,
@@ -85,7 +85,7 @@ class Loader:
             _Guarded(data, ATTEMPTS if training and on_error == "skip" else 0), batch_sampler=sampler, num_workers=workers,
             collate_fn=_collate, worker_init_fn=worker_init, pin_memory=device.type == "cuda",
             timeout=PATIENCE if workers else 0,
-            generator=torch.Generator(),  # its own: drawing from the global one would shift dropout after a resume
+            generator=torch.Generator(),  # its own, since draws from the global one would shift dropout after a resume
         )  # fmt: skip
 
     def __len__(self) -> int:
@@ -97,7 +97,7 @@ class Loader:
                 if not failure.broken:
                     raise UserError(failure.message)
                 if self.on_error == "stop":
-                    raise BrokenFile(f"{failure.message}. (Data.on_error=skip goes on without such files, and counts them)")
+                    raise BrokenFile(f"{failure.message}. (Data.on_error=skip leaves such files out, and counts them)")
                 self.skipped.append(failure)
                 self.warn(f"skipped, number {failure.number}: {failure.message}")
             if missing and self.training:
@@ -107,7 +107,7 @@ class Loader:
 
 
 class _Guarded(Dataset):
-    """(sample or None, failures); after a failure up to `substitutes` others are tried."""
+    """Return (sample or None, failures); after a failure try up to `substitutes` others."""
 
     def __init__(self, data: Dataset, substitutes: int):
         self.data, self.substitutes = data, substitutes
@@ -123,7 +123,7 @@ class _Guarded(Dataset):
 
 
 def _collate(samples: list[tuple[Any, list[Failure]]]) -> tuple[Any, list[Failure], int]:
-    """(batch of what could be read or None, failures, how many samples are missing)"""
+    """Return (batch of the readable samples or None, failures, how many samples are missing)."""
     whole = [sample for sample, _ in samples if sample is not None]
     failures = [failure for _, failures in samples for failure in failures]
     return collate(whole) if whole else None, failures, len(samples) - len(whole)

@@ -23,9 +23,9 @@ HASH = "episodes hash"  # header line; checked where it is there
 
 
 class ManifestEpisodes:
-    """The episodes of one seed as a file gives them; stands in for `util.data.episodes.EpisodeList` in an evaluation.
+    """The episodes of one seed from a file; an evaluation takes it as it takes `util.data.episodes.EpisodeList`.
 
-    index: of the images that the file names, in list order; len(): episodes there are.
+    index: the images that the file names, in list order; len(): number of episodes.
     """
 
     def __init__(self, index: Index, shot: int, seed: int, specs: Sequence[EpisodeSpec]) -> None:
@@ -44,9 +44,9 @@ AnyEpisodes = EpisodeList | ManifestEpisodes
 
 
 def episode_hash(lists: Mapping[int, AnyEpisodes], count: int | None = None) -> str:
-    """16 hex digits over seed, class, query and supports of each seed's first `count` episodes (None: a manifest's all).
+    """Hash seed, class, query and supports of each seed's first `count` episodes (None: all of a manifest), 16 hex digits.
 
-    It is the hash of a manifest's episode lines, so an exported file has the same one, whatever the order of the seeds.
+    The hash is that of the episode lines of a manifest, so an exported file has the same one, in any order of the seeds.
     """
     digest = blake2b(digest_size=8)
     for line in _lines(lists, count):
@@ -55,24 +55,24 @@ def episode_hash(lists: Mapping[int, AnyEpisodes], count: int | None = None) -> 
 
 
 def write_manifest(path: str | Path, header: Mapping[str, str], lists: Mapping[int, AnyEpisodes], count: int | None) -> None:
-    """Writes the first `count` episodes of each seed, seeds ascending; the file appears whole or not at all."""
+    """Write the first `count` episodes of each seed, seeds ascending; the file appears whole or not at all."""
     with atomic(Path(path)) as temporary:
         temporary.write_text(manifest_text(header, lists, count), encoding="utf-8")
 
 
 def manifest_text(header: Mapping[str, str], lists: Mapping[int, AnyEpisodes], count: int | None) -> str:
-    """What `write_manifest` writes."""
+    """Return the text that `write_manifest` writes."""
     head = {"format": FORMAT, **header, HASH: episode_hash(lists, count)}
     return "".join([*(f"# {key}: {value}\n" for key, value in head.items()), *_lines(lists, count)])
 
 
 def read_manifest(path: str | Path, records: Sequence[Record], classes: Sequence[int], shot: int,
                   repeats: bool = False) -> dict[int, ManifestEpisodes]:  # fmt: skip
-    """Seed -> its episodes, seeds in order of appearance.
+    """Read the episodes of each seed, seeds in order of appearance.
 
     records: of Data.val_list (`util.data.index.scan`); classes: the fold's novel ones; shot: Train.shot;
-    repeats: a support may be there twice.
-    Raises UserError, naming file and line, for whatever cannot be evaluated or would count as a silent zero.
+    repeats: a support may occur twice.
+    Raises UserError, naming file and line, for an episode that cannot be evaluated or would silently count as zero.
     """
     path, places = Path(path), {record.image: i for i, record in enumerate(records)}
     seeds: dict[int, list[tuple[int, list[int]]]] = {}  # seed -> (class, positions in `records`: query, supports)
@@ -100,13 +100,13 @@ def read_manifest(path: str | Path, records: Sequence[Record], classes: Sequence
         for seed, episodes in seeds.items()
     }  # fmt: skip
     if header.get(HASH) not in (None, found := episode_hash(lists)):
-        raise UserError(f"{path}: its header tells the {HASH} {header[HASH]}, its episodes have {found}: it was changed or is "
+        raise UserError(f"{path}: its header has the {HASH} {header[HASH]}, its episodes have {found}: it was changed or is "
                         "cut off. Fetch it again, or drop that header line if the change is meant")
     return lists
 
 
 def _lines(lists: Mapping[int, AnyEpisodes], count: int | None) -> Iterator[str]:
-    """The episode lines of a manifest."""
+    """Yield the episode lines of a manifest."""
     for seed, episodes in sorted(lists.items()):
         for i in range(len(episodes) if count is None else count):
             spec = episodes.spec(i)
@@ -124,7 +124,7 @@ def _text(path: Path) -> str:
 
 
 def _read_header(line: str, header: dict[str, str], shot: int, late: bool) -> None:
-    """Adds `# key: value` to the header."""
+    """Add `# key: value` to the header."""
     key, colon, value = (part.strip() for part in line[1:].partition(":"))
     if not key or not colon or late:
         raise UserError(f"expected `# key: value` lines before the first episode, got {line!r}")
@@ -140,7 +140,7 @@ def _read_header(line: str, header: dict[str, str], shot: int, late: bool) -> No
 def _read_episode(
     line: str, records: Sequence[Record], places: Mapping[str, int], classes: Sequence[int], shot: int, repeats: bool
 ) -> tuple[int, int, list[int]]:
-    """Seed, class, and the positions of query and supports in `records`."""
+    """Parse seed, class, and the positions of query and supports in `records`."""
     try:
         seed, cls = (int(field) for field in line.split()[:2])
     except ValueError:

@@ -23,10 +23,10 @@ COUNTS: dict[tuple[str, str], Sequence[tuple[int | None, int | None]]] = {
 
 
 def verdict(config: Config, part: str, lines: int, images: int, pairs: int) -> str:
-    """One line: is this the published index?
+    """Say in one line whether this is the published index.
 
-    part: "train" or "val"; lines: images in the list; images, pairs: what the fold has of them. Only the whole list and
-    the published rules are compared.
+    part: "train" or "val"; lines: images in the list; images, pairs: those of the fold. Only the whole list and the published
+    rules are compared.
     """
     train = config.Train
     key = (train.data_set, part)
@@ -48,7 +48,7 @@ def verdict(config: Config, part: str, lines: int, images: int, pairs: int) -> s
 
 
 def store(folder: Path, config: Config, part: str, records: Sequence[Record], index: Index, names: Sequence[str]) -> Path:
-    """Writes index-DATASET-SPLIT-{train,val}-HASH.json: images, images by class name, and the hash of what they follow from."""
+    """Write index-DATASET-SPLIT-{train,val}-HASH.json: images, images by class name, and the hash of lists and rules."""
     rules = {"data_set": config.Train.data_set, "split": config.Train.split, "part": part, "classes": list(index.by_class),
              "min_pixels": config.Data.min_pixels, "filter_novel": part == "train" and config.Train.filter_novel}
     inputs = [rules, [(r.image, r.label, sorted(r.pixels.items())) for r in records]]
@@ -60,7 +60,7 @@ def store(folder: Path, config: Config, part: str, records: Sequence[Record], in
 
 
 def _other_rules(config: Config, part: str) -> list[str]:
-    """The keys that make the index another than the published one."""
+    """Return the keys whose values make the index differ from the published one."""
     train = config.Train
     rules = {
         f"Data.min_pixels = {config.Data.min_pixels}": config.Data.min_pixels != MIN_PIXELS,

@@ -1,4 +1,4 @@
-"""Single images with labels: what the base learner and the dense systems learn from and are tested on.
+"""Single images with labels, for the base learner and the dense systems: training and test data.
 
 Every image of the list is used, not the filtered index of a fold.
 """
@@ -33,20 +33,20 @@ class Images(Batch):
     key: list[str]  # hash of each image's pixels; evaluation only, else []
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Images":
-        """All but `present`, which decides how much is computed: a GPU would have to be waited for."""
+        """Move all tensors but `present`. It decides how much is computed, and reading it from a GPU would wait for the GPU."""
         moved = super().to(device, non_blocking)
         moved.present = self.present
         return moved
 
     def truth(self, i: int) -> Tensor:
-        """What a prediction of image i is compared with: H W uint8 at file size."""
+        """Return the truth of image i: H W uint8 at file size."""
         return self.original_label[i]
 
 
 class SemanticDataset(Dataset):
     """Item i, for any i >= 0, as `Images` of B = 1; in training every pass has its own order.
 
-    target        class -> channel, or 255; classes that it does not name are background, 0
+    target        class -> channel, or 255; classes without an entry are background, 0
     values        256 uint8, label value -> class (`util.data.folds.read_label_table`); None: values are classes
     num_classes   C, the width of `Images.present`
     labelled      False: no label file is opened, every pixel of `label` is 255 (image-level labels are all there is)
@@ -103,6 +103,6 @@ class SemanticDataset(Dataset):
 
 
 def box_of(shown: np.ndarray) -> tuple[int, int, int, int]:
-    """H W bool -> y0 y1 x0 x1 of the smallest box around what is true, ends exclusive."""
+    """Return y0 y1 x0 x1 of the smallest box around the true pixels of H W bool, ends exclusive."""
     rows, columns = (np.flatnonzero(shown.any(axis)) for axis in (1, 0))
     return (0, 0, 0, 0) if not len(rows) else (int(rows[0]), int(rows[-1]) + 1, int(columns[0]), int(columns[-1]) + 1)

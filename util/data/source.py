@@ -1,4 +1,4 @@
-"""From a config to data sets: the one place that knows which keys make which data."""
+"""From a config to data sets. No other file knows which keys of a config make which data."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from util.errors import UserError
 
 
 class Source:
-    """The data of one fold: its lists, read once, and how its images are resized. Each task makes its samples of them.
+    """The data of one fold: its lists, read once, and the resize of its images. Each task builds its samples from them.
 
     Attributes:
         unit: what a sample is called, "episodes" or "images"; setting: what a result is of, beside the data set.
@@ -48,7 +48,7 @@ class Source:
         return fold_of(config)
 
     def records(self, key: str) -> list[Record]:
-        """Scanned lines of Data.train_list or Data.val_list; read once."""
+        """Return the scanned lines of Data.train_list or Data.val_list; they are read once."""
         if key not in self._records:
             data = self.config.Data
             given = read_image_labels(data.image_labels, self.names) if data.image_labels else None
@@ -62,11 +62,11 @@ class Source:
         return True
 
     def training(self) -> Dataset:
-        """What it is trained on, endless: sample i is a pure function of i."""
+        """Return the endless training data: sample i is a pure function of i."""
         raise NotImplementedError
 
     def transform(self, training: bool) -> Transform:
-        """How images are resized and augmented."""
+        """Return the resize and the augmentation of images."""
         train = self.config.Train
         if training and train.augment:
             return TrainTransform(train.train_h, train.scale_min, train.scale_max, train.crop)
@@ -85,9 +85,9 @@ class EpisodeSource(Source):
         return f"split {self.config.Train.split} · {self.config.Train.shot}-shot"
 
     def index(self, training: bool, base: bool = False) -> Index:
-        """Images of the fold: base classes (BAM's filter if asked for) in training, novel classes in validation.
+        """Index the images of the fold: base classes (with Train.filter_novel) in training, novel classes in validation.
 
-        `base`: base classes of the validation list instead, in images without any novel object.
+        `base`: index the base classes of the validation list instead, in images without any novel object.
         """
         train, minimum = self.config.Train, self.config.Data.min_pixels
         if training:
@@ -96,11 +96,11 @@ class EpisodeSource(Source):
         return build_index(self.records("val_list"), classes, only=base, min_pixels=minimum)
 
     def listed(self, index: Index, seed: int, shuffle: bool = False) -> EpisodeList:
-        """The endless list of episodes over an index that the protocol draws."""
+        """Return the protocol's endless list of episodes over an index."""
         return EpisodeList(index, self.config.Train.shot, seed, shuffle, start=self.config.Train.draw)
 
     def drawn(self, seed: int, count: int) -> EpisodeList:
-        """Episodes over the novel classes, of which the first `count` are to be evaluated.
+        """Return the episodes over the novel classes; the first `count` are for evaluation.
 
         Raises:
             UserError: a novel class has no image or no episode among them.
@@ -114,14 +114,14 @@ class EpisodeSource(Source):
         return self._dataset(episodes, self.transform(training=True), "mask", evaluation=False)
 
     def validation_episodes(self) -> EpisodeList:
-        """What chooses the checkpoint: episodes of the classes that Train.selection names."""
+        """Return the episodes that choose the checkpoint, of the classes that Train.selection names."""
         train = self.config.Train
         if train.selection == "base":
             return self.listed(self.index(training=False, base=True), train.manual_seed)
         return self.drawn(train.manual_seed, train.val_episodes)
 
     def test_episodes(self) -> dict[int, AnyEpisodes]:
-        """Seed -> its episodes: drawn, or those of the file Test_Finetune.episodes."""
+        """Return the episodes of each seed: drawn, or read from the file Test_Finetune.episodes."""
         test = self.config.Test_Finetune
         if not test.episodes:
             return {seed: self.drawn(seed, test.test_num) for seed in test.seeds}
@@ -132,7 +132,7 @@ class EpisodeSource(Source):
         return found
 
     def episodes(self, episodes: AnyEpisodes) -> EpisodeDataset:
-        """Episodes as evaluation reads them."""
+        """Return the data set of these episodes for evaluation."""
         return self._dataset(episodes, self.transform(training=False), self.config.Test_Finetune.ann_type, evaluation=True)
 
     def _dataset(self, episodes: AnyEpisodes, transform: Transform, ann_type: str, evaluation: bool) -> EpisodeDataset:
@@ -157,7 +157,7 @@ class ImageSource(Source):
         return (0, *self.fold.base)
 
     def target(self, training: bool) -> dict[int, int]:
-        """Class -> channel that it teaches or counts for, or 255: does not count. Other classes are background."""
+        """Map each class to its channel, or to 255 where it does not count; classes without an entry are background."""
         return {cls: channel for channel, cls in enumerate(self.channels)}
 
     def training(self) -> SemanticDataset:

@@ -29,16 +29,18 @@ Augmented = tuple[np.ndarray, np.ndarray, list[np.ndarray]]
 
 
 def worker_init(worker_id: int) -> None:
-    """`worker_init_fn` of a DataLoader: the workers are the parallelism, threads of OpenCV would fight them. What their
-    parent does at SIGTERM is not theirs to do."""
+    """Prepare a DataLoader's worker (`worker_init_fn`).
+
+    It runs OpenCV in one thread, since the workers are the parallelism. SIGTERM ends it: the parent's handler is not inherited.
+    """
     cv2.setNumThreads(0)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def open_image(source: str | Path | BinaryIO) -> Image.Image:
-    """Open a picture with Pillow, whose pixels are read later. The one way in this house.
+    """Open a picture with Pillow; its pixels are read later. All pictures are opened here.
 
-    Only `FORMATS`: Pillow goes by content, not by name, and for an EPS it starts Ghostscript, which runs what the file says.
+    Only `FORMATS` are opened. Pillow looks at the content, not the name, and would start Ghostscript for an EPS (it runs code).
     Raises what Pillow raises; UnidentifiedImageError for every other kind of file.
     """
     Image.init()
@@ -46,12 +48,12 @@ def open_image(source: str | Path | BinaryIO) -> Image.Image:
 
 
 def read_image(path: str | Path) -> np.ndarray:
-    """Read an image as H W 3 float32 RGB 0..255, as stored: EXIF rotation is not applied, labels do not know of it.
+    """Read an image as H W 3 float32 RGB 0..255, as stored: EXIF rotation is not applied, since labels do not have it.
 
-    Grey becomes three equal channels, transparency is dropped, 16 bits are cut to 8, of an animation the first frame counts.
+    Grey becomes three equal channels, transparency is dropped, 16 bits are cut to 8, an animation gives its first frame.
     Raises BrokenFile: missing, damaged, or a kind that OpenCV does not know. UserError: other values than 8 or whole 16 bits.
     """
-    image_hw(path)  # the header first: a bomb is refused before it takes memory
+    image_hw(path)  # the header first: a decompression bomb is refused before it takes memory
     kinds = cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH | cv2.IMREAD_IGNORE_ORIENTATION
     try:  # from memory, for cv2.imread paints the missing rows of a truncated JPEG grey, without a word
         image = cv2.imdecode(np.fromfile(path, np.uint8), kinds)
@@ -68,20 +70,20 @@ def read_image(path: str | Path) -> np.ndarray:
 
 
 def upper_byte(values: np.ndarray, name: str | Path) -> np.ndarray:
-    """The upper 8 of 16 bits, uint8. Raises UserError: see `check_depth`."""
+    """Return the upper 8 of 16 bits, uint8. Raises UserError: see `check_depth`."""
     check_depth(int(values.max()), name)
     return (values >> 8).astype(np.uint8)
 
 
 def check_depth(peak: int, name: str | Path) -> None:
-    """Raise UserError where the largest of 16-bit values has 14 bits or fewer, as a camera's do: cut to 8 bits it is dark."""
+    """Raise UserError where the largest 16-bit value has 14 bits or fewer, as from a camera: cut to 8 bits the image is dark."""
     if 0 < peak < 2**14:
         raise UserError(f"{name}: a file of 16 bits whose values have {peak.bit_length()}: it would be nearly black. Spread them "
                         "over 0..65,535, or save it with 8 bits")
 
 
 def image_hw(path: str | Path) -> tuple[int, int]:
-    """Height and width of an image, from its header alone."""
+    """Read height and width of an image from its header alone."""
     _require(path, "image")
     try:
         with open_image(path) as image:
@@ -91,7 +93,7 @@ def image_hw(path: str | Path) -> tuple[int, int]:
 
 
 def read_label(path: str | Path) -> np.ndarray:
-    """Read a label as H W uint8 class indices. Palette PNGs (VOC's own) give their index, never their colour."""
+    """Read a label as H W uint8 class indices. A palette PNG (VOC's own) gives its indices, never its colours."""
     _require(path, "label")
     try:
         with open_image(path) as label:
@@ -144,10 +146,10 @@ class Placed:
     corners: bool = True
 
     def restore(self, scores: torch.Tensor) -> torch.Tensor:
-        """C h w or B C h w scores of any float type -> float32 C H W or B C H W at file size, (H, W) = hw.
+        """Bring scores, C h w or B C h w of any float type, to file size: float32 C H W or B C H W, (H, W) = hw.
 
-        PFENet pads the truth of a letterboxed image to the square with 255 instead of cutting: the same counts.
-        Raises UserError for NaN or infinite scores: their argmax is background, so they would pass for a poor result.
+        The padding of a letterboxed image is cut off. (PFENet pads the truth with 255 instead: the same counts.)
+        Raises UserError for NaN or infinite scores: their argmax is background, which would look like a poor result.
         """
         if not torch.isfinite(scores).all():
             raise UserError("the prediction is not finite: are the weights those of a training that diverged, or damaged? "
@@ -162,7 +164,7 @@ class TrainTransform:
     """Scale, rotate, blur, flip, then squash to `size` x `size` (PI-CLIP, HDMNet) or crop it at random (BAM, PFENet).
 
     Called with a generator, an H W 3 float32 image and its labels, all of one size; returns (image, clean, labels),
-    `size` x `size`. `clean` went the same way without the blur: it feeds CLIP. Borders: ImageNet mean, label 255.
+    `size` x `size`. `clean` is the same without the blur, for CLIP. Borders: ImageNet mean, label 255.
     """
 
     def __init__(
@@ -181,7 +183,7 @@ class TrainTransform:
     def __call__(self, rng: np.random.Generator, image: np.ndarray, labels: Sequence[np.ndarray]) -> Augmented:
         scale, angle = rng.uniform(*self.scale), rng.uniform(*self.rotate)
         turn, blur, flip = rng.random(3) < 0.5
-        offset = rng.random(2)  # every number is drawn, used or not: one choice never shifts another
+        offset = rng.random(2)  # every number is drawn, used or not, so that no choice shifts another
 
         scale = max(scale, 1 / min(image.shape[:2]))  # a row of pixels stays one
         image = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_LINEAR)
@@ -205,7 +207,7 @@ class TrainTransform:
         return images[0], images[-1], labels
 
     def placed(self, hw: tuple[int, int]) -> Placed:
-        """As if the image were only resized: augmentation is not undone."""
+        """Return the way back as if the image were only resized: augmentation is not undone."""
         return Placed(tuple(hw), tuple(hw))
 
     def _crop(self, x: np.ndarray, offset: np.ndarray, fill: float | Sequence[float]) -> np.ndarray:
@@ -239,7 +241,7 @@ class ValTransform:
         return image, image, labels
 
     def placed(self, hw: tuple[int, int]) -> Placed:
-        """Where an image of that size lies in the network's square."""
+        """Return where an image of that size is in the network's square."""
         return Placed(tuple(hw), tuple(hw) if self.squash else (max(hw), max(hw)))
 
     def _letterbox(self, x: np.ndarray, interpolation: int, fill: int) -> np.ndarray:
@@ -258,7 +260,7 @@ def short_side(image: np.ndarray, side: int) -> np.ndarray:
 
 
 class KeepTransform:
-    """Evaluation of dense systems: the image as it is, or resized to a shorter side, aspect ratio kept. Same call as
+    """Keep the image as it is, or resize it to a shorter side with its aspect ratio (evaluation of dense systems). Same call as
     TrainTransform; sides differ from image to image, so batches hold one image.
 
     short: pixels of the shorter side; None: the file's own size.
@@ -301,7 +303,7 @@ def bbox_mask(mask: np.ndarray) -> np.ndarray:
 
 
 def clip_input(clean: np.ndarray, hw: Sequence[int], patch: int = 16) -> torch.Tensor:
-    """The clean H W 3 float32 image for CLIP: uint8 3 H' W', H' W' = `hw` rounded up to multiples of `patch`.
+    """Resize the clean H W 3 float32 image for CLIP: uint8 3 H' W', H' W' = `hw` rounded up to multiples of `patch`.
 
     Truncated to uint8, then bicubic by PIL ("PI-CLIP Sec. 4, VTP 1").
     """
@@ -311,7 +313,7 @@ def clip_input(clean: np.ndarray, hw: Sequence[int], patch: int = 16) -> torch.T
 
 
 def clip_crop(image: np.ndarray, side: int) -> torch.Tensor:
-    """CLIP's own preprocessing of an H W 3 float32 image: short side to `side`, bicubic, then the centre; uint8 3 side side."""
+    """Preprocess an H W 3 float32 image as CLIP does: short side to `side`, bicubic, then the centre; uint8 3 side side."""
     height, width = image.shape[:2]
     scale = side / min(height, width)
     long = int(scale * max(height, width))  # rounded down, as torchvision does
@@ -322,5 +324,5 @@ def clip_crop(image: np.ndarray, side: int) -> torch.Tensor:
 
 
 def to_tensor(array: np.ndarray) -> torch.Tensor:
-    """H W 3 -> 3 H W, or H W as it is; contiguous, dtype kept."""
+    """Turn H W 3 into 3 H W; H W stays as it is; contiguous, dtype kept."""
     return torch.from_numpy(np.ascontiguousarray(array.transpose(2, 0, 1) if array.ndim == 3 else array))

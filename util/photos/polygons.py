@@ -1,7 +1,7 @@
 """Masks as polygons, for annotation tools: COCO JSON and LabelMe.
 
-A polygon follows the edges of pixels (pixel x, y covers x..x+1, y..y+1) and has no hole: a part with a hole is cut in two
-through it. So polygons that are filled give the mask back exactly.
+A polygon follows the edges of pixels (pixel x, y covers x..x+1, y..y+1). It has no hole: a part with a hole is cut in two through
+the hole. Filled polygons therefore give exactly the mask.
 """
 
 from collections import defaultdict
@@ -16,7 +16,7 @@ Polygon = list[tuple[int, int]]  # corners x, y
 
 
 def polygons(mask: np.ndarray) -> list[Polygon]:
-    """The polygons of a mask, H W bool; at least four corners each, none inside another."""
+    """Return the polygons of a mask, H W bool; each has at least four corners, none is inside another."""
     _, labels, boxes, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8), connectivity=4)
     found = []
     for i, (left, top, width, height, _) in enumerate(boxes[1:], start=1):
@@ -26,7 +26,7 @@ def polygons(mask: np.ndarray) -> list[Polygon]:
 
 
 def _solid(part: np.ndarray) -> Iterator[Polygon]:
-    """The outline of a 4-connected part; with holes, the outlines of what it falls into when cut through one."""
+    """Return the outline of a 4-connected part; with holes, the outlines of the pieces after a cut through one."""
     beyond = np.pad(~part, 1, constant_values=True).astype(np.uint8)
     count, labels, boxes, _ = cv2.connectedComponentsWithStats(beyond, connectivity=8)
     if count == 2:  # its own background, and what is around
@@ -40,7 +40,7 @@ def _solid(part: np.ndarray) -> Iterator[Polygon]:
 
 
 def _outline(part: np.ndarray) -> Polygon:
-    """Walks along the edges of a 4-connected part without holes, the part on the right hand."""
+    """Walk along the edges of a 4-connected part without holes; the part is on the right."""
     padded = np.pad(part, 1)
     steps: dict[tuple[int, int], list[tuple[int, int]]] = defaultdict(list)  # corner -> ways on: (dx, dy)
     for (dy, dx), (x0, y0), way in (((-1, 0), (0, 0), (1, 0)), ((0, 1), (1, 0), (0, 1)), ((1, 0), (1, 1), (-1, 0)),
@@ -63,14 +63,14 @@ def _outline(part: np.ndarray) -> Polygon:
 
 @dataclass
 class Coco:
-    """A COCO data set of one class, with one annotation for each image that shows it."""
+    """Build a COCO data set of one class, with one annotation for each image that shows it."""
 
     name: str
     images: list[dict[str, Any]] = field(default_factory=list)
     annotations: list[dict[str, Any]] = field(default_factory=list)
 
     def add(self, file: str, mask: np.ndarray, score: float | None) -> None:
-        """mask: H W bool; score: mean of the object's, None where there is none."""
+        """Add an image. mask: H W bool; score: the object's mean score, None without an object."""
         self.images.append({"id": len(self.images) + 1, "file_name": file, "height": mask.shape[0], "width": mask.shape[1]})
         if not mask.any():
             return
@@ -83,13 +83,13 @@ class Coco:
         })  # fmt: skip
 
     def content(self) -> dict[str, Any]:
-        """For a JSON file."""
+        """Return the content of the JSON file."""
         categories = [{"id": 1, "name": self.name, "supercategory": ""}]
         return {"images": self.images, "categories": categories, "annotations": self.annotations}
 
 
 def labelme(file: str, mask: np.ndarray, name: str) -> dict[str, Any]:
-    """What LabelMe keeps beside an image; file: path of the image as seen from there."""
+    """Return LabelMe's JSON of an image; file: path of the image relative to the JSON."""
     common = {"label": name, "group_id": 1, "shape_type": "polygon", "flags": {}}
     return {"version": "5.5.0", "flags": {}, "shapes": [common | {"points": polygon} for polygon in polygons(mask)],
             "imagePath": file, "imageData": None, "imageHeight": mask.shape[0], "imageWidth": mask.shape[1]}

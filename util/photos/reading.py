@@ -1,11 +1,11 @@
-"""Anybody's photos and masks: every kind of file by one rule, upright, or refused with the reason.
+"""Read users' photos and masks: every kind of file by the same rules, upright, or refused with a reason.
 
 Photos become H W 3 uint8 RGB. The first frame of an animation counts; transparency lies over white; 16-bit grey keeps its
 upper 8 bits, and is refused where these are nearly empty; CMYK and the like are converted by Pillow, colour profiles are
-ignored. An EXIF orientation is carried out.
+ignored. The EXIF orientation is applied.
 
 Masks: 0 is background, every other value the object. In a palette PNG, as VOC's labels are, 255 does not count, and entry 0 must
-be black; where there is transparency, what is opaque is the object; of colours, what is not black. With soft edges (a blur, an
+be black; with transparency the opaque part is the object; of colours everything but black. With soft edges (a blur, an
 antialiased brush) the object begins at half of white. JPEG masks are refused, since JPEG blurs values.
 """
 
@@ -27,13 +27,13 @@ from util.files import entries
 Box = Sequence[float]  # x0, y0, x1, y1 in pixels of the upright photo; x1 and y1 are the first that are outside
 
 MAX_PIXELS = 128_000_000  # of a file: more is a decompression bomb
-MAX_SIDE = 640  # pixels: the longest side of PASCAL's and COCO's images; larger photos are reduced to it on their way in
+MAX_SIDE = 640  # pixels: the longest side of PASCAL's and COCO's images; larger photos are reduced to it
 DARK = 16  # a colour below it counts as black
-MANY = 16  # levels of grey, from which on they are not numbers of classes
+MANY = 16  # so many levels of grey are no class numbers
 VIDEOS = (".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg")
 ORIENTATION = 0x0112  # EXIF tag
 TURNS = {5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
-         8: Image.Transpose.ROTATE_90}  # its values that swap width and height, and what they ask for
+         8: Image.Transpose.ROTATE_90}  # its values that swap width and height -> how to turn the image
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ Source = str | Path | np.ndarray | Image.Image | Tensor | Photo  # arrays H W 3 
 
 
 def read_photo(source: Source, name: str = "image") -> Photo:
-    """Reads a file, or takes an array, tensor (both uint8) or Pillow image.
+    """Read a file, or take an array, tensor (both uint8) or Pillow image.
 
     name: for messages, where the source is no file.
     Raises UserError: missing, no image, damaged, too large, or an array of another type or shape.
@@ -78,9 +78,9 @@ def read_photo(source: Source, name: str = "image") -> Photo:
 
 
 def read_mask(source: Source, photo: Photo) -> np.ndarray:
-    """The mask of a photo, H W uint8: 1 object, 0 background, 255 does not count.
+    """Read the mask of a photo, H W uint8: 1 object, 0 background, 255 does not count.
 
-    It has the photo's upright size, or the size in which the photo is stored, and is then turned with it.
+    It needs the photo's upright size, or the size of the stored photo; then it is turned with it.
     Raises UserError: as `read_photo`; another size; JPEG; no object.
     """
     if isinstance(source, Tensor):
@@ -116,7 +116,7 @@ def read_mask(source: Source, photo: Photo) -> np.ndarray:
 
 
 def _entries(image: Image.Image, name: str) -> np.ndarray:
-    """The palette entries of a mask, H W uint8. Refused where what the file shows is not that entry 0 is the background."""
+    """Return the palette entries of a mask, H W uint8. Raises UserError where entry 0 is not shown as background."""
     values = np.asarray(image)
     used = np.unique(values)
     colours = np.zeros((256, 3), int)
@@ -134,7 +134,7 @@ def _entries(image: Image.Image, name: str) -> np.ndarray:
 
 
 def _object(values: np.ndarray, name: str) -> np.ndarray:
-    """Where a mask of H W integers shows its object, H W bool: what is not 0; with soft edges what is at least half of white.
+    """Return the object of a mask of H W integers, H W bool: all but 0; with soft edges, from half of white on.
 
     Edges are soft where most of the grey pixels lie between a darker and a brighter one. Class and instance numbers do not: they
     fill regions of one value.
@@ -155,7 +155,7 @@ def _object(values: np.ndarray, name: str) -> np.ndarray:
 
 
 def doubt(mask: np.ndarray) -> str:
-    """What looks wrong about a mask, H W {0, 1, 255}; "" where nothing does."""
+    """Say what looks wrong about a mask, H W {0, 1, 255}; "" where nothing does."""
     border = np.concatenate([mask[0], mask[-1], mask[:, 0], mask[:, -1]])
     if (border == 1).mean() > 0.9 and (mask == 1).mean() > 0.5:
         return "the object covers nearly the whole border of the photo; are background and object exchanged in its mask?"
@@ -163,9 +163,9 @@ def doubt(mask: np.ndarray) -> str:
 
 
 def box_mask(boxes: Sequence[Box], photo: Photo) -> np.ndarray:
-    """Filled boxes, H W uint8 {0, 1}; what sticks out of the photo, by a twentieth of its side at most, is cut off.
+    """Fill boxes, H W uint8 {0, 1}; parts outside the photo, at most a twentieth of its side, are cut off.
 
-    Raises UserError: not four numbers, an empty box, or one that is not of this photo.
+    Raises UserError: not four numbers, an empty box, or one that reaches further outside.
     """
     height, width = photo.hw
     slack_y, slack_x = height / 20 + 1, width / 20 + 1
@@ -186,7 +186,7 @@ def box_mask(boxes: Sequence[Box], photo: Photo) -> np.ndarray:
 
 
 def shrink(image: np.ndarray, side: int, interpolation: int = cv2.INTER_AREA) -> np.ndarray:
-    """H W [3] with its longer side at most `side`. (The network's own resize would skip most pixels of a large photo.)"""
+    """Reduce H W [3] to a longer side of at most `side`. (The network's own resize would skip most pixels of a large photo.)"""
     height, width = image.shape[:2]
     scale = side / max(height, width)
     if scale >= 1:
@@ -195,9 +195,9 @@ def shrink(image: np.ndarray, side: int, interpolation: int = cv2.INTER_AREA) ->
 
 
 def find(patterns: Sequence[str]) -> list[Path]:
-    """Photos and videos that files, folders (without hidden files and folders inside) and globs name, each once, in order.
+    """List the photos and videos of files, folders (without hidden files and folders inside) and globs, each once, in order.
 
-    Raises UserError: one of them leads to nothing.
+    Raises UserError: one of them matches nothing.
     """
     found: dict[Path, None] = {}
     for pattern in patterns:
@@ -214,13 +214,13 @@ def find(patterns: Sequence[str]) -> list[Path]:
 
 
 def others(patterns: Sequence[str]) -> list[Path]:
-    """Files in the folders among the patterns that `find` does not look at."""
+    """List the files in folders among the patterns that `find` leaves out."""
     files = (f for pattern in patterns if Path(pattern).is_dir() for f in entries(Path(pattern)) if f.is_file())
     return [f for f in files if f.suffix.lower() not in SUFFIXES + VIDEOS]
 
 
 def frames(path: Path, every: int) -> Iterator[tuple[str, Photo]]:
-    """The photo in a file with the stem of its name; of a video the first and then every `every`-th frame, STEM_NUMBER.
+    """Yield a file's photo with the stem of its name; for a video the first and then every `every`-th frame, STEM_NUMBER.
 
     Raises UserError: see `read_photo`; a video that cannot be read.
     """
@@ -243,7 +243,7 @@ def frames(path: Path, every: int) -> Iterator[tuple[str, Photo]]:
 
 
 def _open(source: Source, name: str) -> tuple[Image.Image, str]:
-    """A loaded Pillow image, and what to call it."""
+    """Open an image with Pillow; also return its name for messages."""
     if isinstance(source, Image.Image):
         return source, getattr(source, "filename", "") or name
     if isinstance(source, (str, Path)):
@@ -273,7 +273,7 @@ def _load(path: Path) -> Image.Image:
                     raise UserError(too_large)
                 deep = any("16" in str(tile[3]) for tile in image.tile)
                 image.load()
-        if deep and len(image.getbands()) > 2:  # of colours Pillow has kept the upper 8 bits
+        if deep and len(image.getbands()) > 2:  # Pillow keeps the upper 8 bits of colours
             check_depth(max(high for _, high in image.getextrema()[:3]) << 8 | 255, path)
         return image
     except UserError:

@@ -1,6 +1,8 @@
-"""What predict.py writes: masks, overlays, scores and polygons, file by file, so that whatever ends a run leaves whole ones."""
+"""Results of predict.py: masks, overlays, scores and polygons. Those of one run appear together, at its end, or not at all."""
 
 import contextlib
+import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,39 +17,43 @@ from util.photos import polygons
 from util.photos.reading import Photo, shrink
 from util.report import viz
 
+UNFINISHED = "unfinished"  # folder of a run that has not come to its end
 OVERLAY_SIDE = 1600  # pixels: overlays of larger photos are reduced to it
-SHEET = 30  # overview.jpg shows so many at most, supports first,
-ROW = 6  # so many in a row,
-TILE = 200  # of so many pixels in height
+SHEET = 30  # pictures of overview.jpg at most, supports first
+ROW = 6  # pictures in a row
+TILE = 200  # height of a picture in pixels
 
 
 class Results:
-    """Writes into a folder.
+    """Write results into OUT/unfinished; `close` moves everything to OUT and replaces an earlier run's results.
 
     Args:
-        kind: of polygons: "coco", "labelme" or None.
-        name: of the object, for the polygons.
-        record: what scores.json tells of the run.
+        kind: kind of polygons: "coco", "labelme" or None.
+        name: the object's, for the polygons.
+        record: entries of scores.json about the run.
     Raises:
         UserError: the folder cannot be written.
     """
 
     def __init__(self, out: Path, kind: str | None, name: str, record: dict[str, Any]) -> None:
-        self.out, self.kind, self.name = out, kind, name
+        self.out, self.kind, self.name = out / UNFINISHED, kind, name
+        with _writing(out):
+            shutil.rmtree(self.out, ignore_errors=True)
+            self.out.mkdir(parents=True)
         self.record = record | {"images": [], "unread": []}
         self._names: set[str] = set()
         self._coco = polygons.Coco(name)
         self._panels: list[viz.Panel] = []
 
     def support(self, number: int, photo: Photo, mask: np.ndarray) -> None:
-        """A support as it was understood; mask: H W {0, 1, 255}."""
+        """Write a support with its mask, H W {0, 1, 255}."""
         self._save_overlay(f"supports/{number}.jpg", f"example {number}", photo.image, mask, "support mask")
 
     def add(self, stem: str, photo: Photo, mask: np.ndarray, score: np.ndarray, seconds: float) -> dict[str, Any]:
-        """Writes the files of one image and returns what scores.json will tell of it.
+        """Write the files of one image and return its entry of scores.json.
 
         Args:
-            stem: of the names of its files; a number is added where it is taken.
+            stem: stem of its files' names; a number is added where it is taken.
             mask: H W bool; score: H W in 0..1.
         """
         name = self._free(stem)
@@ -56,9 +62,9 @@ class Results:
         self._save_overlay(f"overlays/{name}.jpg", name, photo.image, mask.astype(np.uint8), "prediction")
         if self.kind == "labelme":
             with _writing(self.out):
-                save_json(self.out / f"labelme/{name}.json", polygons.labelme(str(Path(photo.name).resolve()), mask, self.name))
+                save_json(self.out / f"labelme/{name}.json", polygons.labelme(self._from_labelme(photo), mask, self.name))
         if self.kind == "coco":
-            self._coco.add(photo.name, mask, mean)
+            self._coco.add(Path(photo.name).name, mask, mean)
         found = {
             "image": photo.name, "mask": f"masks/{name}.png", "overlay": f"overlays/{name}.jpg",
             "height": photo.hw[0], "width": photo.hw[1], "fraction": round(float(mask.mean()), 4), "score": mean,
@@ -68,11 +74,22 @@ class Results:
         return found
 
     def unread(self, source: str, reason: str) -> None:
-        """An image that could not be read."""
+        """Record an image that could not be read."""
         self.record["unread"].append({"image": source, "reason": reason})
 
     def close(self) -> None:
-        """Writes what is about all images."""
+        """Write the files about all images, and move the results to their place."""
+        self.finish()
+        with _writing(final := self.out.parent):
+            for made in sorted(self.out.iterdir()):
+                if (final / made.name).is_dir():
+                    shutil.rmtree(final / made.name)
+                made.replace(final / made.name)
+            self.out.rmdir()
+        self.out = final
+
+    def finish(self) -> None:
+        """Write the files about all images so far, without touching an earlier run's results."""
         with _writing(self.out):
             if self.kind == "coco":
                 save_json(self.out / "coco.json", self._coco.content())
@@ -80,6 +97,10 @@ class Results:
         if self._panels:
             rows = [self._panels[i : i + ROW] for i in range(0, len(self._panels), ROW)]
             self._save_jpeg("overview.jpg", viz.contact_sheet(rows, height=TILE))
+
+    def _from_labelme(self, photo: Photo) -> str:
+        """Path of a photo as seen from OUT/labelme: both folders can move together."""
+        return os.path.relpath(Path(photo.name).resolve(), (self.out.parent / "labelme").resolve())
 
     def _free(self, stem: str) -> str:
         name, count = stem, 2

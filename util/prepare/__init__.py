@@ -1,1 +1,1 @@
-"""From the official downloads to the label PNGs and lists that training reads: `python -m util.prepare --help`."""
+"""Prepare data sets: from official downloads to the label PNGs and lists of a training: `python -m util.prepare --help`."""

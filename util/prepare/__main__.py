@@ -1,9 +1,10 @@
-"""Prepares a data set: label PNGs and lists from what the official sites offer ("PI-CLIP Sec. 1, Lists").
+"""Prepare a data set: label PNGs and lists from the official downloads ("PI-CLIP Sec. 1, Lists").
 
     python -m util.prepare pascal --voc DIR_OR_TAR --sbd DIR_OR_TGZ
     python -m util.prepare coco --images DIR --annotations JSON [JSON ...]
+    python -m util.prepare voc | coco_stuff | context --root DIR      (folders as mmsegmentation has them: only lists are made)
 
-What is already there is kept, so the same command continues after an interruption. Lists are written last.
+Existing files are kept, so the same command continues after an interruption. Lists are written last.
 """
 
 import argparse
@@ -15,6 +16,11 @@ from pathlib import Path
 from util.errors import UserError
 
 ROOT = {"pascal": Path("data/VOCdevkit/VOC2012"), "coco": Path("data/MSCOCO2014")}  # as in config/*/base.yaml
+FOLDERS = {  # data roots as in config/*/zero_shot.yaml
+    "voc": (Path("data/VOCdevkit/VOC2012"), "VOC 2012 with the labels of SBD, 10,582 images"),
+    "coco_stuff": (Path("data/coco_stuff164k"), "COCO-Stuff 164k, 171 classes"),
+    "context": (Path("data/VOCdevkit/VOC2010"), "PASCAL Context, 59 classes"),
+}
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -30,29 +36,35 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     coco.add_argument("--images", type=Path, required=True, help="the folder that holds train2014 and val2014")
     coco.add_argument("--annotations", type=Path, nargs="+", required=True, metavar="JSON",
                       help="instances_train2014.json, instances_val2014.json; the file name says which split it is")
+    for name, (root, words) in FOLDERS.items():
+        command = commands.add_parser(name, help=words)
+        command.add_argument("--root", type=Path, default=root, help="the data root, which is only read (default %(default)s)")
     for name, command in (("pascal", pascal), ("coco", coco)):
         command.add_argument("--out", type=Path, default=ROOT[name], help="the data root (default %(default)s); a source folder "
                                                                           "elsewhere is linked to, never written to")
+    for name, command in commands.choices.items():
         command.add_argument("--lists", type=Path, help=f"where train.txt and val.txt go (default lists/{name})")
-        command.add_argument("--partial", action="store_true", help="go on with a part of the data set; needs --lists")
+        command.add_argument("--partial", action="store_true", help="accept a part of the data set; needs --lists")
     return parser.parse_args(argv)
 
 
 def prepare(argv: Sequence[str] | None) -> None:
     args = vars(parse(argv))
     data_set = args.pop("data_set")
+    if data_set in FOLDERS:
+        args["data_set"] = data_set
     if args["partial"] and not args["lists"]:
         raise UserError(f"--partial needs --lists DIR: lists/{data_set} is for the lists of the whole data set")
     args["lists"] = args["lists"] or Path("lists") / data_set
     try:
-        module = importlib.import_module(f"util.prepare.{data_set}")
-    except ModuleNotFoundError as error:  # scipy, pycocotools: training does without them
+        module = importlib.import_module(f"util.prepare.{'folders' if data_set in FOLDERS else data_set}")
+    except ModuleNotFoundError as error:  # scipy, pycocotools: not needed for training
         raise UserError(f"the package {error.name} is missing; `python env.py` prepares .venv with it") from error
     module.prepare(**args)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The exit code: 0, 2 after a message about wrong or missing input, 130 after Ctrl-C."""
+    """Return the exit code: 0; 2 after a message about wrong or missing input; 130 after Ctrl-C."""
     try:
         prepare(argv)
     except (UserError, OSError) as error:

@@ -1,6 +1,6 @@
-"""An official download as it comes: a folder, or a tar archive of which only the needed files are unpacked.
+"""Read an official download: a folder, or a tar archive from which only the needed files are unpacked.
 
-Nothing an archive says decides where a file goes: only plain files whose path ends as expected are taken, under that ending.
+An archive never decides where a file is written: only plain files whose path ends as expected are taken, under that ending.
 """
 
 import gzip
@@ -22,7 +22,7 @@ MD5 = {  # publicly known sums of the official files
     "VOCtrainval_11-May-2012.tar": "6cd6e144f989b92b3379bac3b3de84fd",
     "benchmark.tgz": "82b4d87ceb2ed10f6038a1cba92111cb",
 }
-LARGEST = 2**26  # bytes; no file that is wanted comes near
+LARGEST = 2**26  # bytes; every needed file is much smaller
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,10 @@ class Source:
 
 
 def open_source(path: Path, unpack_to: Path, inner: Sequence[str], holds: str) -> Source:
-    """A download: an archive to unpack in `unpack_to`, or a folder, itself or one of `inner` in it, that holds `holds`.
+    """Open a download: an archive to unpack in `unpack_to`, or a folder that has `holds` inside, directly or in one of `inner`.
 
     Raises:
-        UserError: nothing there, no such data set in the folder, or the archive is not the published one of its name.
+        UserError: nothing is there, the folder has no such data set, or the archive differs from the published one of its name.
     """
     if path.is_file():
         _check_md5(path)
@@ -61,7 +61,7 @@ def unpack(archive: Path, folder: Path, pattern: str, stems: Collection[str] | N
     A file of the right size is kept: a second call continues the first.
 
     Raises:
-        UserError: the archive is damaged or truncated, or holds a path or link that leads out of it.
+        UserError: the archive is damaged or truncated, or has a path or link that leads out of it.
     """
     ending = re.compile(rf"(?:.*/)?({pattern})", re.ASCII)
     try:

@@ -1,9 +1,9 @@
 """COCO-20i from COCO 2014: label PNGs with classes 1..80 and the lists ("PI-CLIP Sec. 1, Lists").
 
-Class = rank of the category id (1..90 with gaps) among the 80. The one rule for pixels that several annotations claim:
-crowd regions are painted first, with their class, then the objects in file order; the later overwrites. The published labels
-were overwritten in file order as well. A crowd is of a known class, and BAM's filter must see a crowd of novel objects, so
-it is not ignored; it lies beneath because its outline is coarse and runs over the objects among it.
+Class = rank of the category id (1..90 with gaps) among the 80. Where annotations overlap: crowd regions are painted
+first, with their class, then the objects in file order; a later one overwrites. The published labels were overwritten in file
+order too. Crowds are not ignored: their class is known, and BAM's filter must see a crowd of novel objects. They are painted
+first because their outline is coarse and covers the objects inside.
 """
 
 import json
@@ -57,7 +57,7 @@ class Labelled:
 
 
 class Painted(NamedTuple):
-    """The label of an image, and what did not come into it whole."""
+    """The label of an image, and the annotations that are not or only partly in it."""
 
     label: np.ndarray  # H W uint8
     contested: int  # pixels whose class the rule decided
@@ -68,7 +68,7 @@ class Painted(NamedTuple):
 def prepare(images: Path, annotations: Sequence[Path], out: Path, lists: Path, partial: bool) -> None:
     """Make `out` a data root (SPLIT linked to the images, annotations/SPLIT/*.png) and write `lists`/{train,val}.txt.
 
-    `annotations`: JSON files with "train2014", "val2014", ... in their names, which says the split.
+    `annotations`: JSON files with the split in their names, "train2014", "val2014", ...
 
     Raises:
         UserError: something is wrong in the input, or (without `partial`) missing from it.
@@ -82,7 +82,7 @@ def prepare(images: Path, annotations: Sequence[Path], out: Path, lists: Path, p
 
 
 def split_of(path: Path) -> str:
-    """`train2014` of instances_train2014.json; of Roboflow's train/_annotations.coco.json its folder."""
+    """Return the split of a JSON: `train2014` of instances_train2014.json, `train` of Roboflow's train/_annotations.coco.json."""
     kind = r"(?:train|val)(?:\d{4})?"
     if not (match := re.search(kind, path.stem) or re.match(kind, path.parent.name)):
         raise UserError(f"{path}: the name of an annotation file says its split, e.g. instances_train2014.json; rename it")
@@ -119,7 +119,7 @@ def _prepare_split(images: Path, path: Path, split: str, out: Path, lists: Path,
 
 
 def read_annotations(path: Path, split: str, classes: Classes | None = None) -> tuple[list[Labelled], int]:
-    """Read an instances JSON: the images with an object by name, and how many have none.
+    """Read an instances JSON: the images with an object, by name, and the number of images without.
 
     classes: category id -> class from the file's categories; None: those of COCO.
 
@@ -145,7 +145,7 @@ def read_annotations(path: Path, split: str, classes: Classes | None = None) -> 
 
 
 def classes_of(path: Path, categories: Sequence[dict]) -> dict[int, int]:
-    """Category id -> class 1..80: the rank of the id. The names must be those of lists/coco/classes.txt, in that order."""
+    """Map each category id to its class 1..80, its rank. The names must be those of lists/coco/classes.txt, in that order."""
     ordered = sorted(categories, key=lambda category: category["id"])
     ids, names = [c["id"] for c in ordered], tuple(c["name"] for c in ordered)
     expected = read_class_names(CLASS_FILE).names
@@ -158,7 +158,7 @@ def classes_of(path: Path, categories: Sequence[dict]) -> dict[int, int]:
 
 
 def paint(path: Path, image: Labelled) -> Painted:
-    """Draw the annotations of an image. Raises UserError, naming the annotation: it cannot be one of this image."""
+    """Draw the annotations of an image. Raises UserError, naming the annotation, where it cannot belong to this image."""
     shape = image.height, image.width
     label, owner = np.zeros(shape, np.uint8), np.full(shape, -1, np.int32)
     contested, crowd = np.zeros(shape, bool), np.zeros(shape, bool)
@@ -179,13 +179,13 @@ def paint(path: Path, image: Labelled) -> Painted:
 
 
 def lost_lines(path: Path, lost: Sequence[tuple[str, str]]) -> list[str]:
-    """How many annotations of a file did not come into a label whole, and which, a line for each reason."""
+    """Describe which annotations of a file are not or only partly in the labels, a line for each reason."""
     return [line for reason in dict.fromkeys(why for why, _ in lost)
             for line in absent(f"annotations of {path.name} {reason}", [name for why, name in lost if why == reason])]
 
 
 def rasterise(path: Path, annotation: Annotation, height: int, width: int) -> tuple[np.ndarray, str]:
-    """The pixels of an annotation as COCO's own tools draw them, H W bool, and why some or all are missing, or "".
+    """Draw an annotation as COCO's own tools do, H W bool; also return why some or all pixels are missing, or "".
 
     Polygons of one annotation are united.
     """
@@ -224,9 +224,10 @@ def _length(polygon: Any) -> int:
 
 
 def _runs(text: str, most: int) -> list[int] | None:
-    """Run lengths from COCO's text: groups of 5 bits, low first; from the fourth run on, what the run two before it lacks.
+    """Decode run lengths from COCO's text: groups of 5 bits, low first; from the fourth run on, differences to the run two
+    before.
 
-    None: other characters, a run of more bits than COCO's tools have, or more runs than `most`.
+    Returns None for other characters, a run with more bits than COCO's tools have, or more runs than `most`.
     """
     runs: list[int] = []
     value = shift = 0
@@ -243,16 +244,16 @@ def _runs(text: str, most: int) -> list[int] | None:
 
 
 def _drawable(polygon: array) -> bool:
-    """Pairs of numbers of a size and total length for which pycocotools has memory; it crashes or hangs on others."""
+    """Check that an outline has pairs of numbers, and a size that pycocotools can draw; it crashes or hangs on others."""
     if len(polygon) % 2 or not (np.abs(polygon) < 2**16).all():  # false for NaN too
         return False
     return np.abs(np.diff(np.reshape(polygon, (-1, 2)), axis=0)).sum() < 2**22
 
 
 def make_label(path: Path, images: Path, folder: Path, image: Labelled) -> tuple[tuple[int, int, int, int], list] | None:
-    """Write a label; contested, crowd, empty (0 or 1) and all pixels of it, and what it lost, None where it already is.
+    """Write a label; return its contested, crowd, empty (0 or 1) and all pixels, and the lost annotations; None if it exists.
 
-    images: the folder of the image, whose size is looked at before the file's numbers take memory.
+    images: the folder of the image. The image's size is checked before the size in the JSON takes memory.
     """
     target, hw = folder / f"{Path(image.name).stem}.png", (image.height, image.width)
     check_sizes(images / image.name, image_hw(images / image.name), path, hw)
@@ -293,7 +294,7 @@ def _checked(path: Path, split: str, content: dict, classes_of: Classes) -> tupl
 
 
 def _compact(entry: dict) -> dict:
-    """Polygons as arrays: the whole of COCO train as lists of Python numbers would need several times the memory."""
+    """Store polygons as arrays: all of COCO train as lists of Python numbers would need several times the memory."""
     if isinstance(polygons := entry.get("segmentation"), list):
         with suppress(TypeError, OverflowError):  # not numbers: `rasterise` says so
             if all(set(map(type, polygon)) <= {int, float} for polygon in polygons):  # True would be 1.0
@@ -302,9 +303,9 @@ def _compact(entry: dict) -> dict:
 
 
 def find_images(images: Path, split: str, names: Collection[str]) -> tuple[Path, set[str]]:
-    """The folder of a split and those of `names` it holds: images/SPLIT, `images`, or another images/train... (val...).
+    """Find the folder of a split and which of `names` it has: images/SPLIT, `images`, or another images/train... (val...).
 
-    Whichever holds more of them; Roboflow writes `valid`, others `train2017`.
+    The folder with most of them is taken; Roboflow writes `valid`, others `train2017`.
     """
     kind = (re.match("train|val", split) or [None])[0]
     others = sorted(images.iterdir()) if kind and images.is_dir() else []

@@ -1,4 +1,4 @@
-"""What both data sets share: labels, lists, links, and saying what is missing. Every file appears whole or not at all."""
+"""Shared by all data sets: labels, lists, links, and reports of missing files. Every file appears whole or not at all."""
 
 import os
 import re
@@ -17,11 +17,11 @@ from util.files import atomic
 from util.pool import parallel
 
 NAME = re.compile(r"[\w-][\w.-]*", re.ASCII)  # an image id or file name: no folder, blank or backslash
-SERIAL_BELOW = 200  # fewer files are done before worker processes have started
+SERIAL_BELOW = 200  # fewer files are faster without worker processes
 
 
 def check_name(where: str, name: str) -> str:
-    """The name of an image; UserError, beginning with `where`, unless a list and every file system can hold it."""
+    """Return the name of an image. Raises UserError, beginning with `where`, unless a list and every file system can hold it."""
     if not NAME.fullmatch(name):
         raise UserError(f"{where}: {name!r} is no image name: letters, digits, '_', '-' and '.' only, without folder (no '/' or "
                         "'\\') or blank; correct it")
@@ -62,13 +62,13 @@ def check_classes(path: str | Path, label: np.ndarray, classes: int) -> None:
 
 
 def write_label(path: Path, label: np.ndarray) -> None:
-    """Write an H W uint8 label as a grey PNG: PIL and OpenCV read the same values from it, from a palette they do not."""
+    """Write an H W uint8 label as a grey PNG: PIL and OpenCV read the same values from it, unlike from a palette PNG."""
     with atomic(path) as temporary:
         Image.fromarray(label).save(temporary, format="PNG")
 
 
 def is_done(path: Path, hw: tuple[int, int], classes: int) -> bool:
-    """Whether an earlier run made this label. Raises UserError if something else lies there."""
+    """Return whether an earlier run made this label. Raises UserError if something else is there."""
     if not path.is_file():
         return False
     try:
@@ -82,7 +82,7 @@ def is_done(path: Path, hw: tuple[int, int], classes: int) -> bool:
 
 
 def each(function: Callable[[Any], Any], jobs: Collection[Any], what: str) -> Iterator[Any]:
-    """`function` of every job, in order, on all cores, with a progress bar."""
+    """Run `function` over every job, in order, on all cores, with a progress bar."""
     progress = partial(tqdm, total=len(jobs), desc=what, disable=None)
     workers = len(os.sched_getaffinity(0))
     if workers < 2 or len(jobs) < SERIAL_BELOW:
@@ -92,7 +92,7 @@ def each(function: Callable[[Any], Any], jobs: Collection[Any], what: str) -> It
 
 
 def link(source: Path, target: Path) -> None:
-    """Make `target` show the folder `source`, so that the data root has it without a copy."""
+    """Link `target` to the folder `source`, so that the data root has it without a copy."""
     if target.is_symlink() and not target.exists():
         raise UserError(f"{target} points to {os.readlink(target)}, which is gone; delete the link and run again")
     if target.exists():
@@ -104,12 +104,12 @@ def link(source: Path, target: Path) -> None:
 
 
 def absent(what: str, names: Sequence[str]) -> list[str]:
-    """A line for `settle`: how many are missing, and the first of them; none when none is."""
+    """Return a line for `settle` with the number of missing files and the first of them; no line where none is missing."""
     return [f"{len(names):,} {what}: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"] if names else []
 
 
 def settle(missing: Sequence[str], partly: bool) -> None:
-    """Say what is missing; raises UserError with it unless a part of the data set is wanted (`--partial`)."""
+    """Report missing files. Raises UserError with them unless a part of the data set is wanted (`--partial`)."""
     if not missing:
         return
     text = "\n".join(f"  {line}" for line in missing)

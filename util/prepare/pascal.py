@@ -27,7 +27,7 @@ def prepare(voc: Path, sbd: Path | None, out: Path, lists: Path, partial: bool) 
     """Make `out` a data root and write `lists`/{train,val}.txt.
 
     `voc`, `sbd`: archive or folder. Folders are read, linked to, and never written to unless `voc` is `out` itself.
-    `partial`: with less than the whole data set, list what there is.
+    `partial`: with less than the whole data set, list the existing part.
 
     Raises:
         UserError: something is wrong in the input, or (without `partial`) missing from it.
@@ -83,7 +83,7 @@ def prepare(voc: Path, sbd: Path | None, out: Path, lists: Path, partial: bool) 
 
 
 def make_sets(train_noval: list[str], voc_train: list[str], voc_val: list[str]) -> dict[str, list[str]]:
-    """The ids of train and val: SBD's first, in file order, then the VOC images not yet listed (PFENet's order)."""
+    """Return the ids of train and val: SBD's first, in file order, then the VOC images not yet listed (PFENet's order)."""
     train = list(dict.fromkeys([*train_noval, *voc_train]))
     if both := sorted(set(train) & set(voc_val)):
         raise UserError(f"{len(both)} images are in training and in VOC 2012 val ({', '.join(both[:5])}): no result would be "
@@ -92,15 +92,15 @@ def make_sets(train_noval: list[str], voc_train: list[str], voc_val: list[str]) 
 
 
 def pairs(ids: list[str]) -> list[tuple[str, str]]:
-    """The lines of a list, relative to the data root."""
+    """Return the lines of a list, relative to the data root."""
     return [(f"JPEGImages/{i}.jpg", f"{LABELS}/{i}.png") for i in ids]
 
 
 def read_train_noval(folder: Path, given: Path, voc_main_train: Path) -> list[str]:
-    """SBD's images outside VOC 2012 val, in file order.
+    """Read SBD's images outside VOC 2012 val, in file order.
 
-    From train_noval.txt, which comes apart from the archive: in the SBD folder, or beside what was `given`. Else derived:
-    the images of SBD in VOC 2012's Main/train.txt, which is the classification half that the val images do not lie in.
+    They are in train_noval.txt, which is not in the archive: it is read from the SBD folder, or from beside `given`. Without it
+    the ids are derived: SBD's images in VOC 2012's Main/train.txt, the classification half without the val images.
     """
     for path in (folder / "train_noval.txt", given / "train_noval.txt", given.parent / "train_noval.txt"):
         if path.is_file():
@@ -110,7 +110,7 @@ def read_train_noval(folder: Path, given: Path, voc_main_train: Path) -> list[st
 
 
 def read_mat(path: Path) -> np.ndarray:
-    """The class mask of an SBD .mat file, H W uint8."""
+    """Read the class mask of an SBD .mat file, H W uint8."""
     try:
         mask = np.asarray(loadmat(path, simplify_cells=True)["GTcls"]["Segmentation"])
     except Exception as error:  # scipy raises many kinds on a damaged file
@@ -122,7 +122,7 @@ def read_mat(path: Path) -> np.ndarray:
 
 
 def make_label(job: tuple[Path, Path, Path]) -> bool:
-    """Write the label `target` of `image` from `source` (.mat or palette PNG); False where it already is."""
+    """Write the label `target` of `image` from `source` (.mat or palette PNG); return False where it exists already."""
     source, image, target = job
     hw = image_hw(image)
     if is_done(target, hw, CLASSES):

@@ -19,7 +19,7 @@ from util.score.table import read_episodes
 
 
 def main() -> None:
-    """Exit code 0: done, whether a difference is significant or not; 1: not comparable; 2: a wrong file."""
+    """Return the exit code: 0 done, whether a difference is significant or not; 1 not comparable; 2 a wrong file."""
     parser = argparse.ArgumentParser(prog="python -m util.report", description="Reports of evaluations (report.json).")
     commands = parser.add_subparsers(required=True, dest="command")
     comparing = commands.add_parser("compare", help="is B another than A, on the same episodes?")
@@ -36,7 +36,7 @@ def main() -> None:
 
 
 def compare_files(a_file: str, b_file: str, html: Path | None) -> bool:
-    """Prints the comparison, and writes the page where one is asked for; returns whether the two are comparable."""
+    """Print the comparison, write the page if --html names one, and return whether the two are comparable."""
     if html is not None and html.is_dir():
         raise UserError(f"--html {html} is a folder: name a file")
     a, b = load_result(a_file), load_result(b_file)
@@ -54,9 +54,9 @@ def compare_files(a_file: str, b_file: str, html: Path | None) -> bool:
 
 
 def draw(folder: Path) -> None:
-    """Writes the figures of folder/report.json to folder/figures."""
+    """Write the figures of folder/report.json to folder/figures."""
     result = read_result(folder / "report.json", check_keys)
-    if result.get("episodes") and "per_class" not in (result.get("interval") or {}):  # an older report: the rows tell it
+    if result.get("episodes") and "per_class" not in (result.get("interval") or {}):  # an older report: computed from the rows
         result["interval"] = bootstrap(read_episodes(result))
     found = figures.of(result)
     for name, figure in found.items():

@@ -1,4 +1,4 @@
-"""Figures, drawn by matplotlib in one style: pages show them as SVG in their own colours, papers take them as PDF or PNG.
+"""Figures, drawn by matplotlib in one style: as SVG with a page's own colours, or as PDF and PNG for papers.
 
 Width 8.5 cm, a column of most proceedings; text 6 to 7 points, embedded as TrueType. Colours are Okabe and Ito's and never the
 only difference: lines differ in dashes or stand apart, bars have gaps.
@@ -43,7 +43,7 @@ STYLE = {
 
 
 def styled(make: Callable) -> Callable:
-    """What it draws or saves follows STYLE."""
+    """Wrap a function that draws or saves, so that it uses STYLE."""
 
     @functools.wraps(make)
     def wrapped(*args, **kwargs):
@@ -54,7 +54,7 @@ def styled(make: Callable) -> Callable:
 
 
 def of(result: Mapping) -> dict[str, Figure]:
-    """Name -> figure, of everything that a result can tell; an older one tells less."""
+    """Return name -> figure for all that a result holds; an older result gives fewer."""
     mark, found = result.get("mark", ""), {}
     if rows := summary.class_rows(result):
         found["classes"] = class_bars({"": rows}, mark)
@@ -70,7 +70,7 @@ def of(result: Mapping) -> dict[str, Figure]:
 
 @styled
 def class_bars(series: Mapping[str, Sequence[Mapping]], mark: str = "") -> Figure:
-    """IoU of every class with its 95 % interval where there is one; several results (label -> `class_rows`) side by side."""
+    """Draw the IoU of every class, with its 95 % interval if known; several results (label -> `class_rows`) side by side."""
     rows = next(iter(series.values()))
     figure, axes = _figure(0.5 + (0.11 + 0.12 * len(series)) * len(rows), mark)
     thick = 0.74 / len(series)
@@ -92,7 +92,7 @@ def class_bars(series: Mapping[str, Sequence[Mapping]], mark: str = "") -> Figur
 
 @styled
 def learning_curves(curves: Mapping[str, Mapping[str, Sequence]], mark: str = "") -> Figure:
-    """Losses, validation mIoU and rate of a training (`util.run.curves.read`), as far as they were recorded."""
+    """Draw losses, validation mIoU and rate of a training (`util.run.curves.read`), as far as they were recorded."""
     train, validation = dict(curves.get("train", {})), curves.get("validation", {})
     rate, steps = train.pop("rate", None), train.pop("step", [])
     parts = [("loss", 1.25, train), ("mIoU (%)", 0.95, validation.get("miou")), ("rate", 0.55, rate)]
@@ -125,7 +125,7 @@ def learning_curves(curves: Mapping[str, Mapping[str, Sequence]], mark: str = ""
 
 @styled
 def prior_curves(quality: Mapping[str, Sequence[float]], final: float, mark: str = "") -> Figure:
-    """mIoU of each prior alone, cut at THRESHOLDS, and of the final mask (`final`); fractions."""
+    """Draw the mIoU of each prior alone, cut at THRESHOLDS, and of the final mask (`final`); fractions."""
     figure, axes = _figure(1.9, mark)
     axes.axhline(100 * final, color=INK, linewidth=1)
     axes.text(0.9, 100 * final, f"final mask {100 * final:.1f}", ha="right", va="bottom")
@@ -141,7 +141,7 @@ def prior_curves(quality: Mapping[str, Sequence[float]], final: float, mark: str
 
 @styled
 def cause_bars(rows: Sequence[Mapping], mark: str = "") -> Figure:
-    """Share of the episodes by cause of failure, a bar for every class and one for all (`cause_rows`)."""
+    """Draw the share of episodes by cause of failure, a bar for every class and one for all (`cause_rows`)."""
     figure, axes = _figure(0.75 + 0.19 * len(rows), mark)
     left = np.zeros(len(rows))
     for cause, colour in CAUSE_COLOURS.items():
@@ -159,10 +159,10 @@ def cause_bars(rows: Sequence[Mapping], mark: str = "") -> Figure:
 
 @styled
 def scatter(a: np.ndarray, b: np.ndarray, names: tuple[str, str], mark: str = "") -> Figure:
-    """IoU of every episode under two systems, fractions; above the diagonal the second is better."""
+    """Draw the IoU of every episode under two systems, fractions; above the diagonal the second is better."""
     figure, axes = _figure(WIDTH, mark)
     axes.plot([0, 100], [0, 100], color=SOFT, linewidth=0.7)
-    many = len(a) > 3000  # then as pixels: as single shapes they would make a file of many megabytes
+    many = len(a) > 3000  # more are drawn as pixels: as single shapes they would need many megabytes
     axes.scatter(100 * a, 100 * b, s=30 / max(3, len(a) ** 0.35), color=SERIES[0], alpha=0.45, linewidths=0, rasterized=many)
     axes.set(xlim=(-2, 102), ylim=(-2, 102), aspect="equal", xlabel=f"IoU of {names[0]} (%)", ylabel=f"IoU of {names[1]} (%)")
     axes.text(2, 99, f"better in {(b > a).sum():,} episodes", va="top")
@@ -172,9 +172,9 @@ def scatter(a: np.ndarray, b: np.ndarray, names: tuple[str, str], mark: str = ""
 
 @styled
 def svg(figure: Figure, alt: str) -> str:
-    """The figure as an <svg> element for a page that defines the colours of VARIABLES; nothing outside is referred to."""
+    """Return the figure as an <svg> element, for a page that defines the colours of VARIABLES. It needs no other file."""
     buffer = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": alt}):  # keeps the ids of two figures on one page apart
+    with matplotlib.rc_context({"svg.hashsalt": alt}):  # so that two figures on one page have different ids
         figure.savefig(buffer, format="svg", transparent=True)
     text = buffer.getvalue()
     text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", text[text.index("<svg") :], flags=re.DOTALL)
@@ -188,7 +188,7 @@ def svg(figure: Figure, alt: str) -> str:
 
 @styled
 def save(folder: Path, name: str, figure: Figure) -> list[Path]:
-    """Writes NAME.pdf (vectors, fonts embedded) and NAME.png into the folder; returns their paths."""
+    """Write NAME.pdf (vectors, fonts embedded) and NAME.png into the folder; return their paths."""
     paths = [folder / f"{name.replace(' ', '-')}.{kind}" for kind in ("pdf", "png")]
     for path in paths:
         with atomic(path) as temporary:
@@ -202,7 +202,7 @@ def _figure(height: float, mark: str) -> tuple[Figure, Axes]:
 
 
 def _marked(figure: Figure, mark: str) -> Figure:
-    """Scores that mean nothing say so in every picture."""
+    """Add a result's mark, which says that its scores mean nothing, to a figure."""
     if mark:
         figure.suptitle(mark, color=WARN, fontsize=7, fontweight="bold", x=0.99, ha="right")
     return figure

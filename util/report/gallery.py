@@ -1,4 +1,4 @@
-"""Pictures of chosen samples of an evaluation: each is run again and drawn. Sample i is the same whenever it is asked for."""
+"""Pictures of chosen samples of an evaluation. Each sample is predicted again and drawn; sample i is always the same."""
 
 from collections.abc import Sequence
 from functools import singledispatch
@@ -21,7 +21,7 @@ from util.score.task import Predict
 @torch.no_grad()
 def gallery(predict: Predict, data: Dataset, groups: dict[str, Sequence[int]], names: Sequence[str], context: Context
             ) -> list[Card]:  # fmt: skip
-    """Cards of the samples with the given numbers.
+    """Draw cards of the samples with the given numbers.
 
     Args:
         groups: section of the gallery -> sample numbers.
@@ -66,7 +66,7 @@ def _episode(sample: Episode, prediction: Any, group: str, number: int, names: S
 
 @card.register
 def _images(sample: Images, prediction: Any, group: str, number: int, names: Sequence[str]) -> Card:
-    """Channels have a colour each; the score is the mean IoU over the channels that truth or prediction has."""
+    """Draw a batch of one `Images`, a colour per channel; the score is the mean IoU over the channels in truth or prediction."""
     truth, shown = sample.original_label[0], prediction.decide(0, sample.placed[0]).cpu()
     counts = intersection_union(confusion(shown, truth, prediction.final.shape[1]))
     found = counts[:, 1] > 0
@@ -83,5 +83,5 @@ def _images(sample: Images, prediction: Any, group: str, number: int, names: Seq
 
 
 def picture(image: torch.Tensor) -> np.ndarray:
-    """3 H W float 0..255 -> H W 3 uint8."""
+    """Turn 3 H W float 0..255 into H W 3 uint8."""
     return image.clamp(0, 255).permute(1, 2, 0).cpu().numpy().astype("uint8")

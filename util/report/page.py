@@ -1,4 +1,4 @@
-"""One HTML page from a template and pictures: a single file without scripts or outside resources, of bounded size."""
+"""Make one HTML page from a template and pictures: a file of bounded size, without scripts or outside resources."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SIDES = (320, 240, 180, 120, 80)  # heights of the pictures in pixels, tried in 
 
 
 def render(template: str, view: Mapping, pictures: Callable[[int], object]) -> str:
-    """The page. `pictures(side)` is what the template gets under that name; sides shrink until the page is below PAGE_BYTES."""
+    """Render the page. The template gets `pictures(side)`; the side shrinks until the page is below PAGE_BYTES."""
     loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
     environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined,
                                      trim_blocks=True, lstrip_blocks=True)  # fmt: skip
@@ -28,7 +28,7 @@ def render(template: str, view: Mapping, pictures: Callable[[int], object]) -> s
 
 
 def embedded(cards: Sequence[Card], side: int) -> list[dict]:
-    """The cards with their pictures as data URIs, at most `side` pixels tall."""
+    """Return the cards with their pictures as data URIs, at most `side` pixels tall."""
     return [
         {"number": card.number, "group": card.group, "title": card.title, "subtitle": card.subtitle,
          "panels": [{"caption": caption, "uri": jpeg_data_uri(fit(image, min(side, image.shape[0])))}
@@ -38,7 +38,7 @@ def embedded(cards: Sequence[Card], side: int) -> list[dict]:
 
 
 def shown(value: object) -> str:
-    """A value of the protocol or the environment as a person writes it."""
+    """Format a value of the protocol or the environment for people."""
     if isinstance(value, bool) or value is None:
         return {True: "yes", False: "no", None: "–"}[value]
     if isinstance(value, float):

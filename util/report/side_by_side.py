@@ -1,4 +1,4 @@
-"""The page about two results on the same episodes: is one better, in which classes, on which episodes, and what went wrong."""
+"""Page about two results on the same episodes: their difference, by class, by episode, and by cause of failure."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PICTURES = 8
 
 
 def read_gallery(folder: Path, of: str) -> dict[tuple[int, int], dict]:
-    """(seed, episode) -> card with embedded pictures, of folder/gallery.json; none where it is missing or of another run."""
+    """Read (seed, episode) -> card with embedded pictures from folder/gallery.json; {} where it is missing or of another run."""
     try:
         found = json.loads((folder / "gallery.json").read_text(encoding="utf-8"))
         if found["of"] != of:
@@ -30,18 +30,18 @@ def read_gallery(folder: Path, of: str) -> dict[tuple[int, int], dict]:
 
 
 def write(file: Path, a: Mapping, b: Mapping, comparison: Comparison, galleries: Sequence[Mapping]) -> None:
-    """Writes the page, whole or not at all.
+    """Write the page, whole or not at all.
 
     Args:
-        a, b: two results that `util.score.statistics.compare` found comparable, and what it found.
-        galleries: of a and of b, see `read_gallery`; an episode is shown where both have its pictures.
+        a, b: two comparable results, and the comparison (`util.score.statistics.compare`).
+        galleries: those of a and b, see `read_gallery`; an episode is shown where both have its pictures.
     """
     with atomic(file) as path:
         path.write_text(render(a, b, comparison, galleries), encoding="utf-8")
 
 
 def render(a: Mapping, b: Mapping, comparison: Comparison, galleries: Sequence[Mapping]) -> str:
-    """The page as text; arguments as for `write`."""
+    """Render the page as text; arguments as for `write`."""
     pair, episodes = (a, b), (read_episodes(a), read_episodes(b))
     names = [f"{letter} ({result['system']})" for letter, result in zip("AB", pair, strict=True)]
     mark = next((result["mark"] for result in pair if result.get("mark")), "")
@@ -75,14 +75,14 @@ def render(a: Mapping, b: Mapping, comparison: Comparison, galleries: Sequence[M
 
 
 def _causes(episodes: EpisodeTable) -> np.ndarray:
-    """The name of the cause of every episode; "" where an older report does not tell."""
+    """Return the name of the cause of every episode; "" in older reports without causes."""
     if episodes.spread is None:
         return np.full(len(episodes), "", object)
     return np.array(NAMES, object)[causes(episodes.counts, episodes.spread)]
 
 
 def _card(line: Mapping, a: Mapping, b: Mapping) -> dict:
-    """Support, query and truth, which are the same in both, and what each predicted."""
+    """Return the card of an episode: support, query and truth, which both share, and the prediction of each."""
     own = ("prediction", "errors")
     panels = [p for p in a["panels"] if p["caption"].startswith("support") or p["caption"] in ("query", "truth")]
     for letter, card in (("A", a), ("B", b)):

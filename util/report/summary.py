@@ -1,4 +1,4 @@
-"""What a result (the dict that util/report/write.py describes) says, as words and rows for tables, pages and figures."""
+"""Words and rows for tables, pages and figures, from a result (the dict that util/report/write.py describes)."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ SCORES = {
     "meta_miou": ("Meta branch mIoU", "before the ensemble"),
     "base_miou": ("Base-class mIoU", "of the base learner, base classes"),
     "foreground_miou": ("mIoU without background", "mean over the classes of objects"),
+    "pixel_accuracy": ("pixel accuracy", "share of the counted pixels that are right"),
     "background_miou": ("mIoU with background", "the background counts as a class"),
     "seen_miou": ("seen mIoU", "mean over the seen classes"),
     "unseen_miou": ("unseen mIoU", "mean over the unseen classes"),
@@ -24,7 +25,7 @@ REQUIRED = ("system", "data_set", "split", "shot", "backbone", "checkpoint", "pr
 
 
 def plain(value: object) -> object:
-    """The same data in JSON's types: keys as text, numpy and torch scalars as numbers, NaN and infinities as null."""
+    """Convert data to JSON's types: keys to text, numpy and torch scalars to numbers, NaN and infinities to null."""
     if isinstance(value, Mapping):
         return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple | set):
@@ -37,27 +38,27 @@ def plain(value: object) -> object:
 
 
 def mean_sd(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and sample standard deviation (ddof 1; 0 for one value)."""
+    """Return mean and sample standard deviation (ddof 1; 0 for one value)."""
     return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
 
 
 def summarise(seeds: Sequence[Mapping]) -> tuple[dict[str, float], dict[str, float]]:
-    """Mean and sample standard deviation (ddof 1; 0 for one seed) of every score that each of the seeds has."""
+    """Return mean and sample standard deviation (ddof 1; 0 for one seed) of every score that all seeds have."""
     if not seeds:
         raise ValueError("no seed was evaluated: there is nothing to summarise")
     seeds = plain(seeds)
-    keys = [k for k in seeds[0] if k.endswith("iou") and all(isinstance(s.get(k), int | float) for s in seeds)]
+    keys = [k for k in seeds[0] if (k.endswith("iou") or k in SCORES) and all(isinstance(s.get(k), int | float) for s in seeds)]
     pairs = {k: mean_sd([s[k] for s in seeds]) for k in keys}
     return {k: mean for k, (mean, _) in pairs.items()}, {k: sd for k, (_, sd) in pairs.items()}
 
 
 def label(key: str) -> str:
-    """The name of a score."""
+    """Return the name of a score for people."""
     return SCORES[key][0] if key in SCORES else key.replace("_", " ").replace("miou", "mIoU").replace(" iou", " IoU")
 
 
 def scores(result: Mapping) -> list[tuple[str, float]]:
-    """(key, mean) of the scores there are, in SCORES' order, unknown ones last."""
+    """Return (key, mean) of the scores, in the order of SCORES, unknown ones last."""
     mean = {k: v for k, v in result.get("mean", {}).items() if v is not None}
     return [(k, mean[k]) for k in [*SCORES, *(k for k in mean if k not in SCORES)] if k in mean]
 
@@ -77,14 +78,14 @@ def unit(result: Mapping) -> str:
 
 
 def runs(result: Mapping) -> str:
-    """How many seeds and episodes."""
+    """Describe the number of seeds and episodes."""
     episodes = sorted({s["episodes"] for s in result["seeds"]})
     count = " to ".join(f"{n:,}" for n in (episodes if len(episodes) < 2 else (episodes[0], episodes[-1])))
     return f"{len(result['seeds'])} seed{'s' if len(result['seeds']) > 1 else ''} × {count} {unit(result)}"
 
 
 def protocol(result: Mapping) -> str:
-    """Name and hash of the protocol, as far as the result tells them."""
+    """Return name and hash of the protocol, as far as the result has them."""
     name, digest = result["protocol"].get("name", ""), result.get("protocol_hash")
     return f"{name} ({digest})".strip() if digest else name
 
@@ -94,7 +95,7 @@ def interval_text(interval: Sequence[float] | None, digits: int = 2) -> str:
 
 
 def class_name(result: Mapping, cls: int | str) -> str:
-    """Of any class of the data set that the result names."""
+    """Return the name of a class of the data set."""
     for key in ("classes", "other_classes"):
         for k, name in (result.get(key) or {}).items():
             if str(k) == str(cls):
@@ -103,14 +104,14 @@ def class_name(result: Mapping, cls: int | str) -> str:
 
 
 def class_rows(result: Mapping) -> list[dict]:
-    """Per class that was scored: id, name, mean, sd over the seeds, interval (95 %, or None), episodes of all seeds (None
-    if not told)."""
+    """Return for each scored class: id, name, mean, sd over the seeds, interval (95 %, or None), episodes of all seeds (None
+    where not recorded)."""
     intervals = {str(k): v for k, v in ((result.get("interval") or {}).get("per_class") or {}).items()}
     seeds = [{"iou": {str(k): v for k, v in s["per_class"].items()},
               "episodes": {str(k): v for k, v in s.get("episodes_per_class", {}).items()}} for s in result["seeds"]]  # fmt: skip
     rows = []
     for key in seeds[0]["iou"]:
-        if any(s["iou"][key] is None for s in seeds):  # neither in the truth nor predicted: it has no IoU and is in no mean
+        if any(s["iou"][key] is None for s in seeds):  # in no truth and no prediction: it has no IoU and is in no mean
             continue
         mean, sd = mean_sd([s["iou"][key] for s in seeds])
         rows.append({"id": key, "name": class_name(result, key), "mean": mean, "sd": sd, "interval": intervals.get(key),
@@ -119,21 +120,21 @@ def class_rows(result: Mapping) -> list[dict]:
 
 
 def baseline_rows(result: Mapping) -> list[dict]:
-    """This system first, then the baselines from the best down; empty when there is none to compare with."""
+    """Return this system first, then the baselines from the best down; empty without baselines."""
     others = [{"name": name, "own": False, **values} for name, values in result.get("baselines", {}).items()]
     own = {"name": result["system"], "own": True, **result["mean"]}
     return [own, *sorted(others, key=lambda row: -row["miou"])] if others else []
 
 
 def variant_rows(result: Mapping) -> list[dict]:
-    """Other predictions of the same run (seeds' `variants`): name and the mean of each score; [] where there are none."""
+    """Return other predictions of the same run (seeds' `variants`): name and mean of each score; [] where there are none."""
     found = [seed.get("variants") or {} for seed in result["seeds"]]
     return [{"name": name} | summarise([variants[name] for variants in found])[0]
             for name in found[0] if all(name in variants for variants in found)]  # fmt: skip
 
 
 def cause_rows(result: Mapping) -> list[dict]:
-    """Per class, the last one "all": name and the share of episodes of each cause (util/score/causes.py); [] in older reports."""
+    """Return for each class, and last for "all": name, share of episodes by cause (util/score/causes.py); [] in old reports."""
     found = result.get("causes")
     if not found:
         return []
@@ -142,7 +143,7 @@ def cause_rows(result: Mapping) -> list[dict]:
 
 
 def prior_quality(result: Mapping) -> dict[str, list[float]]:
-    """Prior -> mIoU at each threshold (util/score/priors.py), the mean over the seeds; {} in older reports and without priors."""
+    """Return prior -> mIoU at each threshold (util/score/priors.py), mean over seeds; {} in older reports and without priors."""
     seeds = [s.get("prior_quality") or {} for s in result["seeds"]]
     return {name: [mean_sd(values)[0] for values in zip(*(s[name] for s in seeds), strict=True)]
             for name in seeds[0] if all(name in s for s in seeds)}  # fmt: skip

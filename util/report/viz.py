@@ -46,7 +46,7 @@ def _check(image: np.ndarray, mask: np.ndarray | None = None) -> None:
 
 def overlay(image: np.ndarray, mask: np.ndarray, colour: tuple[int, int, int] = COLOURS["prediction"],
             alpha: float = 0.5, outline: int = 2) -> np.ndarray:
-    """The image with the pixels where mask == 1 tinted by `alpha` and edged by a line of `outline` pixels (0: none)."""
+    """Tint the pixels where mask == 1 by `alpha`, and draw their edge `outline` pixels wide (0: none)."""
     _check(image, mask)
     inside = (mask == 1).astype(np.uint8)
     out = image.copy()
@@ -60,9 +60,9 @@ def overlay(image: np.ndarray, mask: np.ndarray, colour: tuple[int, int, int] = 
 
 
 def heatmap(values: np.ndarray, image: np.ndarray, alpha: float = 0.65) -> np.ndarray:
-    """A map h w of any range, min-max scaled, in inferno (even steps of lightness), over its image in grey.
+    """Draw a map h w of any range, min-max scaled, in inferno (even steps of lightness), over its image in grey.
 
-    A constant map shows as all low. Values that are not finite count as the lowest.
+    A constant map is drawn as all low. Values that are not finite count as the lowest.
     """
     _check(image)
     values = np.asarray(values, dtype=np.float32)
@@ -75,9 +75,9 @@ def heatmap(values: np.ndarray, image: np.ndarray, alpha: float = 0.65) -> np.nd
 
 
 def error_map(pred: np.ndarray, truth: np.ndarray, image: np.ndarray | None = None) -> np.ndarray:
-    """Hits (in the prediction's colour), false alarms and misses of pred {0, 1} against truth {0, 1, 255}.
+    """Draw hits (in the prediction's colour), false alarms and misses of pred {0, 1} against truth {0, 1, 255}.
 
-    They lie over the dimmed image if there is one; pixels that do not count are middle grey.
+    The image, if given, is dimmed below them; pixels that do not count are middle grey.
     """
     out = np.full((*truth.shape, 3), 24, np.uint8) if image is None else (_grey(image) * 0.45).astype(np.uint8)
     _check(out, truth)
@@ -94,7 +94,7 @@ def error_map(pred: np.ndarray, truth: np.ndarray, image: np.ndarray | None = No
 
 
 def colours(label: np.ndarray) -> np.ndarray:
-    """H W channel numbers, 255 = does not count -> H W 3 uint8, VOC's colours: bit j of channel k is bit 3j + k of the number."""
+    """Colour H W channel numbers (255 = ignore) as VOC does, H W 3 uint8: bit j of channel k is bit 3j + k of the number."""
     table = np.array([[sum((i >> (3 * j + k) & 1) << (7 - j) for j in range(3)) for k in range(3)] for i in range(256)], np.uint8)
     table[255] = COLOURS["not counted"]
     return table[label.astype(np.uint8)]
@@ -102,7 +102,7 @@ def colours(label: np.ndarray) -> np.ndarray:
 
 def episode_panels(supports: Sequence[tuple[np.ndarray, np.ndarray]], query: np.ndarray, maps: Mapping[str, np.ndarray],
                    pred: np.ndarray, truth: np.ndarray) -> list[Panel]:
-    """The panels of one episode: support(s) with mask, query, its maps (any size and range), prediction, truth, errors.
+    """Draw the panels of one episode: support(s) with mask, query, its maps (any size and range), prediction, truth, errors.
 
     supports: (image, mask) pairs; pred and truth have the size of the query.
     """
@@ -120,7 +120,7 @@ def episode_panels(supports: Sequence[tuple[np.ndarray, np.ndarray]], query: np.
 
 def contact_sheet(rows: Sequence[Sequence[Panel]], titles: Sequence[str] = (), height: int = 150,
                   gap: int = 8) -> np.ndarray:
-    """One picture of rows of captioned panels, each `height` pixels tall, on white; titles[i] stands above row i."""
+    """Draw rows of captioned panels, each `height` pixels tall, on white; titles[i] is above row i."""
     rows = [[(caption, fit(image, height)) for caption, image in row] for row in rows]
     if not any(rows):
         raise ValueError("a contact sheet needs at least one panel")
@@ -140,7 +140,7 @@ def contact_sheet(rows: Sequence[Sequence[Panel]], titles: Sequence[str] = (), h
 
 
 def fit(image: np.ndarray, height: int) -> np.ndarray:
-    """The image `height` pixels tall, its aspect ratio kept."""
+    """Resize an image to `height` pixels, its aspect ratio kept."""
     _check(image)
     width = max(1, round(image.shape[1] * height / image.shape[0]))
     shrink = height < image.shape[0]
@@ -148,12 +148,12 @@ def fit(image: np.ndarray, height: int) -> np.ndarray:
 
 
 def png_data_uri(image: np.ndarray) -> str:
-    """`data:image/png;base64,...`, lossless."""
+    """Return `data:image/png;base64,...`, lossless."""
     return _data_uri(image, "png", [])
 
 
 def jpeg_data_uri(image: np.ndarray, quality: int = 85) -> str:
-    """`data:image/jpeg;base64,...`; colour at full resolution, so that thin outlines stay clean."""
+    """Return `data:image/jpeg;base64,...`, colour at full resolution, so that thin outlines stay clean."""
     return _data_uri(image, "jpeg", [cv2.IMWRITE_JPEG_QUALITY, quality,
                                      cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444])
 
@@ -168,7 +168,7 @@ def _encode(image: np.ndarray, kind: str, options: Sequence[int] = ()) -> bytes:
 
 
 def png_bytes(image: np.ndarray) -> bytes:
-    """The image as the bytes of a PNG file."""
+    """Return the image as the bytes of a PNG file."""
     return _encode(image, "png")
 
 

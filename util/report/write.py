@@ -1,15 +1,15 @@
-"""The result of an evaluation as files: report.json for programs, report.html for people, gallery.png for READMEs, and
-gallery.json, the pictures that a page about two results takes.
+"""Write the result of an evaluation: report.json for programs, report.html for people, gallery.png for READMEs, and
+gallery.json, the pictures for a page about two results.
 
-Everything arrives as plain data (a dict and arrays); the looks of the page are in `templates/report.html.j2`. The page
+The input is plain data (a dict and arrays); `templates/report.html.j2` has the layout of the page. The page
 is one file without scripts or outside resources.
 
 The result, scores being fractions 0..1 (key: content; * = may be missing):
     system, data_set, split, shot, backbone, checkpoint     what was evaluated
     protocol, environment, time*                            dicts, shown as they are
-    warnings*, mark*    texts that disqualify the scores; the words put beside every score then, e.g. "[random CLIP]"
+    warnings*, mark*    texts that disqualify the scores; the words beside every score in that case, e.g. "[random CLIP]"
     classes             {class id: name}
-    other_classes*      {class id: name}: those that are not scored
+    other_classes*      {class id: name}: classes that are not scored
     seeds               list of {seed, episodes, miou, fb_iou, fg_iou, per_class: {id: IoU}, episodes_per_class*:
                         {id: n}, prior_quality*: see util/score/priors.py, and other scores named ...iou, as meta_miou,
                         base_miou; variants*: {name of another prediction: its scores}}: seed and a meter's result()
@@ -20,12 +20,12 @@ The result, scores being fractions 0..1 (key: content; * = may be missing):
     episodes*           {hash, columns, rows}: whole pixel counts of every episode, a text each, see util/score/statistics.py
     interval*           {score: [low, high], per_class*: {id: [low, high]}}: 95 %, `util.score.statistics.bootstrap`
     causes*             why episodes fail: `util.score.causes.tally`
-    curves*             {name of a training run: `util.run.curves.read`}; that of the system bears its name
+    curves*             {name of a training run: `util.run.curves.read`}; the system's own run has the system's name
     leak_free*          {mean, sd, differences}: the same system evaluated without the leaks of the published protocol, and
-                        what was done otherwise, as texts
+                        the differences as texts
     date*               text; filled in when missing
 
-    config, place, traces   what `python -m model.verify RESULT.json` needs to run a few episodes again
+    config, place, traces   needed by `python -m model.verify RESULT.json` to run a few episodes again
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ from util.report.summary import REQUIRED, SCORES, interval_text, label, plain, s
 from util.report.viz import Card, contact_sheet, png_bytes
 from util.score.causes import CAUSES
 
-SHEET = ("best", "median", "worst")  # what gallery.png shows
+SHEET = ("best", "median", "worst")  # sections of gallery.png
 
 
 def choose(ious: Sequence[float], count: int = 3) -> dict[str, list[int]]:
-    """Positions of the `count` best, median and worst of the episodes' IoUs, no episode twice; ties by position."""
+    """Choose positions of the `count` best, median and worst of the episodes' IoUs, no episode twice; ties by position."""
     order = sorted(range(len(ious)), key=lambda i: (-ious[i], i))
     count = min(count, len(order) // 3)
     middle = (len(order) - count) // 2
@@ -54,8 +54,8 @@ def choose(ious: Sequence[float], count: int = 3) -> dict[str, list[int]]:
 
 
 def text_table(result: Mapping) -> str:
-    """The result for the console: classes, scores, scores without leaks, baselines, in percent; each score line ends with
-    the mark."""
+    """Format the result for the console: classes, scores, scores without leaks, baselines, in percent. Each line with a score
+    ends with the mark."""
     mark = f"  {result['mark']}" if result.get("mark") else ""
     lines = [f"WARNING: {text}" for text in result.get("warnings", [])]
     lines.append(f"{summary.title(result)}: {summary.runs(result)}")
@@ -69,7 +69,8 @@ def text_table(result: Mapping) -> str:
     if leak_free := result.get("leak_free"):
         notes = [f"({'; '.join(leak_free['differences'])})"]  # once, beside the first score
         rows += [(f"leak-free {label(k)}", v, leak_free["sd"][k], notes.pop() if notes else "") for k, v in scores(leak_free)]
-    rows += [(f"mIoU, {row['name']}", row["miou"], None, "") for row in summary.variant_rows(result)]
+    rows += [(f"{label(key)}, {row['name']}", row[key], None, "") for row in summary.variant_rows(result)
+             for key in ("miou", "hiou") if key in row]  # fmt: skip
     rows += [(f"baseline: {name}", b["miou"], None, "") for name, b in result.get("baselines", {}).items()]
     width = max(len(name) for name, *_ in rows)
     for name, mean, sd, note in rows:
@@ -79,7 +80,7 @@ def text_table(result: Mapping) -> str:
 
 
 def write_report(folder: str | Path, result: Mapping, cards: Sequence[Card]) -> Path:
-    """Writes report.json, report.html and (with cards) gallery.png and gallery.json into the folder, each whole or not at all.
+    """Write report.json, report.html and (with cards) gallery.png and gallery.json into the folder, each whole or not at all.
 
     Returns the path of report.html. Raises ValueError naming missing keys of the result.
     """
@@ -91,7 +92,7 @@ def write_report(folder: str | Path, result: Mapping, cards: Sequence[Card]) -> 
     save_json(folder / "report.json", result)
     for name in ("gallery.png", "gallery.json"):
         if not cards:
-            (folder / name).unlink(missing_ok=True)  # an older run's pictures beside this run's scores would lie
+            (folder / name).unlink(missing_ok=True)  # pictures of an older run do not belong to these scores
     if cards:
         sheet = [card for card in cards if card.group in SHEET] or cards
         with atomic(folder / "gallery.png") as path:
@@ -105,13 +106,13 @@ def write_report(folder: str | Path, result: Mapping, cards: Sequence[Card]) -> 
 
 
 def fingerprint(result: Mapping) -> str:
-    """Of the episodes' counts: tells whether pictures belong to a result."""
+    """Hash the episodes' counts, to know whether pictures belong to a result."""
     rows = (result.get("episodes") or {}).get("rows", [])
     return hashlib.sha256("\n".join(map(str, rows)).encode()).hexdigest()[:16]
 
 
 def render(result: Mapping, cards: Sequence[Card]) -> str:
-    """The page as text, of a result as `plain` gives it."""
+    """Render the page as text, from a result after `plain`."""
     several = len(result["seeds"]) > 1
     intervals, leak_free = result.get("interval") or {}, result.get("leak_free") or {}
     tiles = [{"label": label(k), "note": SCORES.get(k, ("", ""))[1], "mean": v, "range": interval_text(intervals.get(k)),
@@ -146,7 +147,7 @@ def render(result: Mapping, cards: Sequence[Card]) -> str:
 
 
 def check_keys(result: Mapping) -> None:
-    """Raises UserError for a result of which no page or figure can be made."""
+    """Raise UserError for a result that gives no page or figure."""
     missing = [key for key in REQUIRED if key not in result] or [key for key in ("classes", "seeds", "mean") if not result[key]]
     if missing:
         raise UserError(f"no report of an evaluation: it lacks {', '.join(missing)}")

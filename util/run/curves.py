@@ -2,7 +2,7 @@
 
     {"group": "train", "step": 10, "values": {"main": 0.46, "rate": 0.0003}}
 
-TensorBoard shows the same points; this file is what reports read. A line that a killed run left half written is passed over.
+TensorBoard shows the same points; reports read this file. Half a line, left by a killed run, is skipped.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def append(file: Path, group: str, step: int, values: Mapping[str, float]) -> No
 
 
 def cut(file: Path, steps: Mapping[str, int]) -> None:
-    """Cuts the record back to where a run goes on: of each group the points up to its step stay."""
+    """Cut the record back to the step of each group from which a run continues."""
     if file.is_file():
         kept = [point for point in _points(file) if point["step"] <= steps.get(point["group"], 0)]
         with atomic(file) as temporary:
@@ -33,9 +33,9 @@ def cut(file: Path, steps: Mapping[str, int]) -> None:
 
 
 def read(file: Path) -> dict[str, dict[str, list]]:
-    """Group -> {"step": [...], name: [...], ...}, at most POINTS each (then the means of neighbours); {} without a file.
+    """Read group -> {"step": [...], name: [...], ...}; more than POINTS are averaged with their neighbours; {} without a file.
 
-    A value that a step does not have is None.
+    A value that is missing at a step is None.
     """
     groups: dict[str, list[dict]] = {}
     for point in _points(file) if file.is_file() else ():

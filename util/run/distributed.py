@@ -1,5 +1,7 @@
-"""One process or many: device, ranks, reductions, and the end at a signal."""
+"""One process or many: device, ranks, reductions, and the end after a signal."""
 
+import contextlib
+import ctypes
 import os
 import signal
 from collections.abc import Mapping
@@ -17,7 +19,7 @@ from util.errors import Terminated, UserError
 
 @dataclass(frozen=True)
 class Context:
-    """This process among all: torchrun sets the environment variables this is read from."""
+    """This process among all of a run. (torchrun sets the environment variables.)"""
 
     device: torch.device
     rank: int = 0
@@ -29,11 +31,11 @@ class Context:
         return self.rank == 0
 
     def autocast(self) -> torch.autocast:
-        """The precision of this process, the same in training, evaluation and pictures."""
+        """Return the autocast of this process, the same in training, evaluation and pictures."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
-        """Sums a tensor over all ranks in place (through this rank's device)."""
+        """Sum a tensor over all ranks in place (through this rank's device)."""
         if self.world > 1:
             moved = tensor.to(self.device)
             dist.all_reduce(moved)
@@ -41,7 +43,7 @@ class Context:
         return tensor
 
     def gather(self, value: list[Any]) -> list[Any]:
-        """Lists of all ranks, joined in rank order."""
+        """Join the lists of all ranks in rank order."""
         if self.world == 1:
             return value
         parts: list[Any] = [None] * self.world
@@ -49,7 +51,7 @@ class Context:
         return [item for part in parts for item in part]
 
     def agree(self, facts: Mapping[str, str]) -> None:
-        """Raises UserError in all processes when one of them, on another machine perhaps, has another value of a fact."""
+        """Raise UserError in all processes when one of them, perhaps on another machine, has another value of a fact."""
         everyone = self.gather([dict(facts)])
         wrong = [f"{key} (process {rank}: {theirs.get(key)}, process 0: {value})" for key, value in everyone[0].items()
                  for rank, theirs in enumerate(everyone) if theirs.get(key) != value]
@@ -62,9 +64,9 @@ class Context:
 
 
 class Termination:
-    """Catches SIGTERM, which clusters send before they kill; a context manager.
+    """Catch SIGTERM, which clusters send before they kill; a context manager.
 
-    `asked()` says the same in all processes at the same step, so that none waits for another in vain.
+    `asked()` gives all processes the same answer at the same step, so that none waits for one that has ended.
     """
 
     def __init__(self, context: Context):
@@ -78,7 +80,7 @@ class Termination:
         signal.signal(signal.SIGTERM, self.before)
 
     def asked(self) -> bool:
-        """To be called by all processes after every step."""
+        """Return whether any process caught SIGTERM. All processes must call it at the same step."""
         if self.context.world == 1:
             return self.caught
         return bool(self.context.all_reduce(torch.tensor([int(self.caught)], device=self.context.device)))
@@ -89,10 +91,10 @@ class Termination:
 
 
 def start(gpus: int, runtime: Runtime) -> Context:
-    """Joins the process group when torchrun started several processes.
+    """Join the process group when torchrun started several processes.
 
     Args:
-        gpus: of this machine; 0 is the CPU; more than the machine has is an error.
+        gpus: number to use of this machine; 0 is the CPU; more than there are is an error.
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local, local_world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -100,6 +102,9 @@ def start(gpus: int, runtime: Runtime) -> Context:
     if gpus > found:
         raise UserError(f"GPUS={gpus}, but torch sees {found} on this machine; 0 runs on the CPU")
     wanted = gpus or runtime.processes
+    if world == 1 and "WORLD_SIZE" not in os.environ and int(os.environ.get("SLURM_NTASKS", 1)) > 1:
+        raise UserError(f"SLURM_NTASKS={os.environ['SLURM_NTASKS']}, WORLD_SIZE is not set: each task would train alone. Ask for "
+                        "one task a machine (--ntasks-per-node=1); train.sh starts a process for every GPU")
     if wanted > 1 and world == 1:
         raise UserError(f"{wanted} processes are started by torchrun: `sh train.sh EXP DATASET GPUS`, or on the CPU "
                         "`sh train.sh EXP DATASET 0 Runtime.processes=N` (on the command line, not in a file)")
@@ -111,8 +116,15 @@ def start(gpus: int, runtime: Runtime) -> Context:
     else:
         torch.set_num_threads(runtime.threads or max(1, len(os.sched_getaffinity(0)) // local_world))
     if world > 1:
+        end_with_parent()
         dist.init_process_group("nccl" if gpus else "gloo", timeout=timedelta(minutes=30))
     return Context(device, rank, world, runtime.precision)
+
+
+def end_with_parent() -> None:
+    """Lets the kernel send SIGTERM to this process when torchrun is gone, so that no worker trains on as an orphan. (Linux)"""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def stop() -> None:

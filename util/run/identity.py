@@ -1,4 +1,4 @@
-"""What a run is: what its checkpoints are for, and hashes of everything that its numbers depend on."""
+"""The identity of a run's checkpoints, and hashes of everything that its numbers depend on."""
 
 import dataclasses
 import hashlib
@@ -7,29 +7,33 @@ import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from util.config import Config
-from util.data.folds import fold_of, read_class_names
+from util.data.folds import ClassNames, fold_of, read_class_names
 from util.data.index import Record
 from util.files import ROOT
+
+CODE = "code"  # of `sources`: it may change on the way, which is said
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What the programs must know of a system; it says so itself (`System.facts`).
+    """What the programs must know about a system (`System.facts`).
 
     Attributes:
         identity: config keys that tell its checkpoints apart, beyond data set, fold and network; "Method.priors" stands for the
             priors in effect.
         before: ARCH of the run that must come first; its checkpoint is frozen inside this system. "": it starts from ImageNet
             weights.
-        priors: those it has unless Method.priors names others.
+        priors: its priors unless Method.priors names others.
         frozen: whether it has frozen parts besides CLIP, which its checkpoints leave to their own files.
         clip: whether it is built on a CLIP, whatever its priors.
         trained: whether it has anything to train; else it is tested without a checkpoint.
+        stages: keys of `identity` in which the run that it starts from (Train.start_from) may differ.
     """
 
     identity: tuple[str, ...] = ()
@@ -38,10 +42,11 @@ class Facts:
     frozen: bool = True
     clip: bool = False
     trained: bool = True
+    stages: tuple[str, ...] = ()
 
 
 def identity(arch: str, facts: Facts, config: Config) -> dict[str, Any]:
-    """What a checkpoint is for; see util.run.checkpoint.check_identity."""
+    """Return the identity of a checkpoint: system, data set, fold, network, own keys; see util.run.checkpoint.check_identity."""
     train = config.Train
     found = {
         "system": arch, "data_set": train.data_set, "split": train.split,
@@ -59,16 +64,45 @@ def identity(arch: str, facts: Facts, config: Config) -> dict[str, Any]:
     return found
 
 
+def start_identity(arch: str, facts: Facts, config: Config) -> dict[str, Any]:
+    """What the checkpoint is for that a run may start from (Train.start_from)."""
+    free = {key.split(".")[1] for key in facts.stages}
+    return {key: value for key, value in identity(arch, facts, config).items() if key not in free}
+
+
 def fingerprint(config: Config, records: Sequence[Record]) -> dict[str, str]:
-    """Short hashes of what has to be the same in all processes of a run: code, config, and the labels as they were read."""
+    """Hash what must be the same in all processes of a run: code, config, and the labels as read."""
     data = hashlib.sha256(repr([(r.image, r.pixels, r.annotated) for r in records]).encode())
-    free = {"Runtime": config.Runtime.precision}  # threads, folders: each machine's own affair
+    free = {"Runtime": config.Runtime.precision}  # without threads and folders, which may differ between machines
     whole = hashlib.sha256(json.dumps(dataclasses.asdict(config) | free, sort_keys=True).encode())
     return {"code": code_hash(), "config": whole.hexdigest()[:12], "data": data.hexdigest()[:12]}
 
 
+def sources(config: Config, records: Sequence[Record], names: ClassNames) -> dict[str, str]:
+    """Hash what a run may not change on its way: the list and its order, labels, class names and texts, image files (size and
+    time, size, or content: Data.same_by), and the code."""
+    def short(value: Any) -> str:
+        return hashlib.sha256(repr(value).encode()).hexdigest()[:16]
+
+    root, states = Path(config.Data.data_root), []
+    for record in records:
+        file = root / record.image
+        if not file.is_file():
+            states.append(None)
+        elif config.Data.same_by == "content":
+            states.append(hashlib.sha256(file.read_bytes()).hexdigest())
+        else:
+            found = file.stat()
+            states.append((found.st_size, found.st_mtime_ns if config.Data.same_by == "time" else 0))
+    return {
+        "the list and its order": short([(r.image, r.label) for r in records]),
+        "the labels": short([(r.height, r.width, sorted(r.pixels.items()), r.annotated) for r in records]),
+        "class names and texts": short(names), f"images (Data.same_by={config.Data.same_by})": short(states), CODE: code_hash(),
+    }  # fmt: skip
+
+
 def code_hash() -> str:
-    """Short hash of all of our Python files."""
+    """Hash all of our Python files, 12 digits."""
     code = hashlib.sha256()
     for file in sorted(f for pattern in ("*.py", "model/**/*.py", "util/**/*.py", "demo/**/*.py") for f in ROOT.glob(pattern)):
         code.update(file.read_bytes())
@@ -76,7 +110,7 @@ def code_hash() -> str:
 
 
 def environment(device: torch.device) -> dict:
-    """Versions and hardware."""
+    """Return versions and hardware."""
     packages = {name: version(name) for name in ("torch", "timm", "open_clip_torch", "numpy")}
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     return {"python": platform.python_version(), **packages, "hardware": hardware}

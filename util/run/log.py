@@ -1,6 +1,6 @@
-"""What a run says: lines to `train.log` and the console, a live progress line, curves (`curves.jsonl` and TensorBoard).
+"""Output of a run: lines to `train.log` and the console, a live progress line, curves (`curves.jsonl` and TensorBoard).
 
-Only the main rank speaks; on the others every call does nothing, so callers never ask which rank they are.
+Only the main rank writes. On other ranks every call does nothing, so callers need not know their rank.
 """
 
 from __future__ import annotations
@@ -25,26 +25,34 @@ from util.run import curves
 
 @contextmanager
 def tracking(tracker: str, name: str, folder: Path, config: Mapping) -> Iterator[Any]:
-    """With the tracker "wandb" a run of Weights & Biases for `RunLog`, else None.
+    """Yield a run of Weights & Biases for `RunLog` where the tracker is "wandb", else None.
 
     Raises:
-        UserError: the package is not there.
+        UserError: the package is not there, or wandb cannot start.
     """
     if tracker != "wandb":
         yield None
         return
+    advice = "install it (pip install wandb), log in (wandb login) or set WANDB_MODE=offline, or use Runtime.tracker=tensorboard"
     try:
         import wandb
     except ImportError as error:
-        raise UserError("Runtime.tracker=wandb: pip install wandb, and wandb login (or WANDB_MODE=offline)") from error
+        raise UserError(f"Runtime.tracker=wandb: the package is not there; {advice}") from error
+    if not hasattr(wandb, "init"):
+        folder = next(iter(wandb.__path__), "wandb")
+        raise UserError(f"Runtime.tracker=wandb: {folder} hides the package of that name; rename it, or start elsewhere")
     folder.mkdir(parents=True, exist_ok=True)
     identity = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]  # a run that goes on stays one run
-    with wandb.init(project="few-shot", name=name, id=identity, resume="allow", dir=folder, config=dict(config)) as run:
+    try:
+        started = wandb.init(project="few-shot", name=name, id=identity, resume="allow", dir=folder, config=dict(config))
+    except Exception as error:  # no login, no network, and whatever else wandb raises
+        raise UserError(f"Runtime.tracker=wandb could not start ({type(error).__name__}: {error}); {advice}") from error
+    with started as run:
         yield run
 
 
 class _Console(logging.Handler):
-    """Writes log lines above the live line, which stays last on a terminal."""
+    """Write log lines above the live line, which stays last on a terminal."""
 
     def __init__(self, stream: TextIO, level: int):
         super().__init__(level)
@@ -57,7 +65,7 @@ class _Console(logging.Handler):
         self.stream.flush()
 
     def draw(self, line: str) -> None:
-        """Replaces the live line ('' removes it)."""
+        """Replace the live line ('' removes it)."""
         self.live = line
         self.stream.write("\r\x1b[K" + line)
         self.stream.flush()
@@ -75,7 +83,7 @@ class RunLog:
                  stream: TextIO | None = None, tracked: Any = None):
         self.folder, self.main, self.quiet, self.tracked = Path(folder), main, quiet, tracked
         self.writer: SummaryWriter | None = None
-        self._logger = logging.Logger(str(self.folder / name))  # not getLogger: two runs in one process share nothing
+        self._logger = logging.Logger(str(self.folder / name))  # not getLogger, so that two runs in one process share nothing
         self._logger.addHandler(logging.NullHandler())  # without any, Python prints warnings to stderr
         if not main:
             return
@@ -87,15 +95,15 @@ class RunLog:
             self._logger.addHandler(handler)
 
     def info(self, text: str) -> None:
-        """One line (or several) to the file and the console."""
+        """Write one line (or several) to the file and the console."""
         self._logger.info(text)
 
     def warning(self, text: str) -> None:
-        """As info, marked, and shown even when quiet."""
+        """Write as `info`, marked, and also when quiet."""
         self._logger.warning(f"WARNING: {text}")
 
     def scalars(self, values: Mapping[str, float], step: int, group: str = "") -> None:
-        """Points of the curves `group/name`; the values may be 0-dim tensors."""
+        """Add points to the curves `group/name`; the values may be 0-dim tensors."""
         if writer := self._events():
             values = {name: float(value) for name, value in values.items()}
             with written(self.folder / curves.FILE):
@@ -107,19 +115,19 @@ class RunLog:
                 self.tracked.log(named, step=step)
 
     def rewind(self, steps: Mapping[str, int]) -> None:
-        """Takes the points after the given step of each group out of `curves.jsonl`: a run that goes on from there, or
-        starts over at 0, writes them again."""
+        """Remove the points after the given step of each group from `curves.jsonl`: a run that continues there, or starts again
+        at 0, writes them again."""
         if self.main:
             with written(self.folder / curves.FILE):
                 curves.cut(self.folder / curves.FILE, steps)
 
     def image(self, name: str, image: np.ndarray, step: int) -> None:
-        """A picture for TensorBoard: H W 3 uint8 RGB."""
+        """Add a picture to TensorBoard: H W 3 uint8 RGB."""
         if writer := self._events():
             writer.add_image(name, image, step, dataformats="HWC")
 
     def progress(self, total: int, label: str = "", start: int = 0) -> Progress:
-        """A progress line for steps start..total."""
+        """Return a progress line for steps start..total."""
         return Progress(self, total, label, start)
 
     def _events(self) -> SummaryWriter | None:
@@ -128,7 +136,7 @@ class RunLog:
         return self.writer
 
     def close(self) -> None:
-        """Flushes and closes everything; a second call does nothing."""
+        """Flush and close everything; a second call does nothing."""
         self.main = False
         if self.writer:
             self.writer.close()
@@ -161,7 +169,7 @@ class Progress:
         self.fields: tuple[Mapping[str, float], float | None] = ({}, None)
 
     def step(self, images: int = 1, losses: Mapping[str, float] | None = None, lr: float | None = None) -> None:
-        """One step of `images` images is done. losses: entries that sum to the loss (floats or 0-dim tensors)."""
+        """Count a finished step of `images` images. losses: entries that sum to the loss (floats or 0-dim tensors)."""
         now = time.monotonic()
         self.done, self.images, self.fields = self.done + 1, self.images + images, (losses or {}, lr)
         self.history.append((now, self.done, self.images))
@@ -191,7 +199,7 @@ class Progress:
         return "  ".join(parts)
 
     def _write(self, now: float) -> None:
-        """A plain line: to the file, and to the console where no live line says the same."""
+        """Write a plain line to the file, and to the console where there is no live line."""
         self.written, self.line = now, str(self)
         if self.log.console.tty:
             self.log.file.handle(logging.LogRecord("", logging.INFO, "", 0, self.line, None, None))
@@ -199,7 +207,7 @@ class Progress:
             self.log.info(self.line)
 
     def close(self) -> None:
-        """Removes the live line and leaves the last state as a plain line."""
+        """Remove the live line and write the last state as a plain line."""
         if not self.log.main:
             return
         if self.log.console.live:

@@ -1,13 +1,23 @@
-"""Where a run lives: its folders, its recorded config, and the weights that come before it."""
+"""The place of a run: its folders, its recorded config, and the checkpoint of the run before it."""
 
-from dataclasses import dataclass
+import contextlib
+import fcntl
+import os
+import re
+import socket
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from util.config import Config, config_of, names_of
+from util.config import Config, Method, config_of, names_of
 from util.errors import UserError
 from util.files import ROOT
 from util.run.checkpoint import read_meta
 from util.yaml_text import parse_yaml
+
+WAIT = 5  # seconds
+TEMPORARY = re.compile(r"\.(.+)\.[a-z0-9_]{8}")  # what util.files.atomic writes before it renames
 
 
 @dataclass(frozen=True)
@@ -22,13 +32,13 @@ class Experiment:
 
     @classmethod
     def from_config_path(cls, arch: str, path: str | Path, root: str) -> "Experiment":
-        """config/DATASET/DATASET_EXP_NET.yaml names data set, experiment and network."""
+        """Take data set, experiment and network from the name config/DATASET/DATASET_EXP_NET.yaml."""
         data_set, exp, net = names_of(path)
         return cls(arch, data_set, exp, net, Path(root))
 
     @classmethod
     def of_checkpoint(cls, path: Path, arch: str, config: Config) -> "Experiment":
-        """The run that a checkpoint lies in, ROOT/DATASET/ARCH/EXP/NET/snapshot/FILE; by the config's names when elsewhere."""
+        """Return the run of a checkpoint ROOT/DATASET/ARCH/EXP/NET/snapshot/FILE; elsewhere the run of the config's names."""
         parts = path.resolve().parts
         if parts[-5:-4] == (arch,) and parts[-2] == "snapshot":
             return cls(arch, parts[-6], parts[-4], parts[-3], Path(*parts[:-6]))
@@ -55,24 +65,24 @@ class Experiment:
         return self.snapshot / "last.safetensors"
 
     def of(self, arch: str) -> "Experiment":
-        """The same fold and network with another system."""
+        """Return the same fold and network with another system."""
         return Experiment(arch, self.data_set, self.exp, self.net, self.root)
 
     @property
     def command(self) -> str:
-        """What a user types for it, without `train.sh` or `test.sh`."""
+        """Return the arguments of `train.sh` and `test.sh` for it."""
         return f"{self.exp} {self.data_set}"
 
 
-def recorded_config(path: Path, overrides: list[str] | None = None, options: type | None = None) -> Config:
+def recorded_config(path: Path, overrides: list[str] | None = None, options: type[Method] = Method) -> Config:
     """The config that a checkpoint of ours was trained with: from its metadata, or of the run that it lies in.
 
-    Relative paths in it that lead nowhere from here are taken from the repository.
+    Relative paths that do not exist from here are taken from the repository.
 
     Args:
         options: dataclass of the system's own options.
     Raises:
-        UserError: there is none, or an override is wrong.
+        UserError: no config is recorded, or an override is wrong.
     """
     meta = read_meta(path)
     content, source = meta.get("config"), path
@@ -93,12 +103,71 @@ def recorded_config(path: Path, overrides: list[str] | None = None, options: typ
 
 
 def before_file(config: Config, place: Experiment, before: str) -> Path:
-    """The checkpoint of the run that must come first (`Method.pre_weight`; auto: that run of this fold and network)."""
+    """Return the checkpoint of the run that must come first (`Method.pre_weight`; auto: that run of this fold and network)."""
     return place.of(before).best if config.Method.pre_weight == "auto" else Path(config.Method.pre_weight)
 
 
 def missing_before(config: Config, place: Experiment, before: str) -> str:
-    """What to do when that file is not there."""
+    """Say what to do when that file does not exist."""
     return (f"Method.pre_weight = {config.Method.pre_weight}: no base learner at {before_file(config, place, before)}. "
             f"Train it with `ARCH={before} NET={place.net} sh train.sh {place.command} GPUS`, or point Method.pre_weight to "
             "a published one")
+
+
+@contextlib.contextmanager
+def owned(folder: Path, main: bool = True) -> Iterator[None]:
+    """Own a run's folder: a second run in it ends with an error that names the owner. A crash frees it.
+
+    Temporary files that a killed run left behind are removed.
+
+    Args:
+        main: only the main process owns; the others pass.
+    Raises:
+        UserError: another run is at work there.
+    """
+    if not main:
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".owner").open("a+") as lock:
+        for attempt in range(WAIT + 1):  # the processes of a run that was killed need a moment to end
+            try:
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of this process alone: workers do not inherit it
+                break
+            except OSError:
+                if attempt < WAIT:
+                    time.sleep(1)
+                    continue
+                lock.seek(0)
+                owner = lock.read().strip() or "unknown owner"
+                raise UserError(f"a run is at work in {folder}: {owner}. Wait for it, stop it, or use Runtime.output=FOLDER for "
+                                "another one") from None
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        lock.flush()
+        for file in (path for part in (folder, folder / "snapshot", folder / "snapshot/resume") for path in part.glob(".*")):
+            if TEMPORARY.fullmatch(file.name):
+                file.unlink(missing_ok=True)
+        yield
+
+
+def start_file(config: Config, place: Experiment) -> Path | None:
+    """The checkpoint that the trained part starts from (`Train.start_from`); None: from fresh weights."""
+    named = config.Train.start_from
+    if not named or named.endswith(".safetensors"):
+        return Path(named) if named else None
+    exp, slash, stem = named.partition("/")
+    if not (exp and slash and stem) or "/" in stem:
+        raise UserError(f"Train.start_from = {named}: write EXP/STEP (or EXP/last), or name a .safetensors file")
+    return replace(place, exp=exp).snapshot / f"{stem}.safetensors"
+
+
+def missing_start(config: Config, place: Experiment) -> str:
+    """What to do when that file is not there."""
+    named, file = config.Train.start_from, start_file(config, place)
+    exp, _, stem = named.partition("/")
+    remedy = "name another one"
+    if file != Path(named):
+        kept = f" It must keep that step: Train.keep=[{stem}]." if stem.isdigit() else ""
+        remedy = f"train it first: `ARCH={place.arch} NET={place.net} sh train.sh {exp} {place.data_set} GPUS`.{kept}"
+    return f"Train.start_from = {named}: no weights at {file}; {remedy}"

@@ -1,4 +1,4 @@
-"""`sh train.sh ... --dry-run`: what a training would do and take, from a few measured steps. Writes nothing."""
+"""`sh train.sh ... --dry-run`: estimate time, memory and disk of a training from a few measured steps. Writes nothing."""
 
 import resource
 import statistics
@@ -23,7 +23,7 @@ STEPS = 3  # measured, after one to warm up
 
 @dataclass(frozen=True)
 class Plan:
-    """The facts, and what was measured: seconds of a training step and of a validated episode or image."""
+    """The size of a training, and measured seconds of a training step and of a validated episode or image."""
 
     title: str
     facts: dict[str, str]
@@ -45,12 +45,12 @@ class Plan:
 
 
 def checkpoints(parameters: int) -> int:
-    """Bytes of three resume points (weights and two moments each) and of the best and last weights."""
+    """Return the bytes of three resume points (weights and two moments each) and of the best and last weights."""
     return 44 * parameters
 
 
 class Planned(Protocol):
-    """What train.py knows of a run that is built and not started."""
+    """What train.py has of a run before its start."""
 
     system: Any  # model.System, which nothing in util/ may import
     optimizer: torch.optim.Optimizer
@@ -65,7 +65,7 @@ class Planned(Protocol):
 
 
 def measure(run: Planned) -> Plan:
-    """Takes a few steps of a run."""
+    """Measure a few steps of a run."""
     train, context, place = run.config.Train, run.context, run.place
     system, device = run.system, context.device
     batch = collate([run.data[i] for i in range(train.batch_size // context.world)]).to(device)
@@ -103,7 +103,7 @@ def measure(run: Planned) -> Plan:
 
 
 def seconds(call: Callable[[], object], device: torch.device) -> float:
-    """Median wall time of a call."""
+    """Return the median wall time of a call."""
     times = []
     for _ in range(1 + STEPS):
         start = time.perf_counter()
@@ -115,7 +115,7 @@ def seconds(call: Callable[[], object], device: torch.device) -> float:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: of the GPU on a GPU, else of this process."""
+    """Return the peak memory in bytes, of the GPU or else of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

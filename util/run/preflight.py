@@ -1,6 +1,6 @@
-"""Can this config run here? Every answer at once, each with its remedy.
+"""Check whether a config can run here. All findings are reported together, each with its remedy.
 
-`python env.py check --config FILE [--full]` prints them; train.py and test.py stop at the start when one is bad.
+`python env.py check --config FILE [--full]` prints them; train.py and test.py stop at the start where one is bad.
 """
 
 import os
@@ -21,12 +21,12 @@ from util.errors import BrokenFile, UserError
 from util.files import ROOT, local_path
 from util.run.checkpoint import check_identity, read_meta
 from util.run.distributed import Context
-from util.run.identity import Facts, identity
-from util.run.place import Experiment, before_file, missing_before
+from util.run.identity import Facts, identity, start_identity
+from util.run.place import Experiment, before_file, missing_before, missing_start, start_file
 
 SAMPLE = 16  # image and label pairs that are opened
 SPARE = 2**28  # bytes that should be free where runs are written
-SHARED = Path("/dev/shm")  # where workers hand their batches over
+SHARED = Path("/dev/shm")  # where workers hold their batches
 
 
 @dataclass(frozen=True)
@@ -41,12 +41,12 @@ class Finding:
 
 @dataclass(frozen=True)
 class Start:
-    """What is about to start.
+    """A run before its start.
 
     Attributes:
-        facts: of its system; source: makes its data (a class), as its system says; clip: whether it needs a CLIP.
-        lists: those that are used, train_list or val_list.
-        weights: whether it starts from a run before or ImageNet weights (a published checkpoint has them inside).
+        facts: those of its system; source: class that makes its data; clip: whether it needs a CLIP.
+        lists: the lists that it reads, train_list or val_list.
+        weights: whether it needs the run before or ImageNet weights (a published checkpoint has them inside).
     """
 
     config: Config
@@ -59,9 +59,9 @@ class Start:
 
 
 def require(start: Start, extra: Sequence[Finding] = ()) -> None:
-    """Raises one UserError with everything that is wrong.
+    """Raise one UserError with everything that is wrong.
 
-    extra: what the caller found.
+    extra: the caller's own findings.
     """
     wrong = [finding for finding in [*extra, *inspect(start, read=True)] if not finding.ok]
     if wrong:
@@ -70,7 +70,7 @@ def require(start: Start, extra: Sequence[Finding] = ()) -> None:
 
 
 def inspect(start: Start, read: bool, full: bool = False) -> list[Finding]:
-    """All findings about a start.
+    """Return all findings about a start.
 
     Args:
         read: open a sample of the data, and count it.
@@ -99,7 +99,7 @@ def inspect(start: Start, read: bool, full: bool = False) -> list[Finding]:
 
 
 def make_data(config: Config, context: Context) -> None:
-    """Draws the data where the config names a maker for it: the main process does, the others wait."""
+    """Draw the data where the config names a maker for it. The main process draws, the others wait."""
     if config.Data.maker and context.main:
         command = [sys.executable, "-m", config.Data.maker, config.Data.data_root]
         if subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL).returncode:
@@ -108,7 +108,7 @@ def make_data(config: Config, context: Context) -> None:
 
 
 def attempt(what: str, look: Callable[[], str]) -> Finding:
-    """What `look` says, or the user error it raises."""
+    """Return the result of `look` as a finding, or the UserError that it raises."""
     try:
         return Finding(what, True, look())
     except UserError as error:
@@ -119,11 +119,11 @@ def data_root(config: Config) -> Finding:
     root = Path(config.Data.data_root)
     if config.Data.maker:
         return Finding("data", True, f"{root} (drawn on first use)")
-    return Finding("data", root.is_dir(), f"Data.data_root = {root}", "docs/getting-started.md tells where it comes from")
+    return Finding("data", root.is_dir(), f"Data.data_root = {root}", "docs/getting-started.md says where it comes from")
 
 
 def before(config: Config, place: Experiment, arch: str) -> Finding:
-    """The checkpoint of the run before is there. (Whether it is of this fold and network is checked when it is loaded.)"""
+    """Check that the checkpoint of the run before exists. (Its fold and network are checked when it is loaded.)"""
     file = before_file(config, place, arch)
     if file.is_file() and file.suffix == ".safetensors":
         wanted = identity(arch, Facts(), config)
@@ -131,6 +131,21 @@ def before(config: Config, place: Experiment, arch: str) -> Finding:
     if file.is_file() or (config.Train.before == "run" and config.Method.pre_weight == "auto"):
         return Finding("base learner", True, str(file) if file.is_file() else "trained first, on the way")
     return Finding("base learner", False, missing_before(config, place, arch))
+
+
+def start_weights(config: Config, place: Experiment, facts: Facts) -> list[Finding]:
+    """The checkpoint that a training starts from is there and fits; [] where it starts from fresh weights."""
+    if not config.Train.start_from:
+        return []
+
+    def look() -> str:
+        file = start_file(config, place)
+        if not file.is_file():
+            raise UserError(missing_start(config, place))
+        check_identity(file, read_meta(file), start_identity(place.arch, facts, config))
+        return str(file)
+
+    return [attempt("first weights", look)]
 
 
 def clip(config: Config) -> Finding:
@@ -153,7 +168,7 @@ def backbone(config: Config) -> Finding:
 
 
 def disk(config: Config, needed: int = SPARE) -> Finding:
-    """Room for the checkpoints, on the disk that has the output folder or will have it."""
+    """Check the room for the checkpoints, on the disk of the output folder."""
     folder = Path(config.Runtime.output).absolute()
     while not folder.exists():
         folder = folder.parent
@@ -164,7 +179,7 @@ def disk(config: Config, needed: int = SPARE) -> Finding:
 
 
 def shared_memory(config: Config) -> list[Finding]:
-    """Workers hand batches over in /dev/shm, two each; Docker gives it 64 MB."""
+    """Check the size of /dev/shm, where each worker holds two batches; Docker gives it 64 MB."""
     train = config.Train
     if not train.workers or not SHARED.is_dir():
         return []
@@ -202,7 +217,7 @@ def _pairs(config: Config, key: str, full: bool, labelled: bool) -> str:
 
 
 def _classes(source: Source, key: str) -> str:
-    """Images of every class of the fold; each that can be drawn has enough for its shots."""
+    """Count the images of every class of the fold; a class that can be drawn needs enough for its shots."""
     if not isinstance(source, EpisodeSource):
         return f"{len(source.records(key))} labels"
     index = source.index(training=key == "train_list")

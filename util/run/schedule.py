@@ -1,4 +1,4 @@
-"""The course of a training: the learning rate as a pure function of the step, where it stops, and what a step may not do."""
+"""Course of a training: the learning rate as a pure function of the step, the stops, and a guard against losses not finite."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ class Schedule:
         total: steps of the whole run; power: of the decay, 0 keeps the rate.
         warmup: steps in which a factor grows linearly from `ratio` to 1.
         of_decayed: the factor multiplies the decayed rate (mmcv, CLIP-RC) and not the initial one (WeCLIP).
-        floor: rate that the decay ends at.
+        floor: rate at the end of the decay.
     """
 
     total: int
@@ -33,7 +33,7 @@ class Schedule:
         return cls(total, train.power, train.warmup, train.warmup_ratio, train.min_lr, train.warmup_of == "decayed")
 
     def rate(self, initial: float, step: int) -> float:
-        """Rate before step 0..total-1 of a group whose initial rate is given.
+        """Return the rate before step 0..total-1 of a group whose initial rate is given.
 
         Decay counts from step 0, in the warm-up too, as in published code.
         """
@@ -44,7 +44,7 @@ class Schedule:
         return (decayed if self.of_decayed else initial) * (1 - (1 - step / self.warmup) * (1 - self.ratio))
 
     def set(self, optimizer: torch.optim.Optimizer, step: int) -> float:
-        """Sets the rate of every group; returns the highest, which the log shows."""
+        """Set the rate of every group; return the highest, which the log shows."""
         for group in optimizer.param_groups:
             group.setdefault("initial_lr", group["lr"])
             group["lr"] = self.rate(group["initial_lr"], step)
@@ -53,11 +53,11 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Stop:
-    """A step after which a training does something else.
+    """A step after which a training validates or keeps weights.
 
     Attributes:
-        step: how many steps are done then; epoch: 0-based, of the last of them; label: names the epoch in the log.
-        validate: judge it, perhaps keep the best weights; last: keep the weights as the last ones; keep: also under their step.
+        step: number of steps done; epoch: 0-based, of the last of them; label: the epoch's name in the log.
+        validate: validate, keep the weights if they are the best; last: keep them as the last ones; keep: keep them by step.
     """
 
     step: int
@@ -69,7 +69,7 @@ class Stop:
 
 
 def stops(train: Train, per_epoch: int) -> list[Stop]:
-    """Every stop of a training in order: ends of epochs, validations, kept weights, the end."""
+    """List every stop of a training in order: ends of epochs, validations, kept weights, the end."""
     total = train.iterations or per_epoch * train.epochs
     epochs = -(-total // per_epoch)
     ends = {min(epoch * per_epoch, total) for epoch in range(1, epochs + 1)}
@@ -83,7 +83,7 @@ def stops(train: Train, per_epoch: int) -> list[Stop]:
 
 
 def validations(train: Train, per_epoch: int, total: int) -> Iterator[int]:
-    """Steps at `validate_every` epochs, or steps where the training is counted in `iterations`."""
+    """Yield a step every `validate_every` epochs, or every `validate_every` steps where `iterations` gives the length."""
     each = train.validate_every * (1 if train.iterations else per_epoch)
     k = 1
     while (step := int(k * each)) < total:
@@ -93,9 +93,9 @@ def validations(train: Train, per_epoch: int, total: int) -> Iterator[int]:
 
 
 class Guard:
-    """Keeps the weights from ever taking a loss that is not a finite number, without waiting for a GPU at each step.
+    """Keep a loss that is not finite from ever changing the weights, without waiting for a GPU at each step.
 
-    From the first such loss on, in any process, no step changes the weights; `stopped()` says so, and waits for the GPU.
+    After the first such loss, in any process, no step changes the weights. `stopped()` reports it, and waits for the GPU.
     """
 
     def __init__(self, context: Context):
@@ -104,7 +104,7 @@ class Guard:
         self.first = torch.full((), -1, device=context.device)  # the first such step
 
     def step(self, optimizer: torch.optim.Optimizer, loss: Tensor, number: int) -> None:
-        """Step `number` of the optimizer, unless a loss was not finite."""
+        """Take step `number` of the optimizer, unless a loss was not finite."""
         before = self.bad.clone()
         self.bad = self.context.all_reduce((~torch.isfinite(loss.detach())).float()) + before
         self.first = torch.where((before == 0) & (self.bad > 0), number, self.first)

@@ -1,7 +1,7 @@
-"""Why episodes fail: a small rule over whole pixel counts, so that every episode of an evaluation gets a cause.
+"""Why episodes fail: a rule over whole pixel counts gives every episode of an evaluation a cause.
 
-Of one episode, at file size and without the pixels that do not count: P predicted pixels, T pixels of the object, I of both,
-O predicted pixels on objects of other classes of the query's label. The first line that holds is the cause:
+Pixels of one episode, at file size, without those that do not count: P predicted, T of the object, I of both, O predicted on
+objects of other classes of the query's label. The first line that holds is the cause:
 
     found        2 I >= P + T - I            the IoU is one half or more: no failure
     missed       10 P < T                    hardly any foreground
@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-CAUSES = {  # name -> what it says to people; in the order of the rule
+CAUSES = {  # name -> explanation for people; in the order of the rule
     "found": "IoU of one half or more: no failure",
     "missed": "hardly any foreground: less than a tenth of the object's size",
     "confused": "at least half of the prediction lies on objects of other classes",
@@ -32,15 +32,15 @@ NAMES = tuple(CAUSES)
 
 
 class Spread(NamedTuple):
-    """Where the prediction of one episode lies; pixels at file size, those that do not count left out."""
+    """Where the prediction of one episode is: pixels at file size, without those that do not count."""
 
     predicted: int  # foreground pixels
-    on_others: int  # of these, those on objects of other classes than the episode's
+    on_others: int  # foreground pixels on objects of other classes than the episode's
     other: int  # the other class with most of them (the lowest at a tie), 0: none
 
 
 def spread(pred: Tensor, label: Tensor, cls: int) -> Spread:
-    """pred: H W {0, 1}; label: H W uint8, class ids, 0 background, 255 does not count; cls: of the episode."""
+    """Count the pixels. pred: H W {0, 1}; label: H W uint8, class ids, 0 background, 255 ignore; cls: the episode's class."""
     where = torch.where(pred == 1, label.to(pred.device), 255)
     pixels = torch.bincount(where.flatten(), minlength=256).tolist()[:255]
     predicted = sum(pixels)
@@ -49,7 +49,7 @@ def spread(pred: Tensor, label: Tensor, cls: int) -> Spread:
 
 
 def causes(counts: np.ndarray, spreads: np.ndarray) -> np.ndarray:
-    """The cause of every episode, N int, a position in `NAMES`.
+    """Return the cause of every episode, N int, a position in `NAMES`.
 
     Args:
         counts: N 4 (or more columns) int, beginning with intersection and union (`util.score.metrics.Counts`).
@@ -63,7 +63,7 @@ def causes(counts: np.ndarray, spreads: np.ndarray) -> np.ndarray:
 
 
 def tally(cls: np.ndarray, counts: np.ndarray, spreads: np.ndarray) -> dict[str, Any]:
-    """How many episodes have which cause, all columns being those of `util.score.table.EpisodeTable`.
+    """Count the episodes of each cause; the arguments are columns of `util.score.table.EpisodeTable`.
 
     Returns:
         counts {cause: n}, per_class {class: {cause: n}}, confused {other class: n, most frequent first}.
@@ -81,7 +81,7 @@ def tally(cls: np.ndarray, counts: np.ndarray, spreads: np.ndarray) -> dict[str,
 
 def examples(counts: Sequence[Sequence[int]], spreads: Sequence[Spread], without: Collection[int] = (), number: int = 2
              ) -> dict[str, list[int]]:  # fmt: skip
-    """Cause -> positions of `number` typical episodes (the quartiles by IoU, for two), none of `without`."""
+    """Return cause -> positions of `number` typical episodes (the quartiles by IoU, for two), none of `without`."""
     counts, spreads = np.array(counts), np.array(spreads)
     found, iou = causes(counts, spreads), counts[:, 0] / np.maximum(counts[:, 1], 1)
     chosen = {}

@@ -63,7 +63,7 @@ CLIP_ES = Crf(1, 3, 67, 3, 4, least=0.95)  # of pseudo labels
 
 
 def load():
-    """The module `pydensecrf.densecrf`, or a UserError with the line that installs it."""
+    """Import `pydensecrf.densecrf`, or raise a UserError with the line that installs it."""
     try:
         import pydensecrf.densecrf
     except ImportError as error:

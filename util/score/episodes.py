@@ -46,7 +46,7 @@ class FewShotTask(EpisodeSource):
 def evaluate_episodes(
     predict: Predict, data: EpisodeDataset, count: int, fold: Fold, how: How, label: str = "test"
 ) -> Scores:
-    """Episodes 0..count-1, sharded over the processes: any number of processes and any batch size give the same counts.
+    """Evaluate episodes 0..count-1, shared out among the processes. Their number and the batch size change no count.
 
     Returns:
         record: `FewShotMeter.result()` of the final prediction with, where the system has them, `meta_miou` (few-shot branch

@@ -1,6 +1,6 @@
-"""Scores from whole-number counts, so that any split of the episodes over GPUs and batches gives the same bits.
+"""mIoU, FB-IoU, hIoU and the vote of shots, from whole-number counts: any split over GPUs and batches gives the same bits.
 
-A meter keeps one int64 tensor (`state`), to be summed over ranks; every ratio is taken once, at the end, in `result()`.
+A meter keeps one int64 tensor (`state`), to be summed over ranks. Ratios are computed once, at the end, in `result()`.
 Definitions: spec "PI-CLIP" section 1, Evaluation.
 """
 
@@ -17,19 +17,19 @@ from util.errors import UserError
 
 
 def vote(masks: Tensor) -> Tensor:
-    """K H W {0, 1} -> H W int64: foreground where at least half as many shots say so as where most of them do (HSNet).
+    """Let K shots vote, K H W {0, 1} -> H W int64: foreground where votes / most votes of a pixel in the image >= 1/2 (HSNet).
 
-    The share is of the largest number of votes in the image, not of K: if no pixel has more than two, one is enough.
+    The denominator is the largest number of votes in the image, not K: if no pixel has more than two votes, one is enough.
     """
     votes = masks.long().sum(0)
     return (2 * votes >= votes.max().clamp(min=1)).long()
 
 
 def confusion(pred: Tensor, target: Tensor, num_classes: int) -> Tensor:
-    """Pixels counted by (truth, prediction): num_classes x num_classes int64, on the device of `pred`.
+    """Count pixels by (truth, prediction): num_classes x num_classes int64, on the device of `pred`.
 
     pred: integers 0..num_classes-1; target: the same shape and range, or 255 where the pixel does not count.
-    Raises ValueError for other values or shapes: a wrong value would otherwise be counted in a wrong cell.
+    Raises ValueError for other values or shapes: a wrong value would be counted in a wrong cell.
     """
     if pred.shape != target.shape:
         raise ValueError(f"prediction {tuple(pred.shape)} and truth {tuple(target.shape)} differ in size")
@@ -43,13 +43,13 @@ def confusion(pred: Tensor, target: Tensor, num_classes: int) -> Tensor:
 
 
 def intersection_union(confusion: Tensor) -> Tensor:
-    """C x C counts -> C x 2 (intersection, union)."""
+    """Reduce C x C counts to C x 2 (intersection, union)."""
     hit = confusion.diagonal()
     return torch.stack([hit, confusion.sum(0) + confusion.sum(1) - hit], dim=1)
 
 
 def seen_unseen(state: Tensor, unseen: Sequence[int]) -> dict[str, float]:
-    """Scores of zero-shot segmentation as fractions 0..1, from counts C C by (truth, prediction) over all classes.
+    """Score zero-shot segmentation, fractions 0..1, from counts C C by (truth, prediction) over all classes.
 
     pixel_accuracy; miou over all, miou_seen, miou_unseen: means over classes that truth or prediction has (nan: none has);
     hiou: their harmonic mean, 0 where both are 0.
@@ -77,14 +77,14 @@ class Counts(NamedTuple):
 
     @property
     def iou(self) -> float:
-        """Of the foreground, 0..1 (1 where neither mask has a pixel)."""
+        """IoU of the foreground, 0..1 (1 where neither mask has a pixel)."""
         return self.intersection / self.union if self.union else 1.0
 
 
 class FewShotMeter:
     """Counts of binary (target class or not) predictions, kept by class.
 
-    state     int64, flat: everything the meter knows. All-reduce (sum) this one tensor; the two below are views of it.
+    state     int64, flat: all counts. All-reduce (sum) this one tensor; the two below are views of it.
     counts    C 2 2: class (in the order of `classes`), background or foreground, intersection or union, in pixels.
     episodes  C: episodes seen of each class.
     """
@@ -97,7 +97,7 @@ class FewShotMeter:
         self.episodes = self.state[4 * n :]
 
     def update(self, pred: Tensor, target: Tensor, cls: int) -> Counts:
-        """Adds one episode and returns its counts.
+        """Add one episode and return its counts.
 
         pred: H W {0, 1}; target: H W {0, 1, 255}; cls: one of `classes`, else ValueError.
         """
@@ -111,7 +111,7 @@ class FewShotMeter:
         return Counts(*foreground, *background)
 
     def merge(self, other: FewShotMeter) -> None:
-        """Adds what another meter of the same classes has seen."""
+        """Add the counts of another meter of the same classes."""
         if self.classes != other.classes:
             raise ValueError(f"meters of different classes: {self.classes} and {other.classes}")
         self.state += other.state.to(self.state.device)
@@ -144,7 +144,7 @@ class FewShotMeter:
 class SemanticMeter:
     """Counts of ordinary segmentation. `state`: C C int64, (truth, prediction); it does not grow with the data.
 
-    classes: what the channels mean, class ids; 0 is the background.
+    classes: class id of each channel; 0 is the background.
     """
 
     def __init__(self, classes: Sequence[int], device: torch.device | str = "cpu"):
@@ -152,7 +152,7 @@ class SemanticMeter:
         self.state = torch.zeros(len(self.classes), len(self.classes), dtype=torch.int64, device=device)
 
     def update(self, pred: Tensor, target: Tensor) -> Tensor:
-        """Adds one image and returns its counts, C C int64 on the device of `pred`.
+        """Add one image and return its counts, C C int64 on the device of `pred`.
 
         pred: channel numbers 0..C-1, any shape; target: same shape, 255 does not count.
         """
@@ -161,13 +161,13 @@ class SemanticMeter:
         return found
 
     def merge(self, other: SemanticMeter) -> None:
-        """Adds what another meter has seen."""
+        """Add the counts of another meter."""
         self.state += other.state.to(self.state.device)
 
     def result(self, seen: Sequence[int] = (), unseen: Sequence[int] = ()) -> dict:
         """Scores as fractions 0..1.
 
-        miou, background_miou   mean IoU over the classes but background / with it
+        miou, background_miou   mean IoU over the classes without / with background
         seen_miou, unseen_miou, hiou   means over these classes and their harmonic mean, where both are given and found
         pixel_accuracy          right pixels / counted pixels
         per_class               {class, background 0 too: IoU, or None if neither truth nor prediction has it}; such classes

@@ -1,7 +1,8 @@
-"""How good the priors are by themselves: the mIoU of each, cut at thresholds 0.1 to 0.9, on the episodes of an evaluation.
+"""Quality of each prior alone: its mIoU, cut at thresholds 0.1 to 0.9, on the episodes of an evaluation.
 
-A prior is a map in 0..1 on the feature grid. It is brought to file size as a prediction is; a pixel is foreground where it
-exceeds the threshold. One histogram a map serves all thresholds, and whole counts make the result independent of sharding.
+A prior is a map in 0..1 on the feature grid. It is resized to file size as a prediction is; a pixel is foreground where
+the map exceeds the threshold. One histogram per map serves all thresholds. Whole counts make the result independent of
+sharding.
 """
 
 from __future__ import annotations
@@ -20,19 +21,19 @@ LEVELS = len(THRESHOLDS) + 1
 
 
 def title(name: str) -> str:
-    """What people call a prior or another map."""
+    """Return the name of a prior or another map for people."""
     return SHORT.get(name, name)
 
 
 class PriorMeter:
-    """`states`: prior -> C LEVELS 2 int64, pixels by class, number of thresholds that the prior exceeds, and truth."""
+    """Count pixels. `states`: prior -> C LEVELS 2 int64, by class, number of thresholds that the prior exceeds, and truth."""
 
     def __init__(self, classes: Sequence[int], device: torch.device | str = "cpu"):
         self.classes, self.device = tuple(classes), device
         self.states: dict[str, Tensor] = {}
 
     def update(self, maps: Mapping[str, Tensor], truth: Tensor, cls: int, placed: Placed) -> None:
-        """maps: priors of one episode, h w; truth: H W uint8 {0, 1, 255}."""
+        """Add one episode. maps: its priors, h w; truth: H W uint8 {0, 1, 255}."""
         for name, values in maps.items():
             prior = placed.restore(values[None])[0]
             above = (LEVELS * prior).ceil().clamp(1, LEVELS).byte() - 1  # how many thresholds
@@ -41,7 +42,7 @@ class PriorMeter:
             self._state(name)[self.classes.index(cls)] += pixels.T.to(self.device)
 
     def result(self, context: Context) -> dict[str, list[float]]:
-        """Prior -> mIoU, a fraction, at each of THRESHOLDS; over the episodes of all ranks."""
+        """Return prior -> mIoU, a fraction, at each of THRESHOLDS, over the episodes of all ranks."""
         names = sorted({name for part in context.gather([sorted(self.states)]) for name in part})
         found = {}
         for name in names:

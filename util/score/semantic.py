@@ -59,7 +59,7 @@ class BaseTask(ImageSource):
 def evaluate_images(
     predict: Predict, data: SemanticDataset, channels: Sequence[int], fold: Fold, how: How, label: str = "test"
 ) -> Scores:
-    """Every image of the list, sharded over the processes: their number and the batch size change no count.
+    """Evaluate every image of the list, shared out among the processes. Their number and the batch size change no count.
 
     Args:
         channels: class of each channel of the prediction; 0 is the background.
@@ -137,7 +137,7 @@ def after(how: How, channels: Sequence[int], variants: Mapping[str, SemanticMete
 
 
 def image_rows(number: int, confusion: Tensor, channels: Sequence[int]) -> list[Row]:
-    """A row for each class with a pixel in truth or prediction.
+    """Return a row for each class with a pixel in truth or prediction.
 
     confusion: C C int64 counts (truth, prediction) of one image.
     """

@@ -1,6 +1,6 @@
-"""How sure a score is: intervals by bootstrap over episodes, and a paired test of two results on the same episodes.
+"""Confidence of scores: intervals by bootstrap over queries, and a paired test of two results on the same episodes.
 
-Whole pixel counts of every episode come from report.json, key "episodes" (see util/report/write.py), so a result can be judged
+The pixel counts of every episode are in report.json, key "episodes" (see util/report/write.py), so a result can be compared
 years later without a GPU.
 """
 
@@ -23,9 +23,9 @@ LEVEL = 0.05  # of the p value; the intervals are its complement
 
 @dataclass(frozen=True)
 class Comparison:
-    """b against a on the same episodes; fractions. All numbers are None when the two are not comparable.
+    """Result b against result a on the same episodes; fractions. All numbers are None when the two are not comparable.
 
-    reasons     what differs and forbids the comparison
+    reasons     differences that forbid the comparison
     mious       mIoU of a and of b, all episodes pooled;  difference: b - a
     interval    95 %, of the difference;  p_value: two-sided, of no difference;  significant: p_value < 0.05
     """
@@ -40,12 +40,12 @@ class Comparison:
 
 
 def load_result(path: str | Path) -> dict:
-    """A report.json that can be compared. Raises UserError, naming the file, when it is missing, malformed or too old."""
+    """Read a report.json for a comparison. Raises UserError, naming the file, when it is missing, malformed or too old."""
     return read_result(path, _check)
 
 
 def read_result(path: str | Path, check: Callable[[Mapping], object]) -> dict:
-    """A report.json that passes `check`, which raises UserError where it does not. Raises UserError, naming the file."""
+    """Read a report.json and `check` it. Raises UserError, naming the file; `check` raises one without the name."""
     try:
         result = json.loads(Path(path).read_text(encoding="utf-8"))
         if not isinstance(result, dict):
@@ -61,9 +61,9 @@ def read_result(path: str | Path, check: Callable[[Mapping], object]) -> dict:
 
 
 def pooled(table: EpisodeTable) -> dict[str, float]:
-    """mIoU and FB-IoU over all episodes of all seeds taken as one run: {"miou", "fb_iou"}, fractions.
+    """Return mIoU and FB-IoU over the episodes of all seeds together: {"miou", "fb_iou"}, fractions.
 
-    Intersections and unions are summed over all seeds before the ratio is taken; a report's mean takes it per seed and
+    Intersections and unions are summed over all seeds before the division; a report's mean divides per seed and then
     averages. With the same number of episodes per seed the two differ by far less than their spread.
     """
     miou, fb_iou = _scores(np.stack([table.counts[table.cls == c].sum(0) for c in np.unique(table.cls)]))
@@ -71,14 +71,14 @@ def pooled(table: EpisodeTable) -> dict[str, float]:
 
 
 def bootstrap(table: EpisodeTable, resamples: int = 2000, seed: int = 0) -> dict[str, Any]:
-    """95 % percentile intervals of the `pooled` scores, {"miou": [low, high], "fb_iou": [low, high]}, and of the IoU of every
-    class, "per_class": {class: [low, high]}; fractions.
+    """Return 95 % percentile intervals of the `pooled` scores, {"miou": [low, high], "fb_iou": [low, high]}, and of the IoU of
+    every class, "per_class": {class: [low, high]}; fractions.
 
-    Within each class as many queries are drawn, with replacement, as the class has. Drawn over all classes together a rare
-    class would be missing from some resamples, where its IoU is 0 / 0 and the mean would be one over other classes. What
-    is drawn is a query with all of its episodes: seeds and further passes ask for the same images again, which is no new
-    evidence about other images. (Drawn one by one, 5 x 1,000 episodes over 364 images made `compare` call half of the pairs
-    of equal systems different.) The same arguments give the same bits. A class with a single query adds no width.
+    The queries of each class are resampled with replacement, class by class. Over all classes together, a rare class would be
+    missing from some resamples: its IoU would be 0 / 0, and the mean one over other classes. A query is drawn with all of its
+    episodes: seeds and further passes use the same images again, which is no new evidence about other images. (With single
+    episodes, 5 x 1,000 over 364 images, `compare` found half of the pairs of equal systems different.) The same arguments give
+    the same bits. A class with a single query adds no width.
     """
     sums = _resample(table, table.counts, resamples, seed)
     miou, fb_iou = _scores(sums)
@@ -87,9 +87,9 @@ def bootstrap(table: EpisodeTable, resamples: int = 2000, seed: int = 0) -> dict
 
 
 def compare(a: Mapping, b: Mapping, resamples: int = 2000, seed: int = 0) -> Comparison:
-    """Is the mIoU of result b another than that of a? Paired bootstrap: both are scored on the same resamples.
+    """Test whether the mIoU of result b differs from that of a. Paired bootstrap: both are scored on the same resamples.
 
-    Only results of one protocol on the same episodes are compared. Raises UserError for a report without what that needs.
+    Only results of one protocol on the same episodes are compared. Raises UserError for a report without rows or protocol.
     """
     first, second = align(_check(a), _check(b))
     if reasons := _differences(a, b, first, second):
@@ -104,7 +104,7 @@ def compare(a: Mapping, b: Mapping, resamples: int = 2000, seed: int = 0) -> Com
 
 
 def describe(comparison: Comparison, a: Mapping, b: Mapping) -> str:
-    """The comparison as lines for people, in percent; marks of the results (e.g. "[random CLIP]") stay at their scores."""
+    """Describe the comparison in lines for people, in percent; marks (e.g. "[random CLIP]") stay beside the scores."""
     lines = []
     for name, result, miou in zip("AB", (a, b), comparison.mious or (None, None), strict=True):
         score = "" if miou is None else f": mIoU {100 * miou:.2f}"
@@ -122,14 +122,14 @@ def describe(comparison: Comparison, a: Mapping, b: Mapping) -> str:
 
 
 def _check(result: Mapping) -> EpisodeTable:
-    """The episodes of a result that tells its protocol."""
+    """Return the episodes of a result; its protocol must be named."""
     if not result.get("protocol_hash") or not isinstance(result.get("protocol"), Mapping):
         raise UserError(f"the report has no protocol hash: {OLD}")
     return read_episodes(result)
 
 
 def _differences(a: Mapping, b: Mapping, first: EpisodeTable, second: EpisodeTable) -> list[str]:
-    """What forbids the comparison, as text."""
+    """Return the differences that forbid the comparison, as texts."""
     names = [f"{r['protocol'].get('name', 'unnamed')} ({r['protocol_hash']})" for r in (a, b)]
     reasons = []
     if a["protocol_hash"] != b["protocol_hash"]:
@@ -146,13 +146,13 @@ def _differences(a: Mapping, b: Mapping, first: EpisodeTable, second: EpisodeTab
 
 
 def _keys(a: Mapping, b: Mapping) -> str:
-    """"; differing in ..." naming the protocol's keys that differ, if any."""
+    """Return "; differing in ..." with the protocol's keys that differ, or ""."""
     keys = [str(k) for k in dict.fromkeys([*a, *b]) if k not in ("name", "hash") and a.get(k) != b.get(k)]
     return f"; differing in {', '.join(keys)}" if keys else ""
 
 
 def _resample(table: EpisodeTable, values: np.ndarray, resamples: int, seed: int) -> np.ndarray:
-    """Sums of `values` (N K int64) over resampled queries: resamples C K int64, classes ascending."""
+    """Sum `values` (N K int64) over resampled queries: resamples C K int64, classes ascending."""
     rng = np.random.Generator(np.random.PCG64(seed))
     classes = np.unique(table.cls)
     sums = np.empty((resamples, len(classes), values.shape[1]), np.int64)
@@ -169,7 +169,7 @@ def _resample(table: EpisodeTable, values: np.ndarray, resamples: int, seed: int
 
 
 def _scores(sums: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """... C 4 summed counts -> mIoU and FB-IoU (spec "PI-CLIP" section 1, Evaluation), as util.score.metrics.FewShotMeter."""
+    """mIoU and FB-IoU of summed counts, ... C 4 (spec "PI-CLIP" section 1, Evaluation), as util.score.metrics.FewShotMeter."""
     miou = (sums[..., 0] / np.maximum(sums[..., 1], 1)).mean(-1)
     hit, union, background_hit, background_union = np.moveaxis(sums.sum(-2), -1, 0)
     background = np.where(background_union > 0, background_hit / np.maximum(background_union, 1), 1.0)

@@ -1,6 +1,6 @@
-"""The rows of an evaluation: whole pixel counts of every episode, or of every class of every image, and their way through JSON.
+"""Rows of an evaluation: whole pixel counts of every episode, or of every class of every image; to and from JSON.
 
-Intervals, paired comparisons and causes need nothing else, so a result can be judged years later without a GPU.
+Intervals, paired comparisons and causes need nothing else, so a result can be compared years later without a GPU.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ class EpisodeTable:
     """Rows ascending by (seed, number, class); every column int64 of length N.
 
     counts  N 4: foreground intersection and union, background intersection and union, in pixels at file size
-    query   which image is segmented; without that column the number, whose image all seeds share
+    query   which image is segmented; without that column the number (all seeds then share its image)
     spread  N 3: util.score.causes.Spread; None where an older report has no such columns
-    dense   several classes of an image have a row each, and a class that neither truth nor prediction has has none
+    dense   an image has a row for each class in its truth or prediction
     """
 
     hash: str
@@ -55,20 +55,20 @@ class EpisodeTable:
 
     @classmethod
     def of(cls, digest: str, rows: Mapping[int, Sequence[Row]], dense: bool = False) -> EpisodeTable:
-        """From the rows of each seed."""
+        """Build a table from the rows of each seed."""
         lines = [(seed, row.number, row.cls, *row.counts, row.query, *row.spread) for seed, some in rows.items() for row in some]
         table = np.array(lines, np.int64).reshape(len(lines), 11)
         table = table[np.lexsort((table[:, 2], table[:, 1], table[:, 0]))]
         return cls(digest, *table[:, :3].T, table[:, 3:7], table[:, 7], table[:, 8:], dense)
 
     def to_json(self) -> dict[str, Any]:
-        """What `read_episodes` reads, spread included: a line of text per row keeps the file small."""
+        """Return what `read_episodes` reads, spread included. One text per row keeps the file small."""
         columns = np.column_stack([self.seed, self.number, self.cls, self.counts, self.query, self.spread])
         return {"hash": self.hash, "columns": " ".join([*COLUMNS, QUERY, *SPREAD]), "dense": self.dense,
                 "rows": [" ".join(map(str, row)) for row in columns.tolist()]}
 
     def at(self, keys: np.ndarray) -> EpisodeTable:
-        """The rows of the given (seed, number, class), N 3 ascending; zeros where there is no such row."""
+        """Return the rows of the given (seed, number, class), N 3 ascending; zeros where a row does not exist."""
         own = {key: i for i, key in enumerate(zip(self.seed.tolist(), self.number.tolist(), self.cls.tolist(), strict=True))}
         place = np.array([own.get(tuple(key), -1) for key in keys.tolist()])
         found = place >= 0
@@ -77,7 +77,7 @@ class EpisodeTable:
 
 
 def align(a: EpisodeTable, b: EpisodeTable) -> tuple[EpisodeTable, EpisodeTable]:
-    """Dense tables with the same rows: a class that one of two predictions finds in an image has a row in both."""
+    """Give dense tables the same rows: a class that one of two predictions finds in an image gets a row in both."""
     if not (a.dense and b.dense) or a.hash != b.hash:
         return a, b
     keys = np.unique(np.vstack([np.column_stack([t.seed, t.number, t.cls]) for t in (a, b)]), axis=0)
@@ -85,7 +85,7 @@ def align(a: EpisodeTable, b: EpisodeTable) -> tuple[EpisodeTable, EpisodeTable]
 
 
 def read_episodes(result: Mapping) -> EpisodeTable:
-    """The rows of a result (report.json). Raises UserError when they are missing (older report) or malformed."""
+    """Read the rows of a result (report.json). Raises UserError when they are missing (older report) or malformed."""
     found = result.get("episodes")
     if found is None:
         raise UserError(f"the report has no counts of single episodes (key \"episodes\"): {OLD}")

@@ -1,4 +1,4 @@
-"""What a system learns from and is judged by. train.py and test.py know a task by these names and no other."""
+"""Task: the data that a system learns from, and how it is scored. train.py and test.py use these names of a task and no other."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -38,19 +38,19 @@ class How:
         return cls(context, log, config.Train.batch_size_val, config.Train.workers, config.Data.on_error)
 
     def loader(self, data: Dataset, count: int) -> Loader:
-        """Samples 0..count-1, sharded over the processes."""
+        """Return a loader of samples 0..count-1, shared out among the processes."""
         sampler = RangeSampler(0, count, self.batch * self.context.world, self.context, drop_last=False)
         return Loader(data, sampler, self.workers, self.context.device, self.log.warning, on_error=self.on_error)
 
     def skipped(self, loader: Loader) -> dict[str, list[str]]:
-        """{"skipped": messages of all processes}, empty when nothing was skipped."""
+        """Return {"skipped": messages of all processes}, empty when nothing was skipped."""
         messages = self.context.gather([f"{failure.number}: {failure.message}" for failure in loader.skipped])
         return {"skipped": messages} if messages else {}
 
 
 @dataclass(frozen=True)
 class Test:
-    """Something to evaluate: samples 0..count-1 of a data set."""
+    """A part to evaluate: samples 0..count-1 of a data set."""
 
     label: str
     data: Dataset
@@ -62,8 +62,8 @@ class Scores:
     """Result of one evaluation.
 
     Attributes:
-        record: scores by name, fractions 0..1, those named ...iou and others; `per_class` {class: IoU}, `episodes` how many
-            samples; what a report stores for one seed.
+        record: what a report stores for one seed: scores by name, fractions 0..1, mostly ...iou; `per_class` {class: IoU};
+            `episodes`, the number of samples.
         rows: one per episode, or per class and image; of all processes.
     """
 
@@ -72,7 +72,7 @@ class Scores:
 
 
 class Task(Protocol):
-    """Data and judgement of a fold. The first half is `util.data.source.Source`.
+    """Data and scores of a fold. The data half is `util.data.source.Source`.
 
     Attributes:
         unit: what a sample is called; setting: what a result is of, beside the data set.
@@ -97,15 +97,15 @@ class Task(Protocol):
     def training(self) -> Dataset: ...
 
     def validation(self) -> Test:
-        """What chooses the checkpoint."""
+        """Return the data that choose the checkpoint."""
         ...
 
     def tests(self) -> dict[int, Test]:
-        """Seed -> what is tested under it."""
+        """Return the test of each seed."""
         ...
 
     def evaluate(self, predict: Predict, test: Test, how: How) -> Scores: ...
 
     def table(self, scores: Mapping[int, Scores]) -> EpisodeTable:
-        """The rows of all seeds."""
+        """Return the rows of all seeds as a table."""
         ...

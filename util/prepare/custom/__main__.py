@@ -1,11 +1,12 @@
-"""Makes a data set of your own images: lists, configs and folds, after a look at every file.
+"""Make a data set from your own images: check every file, then write lists, configs and folds.
 
     python -m util.prepare.custom NAME --from DIR                 images/ masks/ classes.txt [folds.yaml] [train.txt val.txt]
     python -m util.prepare.custom NAME --voc DIR                  the layout of VOC, with classes.txt or CVAT's labelmap.txt
     python -m util.prepare.custom NAME --coco-images DIR --annotations JSON [JSON]
 
 Nothing is copied or changed in your folder: data/NAME links to it and holds the masks that had to be converted. Lists and
-configs come last, when all is well; run the same command again after you have added images. docs/custom-data.md has the rest.
+configs are written last, after all checks. Run the same command again after you have added images.
+docs/custom-data.md has the rest.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from pathlib import Path
 import torch
 
 from util import cli
-from util.config import load_config
+from util.config import CONFIGS, load_config
 from util.data.folds import NUM_CLASSES, read_folds
 from util.data.index import MIN_PIXELS
 from util.errors import UserError
@@ -53,7 +54,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Raises UserError for anything wrong in the input; then no list and no config has been touched."""
+    """Raise UserError for any fault in the input; no list and no config is changed then."""
     given = parse(argv)
     name = given.name
     check_name(name)
@@ -82,18 +83,19 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def check_name(name: str) -> None:
-    """Raises UserError where NAME cannot be a data set of its own."""
+    """Raise UserError where NAME cannot be the name of a data set."""
     if not re.fullmatch(r"[A-Za-z0-9][\w-]*", name, re.ASCII):
         raise UserError(f"{name!r} is no name for a data set: letters, digits, '_' and '-' only; it names folders")
     places = write.Places(name)
-    found = load_config(places.base) if places.base.is_file() else None
-    foreign = found is not None and (found.Train.data_set != name or not found.Data.folds)
+    bases = [*CONFIGS.glob("*/base.yaml"), *places.base.parents[1].glob("*/base.yaml")]  # of the program, of the working folder
+    alike = [load_config(base) for base in bases if base.parent.name.lower() == name.lower() not in RESERVED]
+    foreign = any(config.Train.data_set != name or not config.Data.folds for config in alike)
     if name.lower() in RESERVED or foreign or (places.base.parent.exists() and not places.folds.is_file()):
         raise UserError(f"the name {name!r} is taken (config/{name} is not this command's); choose another")
 
 
 def read(given: argparse.Namespace, places: write.Places) -> sources.Found:
-    """What the source holds."""
+    """Read the source."""
     if given.folder:
         return sources.folder(given.folder, given.classes, places.data)
     if given.voc:
@@ -106,7 +108,7 @@ def read(given: argparse.Namespace, places: write.Places) -> sources.Found:
 
 
 def choose_folds(given: argparse.Namespace, found: sources.Found, places: write.Places) -> tuple[str, list[tuple[int, ...]]]:
-    """The text of folds.yaml and the novel classes of each fold: yours, those of an earlier run, or new ones."""
+    """Return the text of folds.yaml and the novel classes of each fold: the user's, those of an earlier run, or new ones."""
     path = next((p for p in (found.folds, places.folds) if p and p.is_file()), None)
     if path is None:
         return write.make_folds(found.names, given.folds)
@@ -118,7 +120,7 @@ def choose_folds(given: argparse.Namespace, found: sources.Found, places: write.
 
 
 def following(name: str, gpu: bool) -> str:
-    """The commands that train on it and test, on this machine: without a GPU with a small network."""
+    """Return the commands that train on it and test, on this machine; without a GPU they use a small network."""
     return write.template(f"next_{'gpu' if gpu else 'cpu'}.txt").format(name=name).rstrip()
 
 

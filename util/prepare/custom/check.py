@@ -1,4 +1,4 @@
-"""A look at every image and mask before anything is written: what is wrong, and how much there is of each class and fold."""
+"""Check every image and mask before anything is written: list the faults, and count each class and fold."""
 
 import hashlib
 from collections import Counter
@@ -35,11 +35,11 @@ class Seen:
     record: Record
     objects: dict[int, int]  # class -> connected regions of at least SPECK pixels
     content: str = ""  # hash of the image's pixels
-    remarks: tuple[str, ...] = ()  # what a person should know of
+    remarks: tuple[str, ...] = ()  # warnings for the user
 
 
 def classes(names: ClassNames) -> None:
-    """Raises UserError unless there are 2 to 254 classes, none of them the background."""
+    """Raise UserError unless there are 2 to 254 classes, none of them the background."""
     if not 2 <= (count := len(names.names)) < IGNORE:
         raise UserError(f"{count} class{'es' * (count != 1)} named; needed are 2 to {IGNORE - 1}, since a system is "
                         "trained on some and tested on others. To find one kind of thing by a few examples: predict.py --support")
@@ -48,7 +48,7 @@ def classes(names: ClassNames) -> None:
 
 
 def look(pairs: Sequence[Pair], classes: int) -> list[Seen]:
-    """Reads everything, on all cores. Raises UserError with all that is wrong (the first ten)."""
+    """Read all pairs, on all cores. Raises UserError with all faults (the first ten)."""
     results = list(each(partial(_look, classes), pairs, "reading images and masks"))
     refuse([result for result in results if isinstance(result, str)], len(pairs))
     if not any(seen.record.pixels for seen in results):
@@ -58,7 +58,7 @@ def look(pairs: Sequence[Pair], classes: int) -> list[Seen]:
 
 
 def _look(classes: int, pair: Pair) -> Seen | str:
-    """The pair, or what is wrong with it."""
+    """Return the pair, or its fault."""
     remarks = []
     try:
         image, label = read_image(pair.image), read_label(pair.label)  # as a run reads them
@@ -78,15 +78,15 @@ def _look(classes: int, pair: Pair) -> Seen | str:
 
 
 def _regions(mask: np.ndarray) -> int:
-    """8-connected regions of an H W bool mask, without specks."""
+    """Count the 8-connected regions of an H W bool mask, without specks."""
     sizes = cv2.connectedComponentsWithStats(mask.astype(np.uint8), connectivity=8)[2][1:, cv2.CC_STAT_AREA]
     return int((sizes >= SPECK).sum())
 
 
 def parted(seen: Sequence[Seen], min_pixels: int, earlier: Mapping[str, str]) -> list[Seen]:
-    """Gives every image that no list names a part: that of `earlier` (image -> part), so that none changes sides when others
-    are added; else VAL_SHARE of them, by a number that belongs to the name, are for validation. Of these new ones some are
-    moved where a class would have fewer than NEEDED in a part and has them to spare in the other."""
+    """Give every image in no list a part: that of `earlier` (image -> part), so that no image changes sides when others are
+    added. Of the new images VAL_SHARE, by a hash of the name, are for validation. Some new images are moved where a
+    class has fewer than NEEDED in one part and enough in the other."""
     parts = {s.record.image: s.part or earlier.get(s.record.image, "") for s in seen}
     number = {image: draw(2**32, "own data", Path(image).stem) / 2**32 for image in parts}
     free = sorted((image for image, part in parts.items() if not part), key=number.__getitem__)
@@ -104,7 +104,7 @@ def parted(seen: Sequence[Seen], min_pixels: int, earlier: Mapping[str, str]) ->
 
 
 def enough(seen: Sequence[Seen], names: ClassNames, folds: Sequence[Sequence[int]], min_pixels: int) -> None:
-    """Raises UserError for classes with too few images to train or to test on."""
+    """Raise UserError for classes with too few images to train or to test on."""
     novel = {c for fold in folds for c in fold}
     short = {}  # class -> images in train and val
     for c in range(1, len(names.names) + 1):
@@ -120,7 +120,7 @@ def enough(seen: Sequence[Seen], names: ClassNames, folds: Sequence[Sequence[int
 
 
 def remarks(seen: Sequence[Seen]) -> list[str]:
-    """What is allowed, but may be a mistake: a line for each kind."""
+    """Return warnings about possible mistakes, a line for each kind."""
     lines = [line for remark in (TURNED, BRIGHT)
              for line in absent(remark, [s.record.image for s in seen if remark in s.remarks])]  # fmt: skip
     train = {s.content: s.record.image for s in seen if s.part == "train"}
@@ -130,7 +130,7 @@ def remarks(seen: Sequence[Seen]) -> list[str]:
 
 
 def table(seen: Sequence[Seen], names: ClassNames, folds: Sequence[Sequence[int]], min_pixels: int) -> str:
-    """Images and objects of each class, images of each fold, and what the folds cannot do."""
+    """Format images and objects of each class, images of each fold, and warnings about folds that cannot run."""
     width = max(len(name) for name in (*names.names, "class"))
     split = {c: f"split{i}" for i, fold in enumerate(folds) for c in fold}
     lines = [f"     {'class':<{width}}   train: images  objects   val: images  objects   novel in"]
@@ -159,5 +159,5 @@ def table(seen: Sequence[Seen], names: ClassNames, folds: Sequence[Sequence[int]
 
 
 def _count(seen: Sequence[Seen], part: str, cls: int, min_pixels: int) -> int:
-    """Images of a part in which a class counts."""
+    """Count the images of a part in which a class counts."""
     return sum(s.record.pixels.get(cls, 0) >= min_pixels for s in seen if s.part == part)

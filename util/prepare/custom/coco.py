@@ -24,9 +24,9 @@ class Made(NamedTuple):
 
 
 def coco(images: Path, annotations: Sequence[Path], classes: Path, required: bool, out: Path) -> Found:
-    """One JSON, whose split is drawn, or two, whose names say train and val.
+    """Read one JSON, whose split is drawn, or two with train and val in their names.
 
-    classes: which categories, in which order; where the file is not there and not `required`, all by id.
+    classes: a file with the categories and their order; where it does not exist and is not `required`, all by id.
     """
     if len(annotations) == 1:
         splits = {"": annotations[0]}
@@ -87,7 +87,7 @@ def coco(images: Path, annotations: Sequence[Path], classes: Path, required: boo
 
 
 def _ranks(categories: dict[Path, list[Category]], path: Path, entries: Sequence[dict]) -> dict[int, int]:
-    """Category id -> rank 1..n; names and supercategories, by rank, go to `categories`."""
+    """Map category id to rank 1..n; names and supercategories, by rank, are put into `categories`."""
     ordered = sorted(entries, key=lambda entry: entry["id"])
     categories[path] = [(clean_name(f"{path}: category {entry['id']}", entry["name"]), str(entry.get("supercategory")))
                         for entry in ordered]  # fmt: skip
@@ -95,7 +95,7 @@ def _ranks(categories: dict[Path, list[Category]], path: Path, entries: Sequence
 
 
 def _without_groups(path: Path, categories: Sequence[Category], used: Collection[int]) -> tuple[list[str], list[str]]:
-    """Names by rank, "" for a category that has no annotation and is only the supercategory of others; the names of these."""
+    """Return names by rank, "" for a category without annotations that is the supercategory of others; and their names."""
     names, groups = [], []
     for rank, (name, _) in enumerate(categories, start=1):
         above = any(parent == name for other, (_, parent) in enumerate(categories, start=1) if other != rank)
@@ -108,12 +108,12 @@ def _without_groups(path: Path, categories: Sequence[Category], used: Collection
 
 
 def _choose(image: Labelled, to: Sequence[int]) -> Labelled:
-    """Only the objects of wanted classes, with these classes."""
+    """Keep the objects of wanted classes, with these classes."""
     return replace(image, annotations=[replace(a, cls=to[a.cls - 1]) for a in image.annotations if to[a.cls - 1]])
 
 
 def _make(path: Path, place: Path, target: Path, image: Labelled) -> Made | str:
-    """Write a mask, or say what is wrong. The size that the file states is compared with the image before it takes memory."""
+    """Write a mask, or return the fault. The size in the JSON is compared with the image before it takes memory."""
     try:
         check_stored(place / image.name, path, (image.height, image.width))
         painted = paint(path, image)

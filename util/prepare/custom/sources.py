@@ -1,4 +1,4 @@
-"""What lies in your folder: images, their masks, class names, and who is for training."""
+"""Read a user's folder: images, their masks, class names, and the split."""
 
 import os
 from collections.abc import Sequence
@@ -33,28 +33,28 @@ class Pair:
 
 @dataclass
 class Found:
-    """What a source holds; nothing of it has been opened but what had to be converted."""
+    """The content of a source. Only files that had to be converted were opened."""
 
     names: ClassNames
     pairs: list[Pair]
     links: dict[str, Path]  # name in data/NAME -> the folder it shows
     folds: Path | None = None  # the folds.yaml beside the images
-    notes: list[str] = field(default_factory=list)  # what was left out
+    notes: list[str] = field(default_factory=list)  # messages about files left out
 
 
 def folder(root: Path, classes: Path | None, out: Path) -> Found:
-    """images/, masks/, classes.txt; train.txt and val.txt where the split is not to be drawn. Masks of colours: `labelmap`."""
+    """Read images/, masks/, classes.txt; train.txt and val.txt where they exist. Masks of colours need `labelmap`."""
     return _pngs(root, root / "images", root / "masks", root, classes, out)
 
 
 def voc(root: Path, classes: Path | None, out: Path) -> Found:
-    """JPEGImages/, SegmentationClass/ (or SegmentationClassAug/), ImageSets/Segmentation/{train,val}.txt, and classes.txt."""
+    """Read JPEGImages/, SegmentationClass/ (or SegmentationClassAug/), ImageSets/Segmentation/{train,val}.txt, classes.txt."""
     masks = next((root / name for name in ("SegmentationClassAug", "SegmentationClass") if (root / name).is_dir()), None)
     return _pngs(root, root / "JPEGImages", masks or root / "SegmentationClass", root / "ImageSets/Segmentation", classes, out)
 
 
 def _pngs(root: Path, images: Path, masks: Path, sets: Path, classes: Path | None, out: Path) -> Found:
-    """A folder of images and a folder of masks with the same stems."""
+    """Pair a folder of images and a folder of masks by their stems."""
     for place in (root, images, masks):
         if not place.is_dir():
             raise UserError(f"{place}: no such folder; {root} must hold {images.name}/ and {masks.name}/ (docs/custom-data.md)")
@@ -87,7 +87,7 @@ def _pngs(root: Path, images: Path, masks: Path, sets: Path, classes: Path | Non
 
 
 def stems(place: Path, suffixes: Sequence[str]) -> tuple[dict[str, Path], list[str]]:
-    """Stem -> file, sorted, and the names of everything else but hidden files."""
+    """Return stem -> file, sorted, and the names of all other files that are not hidden."""
     files: dict[str, Path] = {}
     others = []
     for path in entries(place):
@@ -102,7 +102,7 @@ def stems(place: Path, suffixes: Sequence[str]) -> tuple[dict[str, Path], list[s
 
 
 def split(sets: Path, pictures: dict[str, Path]) -> tuple[dict[str, str], list[str]]:
-    """Stem -> train or val ("" where there are no lists), and the stems that are in neither list."""
+    """Return stem -> train or val ("" without lists), and the stems in neither list."""
     files = {part: sets / f"{part}.txt" for part in ("train", "val")}
     if not any(file.is_file() for file in files.values()):
         return dict.fromkeys(pictures, ""), []
@@ -118,7 +118,7 @@ def split(sets: Path, pictures: dict[str, Path]) -> tuple[dict[str, str], list[s
 
 
 def _names(path: Path, colours: dict[str, tuple[int, int, int]] | None) -> ClassNames:
-    """Of classes.txt; of labelmap.txt where there is only that."""
+    """Read class names from classes.txt, or from labelmap.txt where only that exists."""
     if not colours or path.is_file():
         names = read_class_names(path)
         if colours and set(names.names) != set(colours):
@@ -129,7 +129,7 @@ def _names(path: Path, colours: dict[str, tuple[int, int, int]] | None) -> Class
 
 
 def read_labelmap(path: Path) -> dict[str, tuple[int, int, int]]:
-    """Class -> colour from CVAT's labelmap.txt, lines `name:r,g,b:...`; without the background."""
+    """Read class -> colour from CVAT's labelmap.txt, lines `name:r,g,b:...`; without the background."""
     colours: dict[str, tuple[int, int, int]] = {}
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -153,10 +153,10 @@ def read_labelmap(path: Path) -> dict[str, tuple[int, int, int]]:
 
 
 def check_stored(image: Path, label: Path, hw: tuple[int, int]) -> bool:
-    """Compare the size of an image, from its header, with that of its label: whether EXIF turns the image for display only.
+    """Compare the size of an image, from its header, with its label's, and check whether EXIF turns the image for display.
 
     Raises:
-        UserError: the sizes differ, or the label may be of the turned image.
+        UserError: the sizes differ, or the label may belong to the turned image.
     """
     stored = image_hw(image)
     with open_image(image) as opened:
@@ -171,7 +171,7 @@ def check_stored(image: Path, label: Path, hw: tuple[int, int]) -> bool:
 
 
 def refuse(wrong: Sequence[str], total: int) -> None:
-    """Raises UserError with all that is wrong (the first ten)."""
+    """Raise UserError with all faults (the first ten)."""
     if wrong:
         more = f"\n... and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
         raise UserError(f"{len(wrong)} of {total} images or masks cannot be used; no list and no config was written\n"
@@ -179,7 +179,7 @@ def refuse(wrong: Sequence[str], total: int) -> None:
 
 
 def convert(jobs: Sequence[tuple[Path, Path]], colours: dict[tuple[int, int, int], int]) -> None:
-    """Writes a label PNG of class ids for each (mask of colours, target); black is background, VOC's border colour ignored."""
+    """Write a label PNG of class ids for each (mask of colours, target); black is background, VOC's border colour ignored."""
     values = {(0, 0, 0): 0, VOC_BORDER: IGNORE} | colours
     list(each(partial(_recolour, {(r << 16) + (g << 8) + b: value for (r, g, b), value in values.items()}), jobs, "masks"))
 
@@ -199,7 +199,7 @@ def _recolour(values: dict[int, int], job: tuple[Path, Path]) -> None:
 
 
 def put_label(path: Path, label: np.ndarray) -> None:
-    """Write a label unless it is there: an unchanged file keeps its time, by which the scan of the labels is cached."""
+    """Write a label unless it exists unchanged: its time is part of the key of the cached scan."""
     try:
         if path.is_file() and np.array_equal(read_label(path), label):
             return
@@ -209,7 +209,7 @@ def put_label(path: Path, label: np.ndarray) -> None:
 
 
 def link(source: Path, target: Path) -> None:
-    """Make data/NAME show a folder."""
+    """Link data/NAME to a folder."""
     if os.path.lexists(target) and not (target.exists() and target.samefile(source)):
         raise UserError(f"{target} is there and is not {source}; delete it, or choose another NAME")
     common.link(source, target)

@@ -1,4 +1,4 @@
-"""Lists, folds and configs of your own data set. Lists follow the images; configs are yours once they are there."""
+"""Write lists, folds and configs of a user's data set. Lists follow the images; existing configs are never changed."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ TEMPLATE = CONFIGS / "template"  # base.yaml, recipes/ARCH.yaml, folds/NET.yaml,
 
 @dataclass(frozen=True)
 class Places:
-    """Where a data set lives, relative to the repository."""
+    """The files of a data set, relative to the repository."""
 
     name: str
 
@@ -45,18 +45,18 @@ class Places:
         return Path("config") / self.name / "base.yaml"
 
     def earlier_parts(self) -> dict[str, str]:
-        """Image -> train or val, as an earlier run put it."""
+        """Return image -> train or val of an earlier run."""
         files = {part: self.lists / f"{part}.txt" for part in PARTS}
         return {image: part for part, file in files.items() if file.is_file() for image, _ in read_list(file)}
 
 
 def template(name: str | Path) -> str:
-    """Text of a file of config/template."""
+    """Return the text of a file of config/template."""
     return (TEMPLATE / name).read_text(encoding="utf-8")
 
 
 def make_folds(names: ClassNames, count: int | None) -> tuple[str, list[tuple[int, ...]]]:
-    """Contiguous groups of classes, the first ones one larger where it does not come out even: the text and the classes."""
+    """Divide the classes into contiguous folds of nearly equal size; return the text of folds.yaml and the classes."""
     classes = len(names.names)
     count = min(NUM_FOLDS, classes) if count is None else count
     if not 2 <= count <= classes:
@@ -69,7 +69,7 @@ def make_folds(names: ClassNames, count: int | None) -> tuple[str, list[tuple[in
 def write(
     places: Places, found: Found, seen: Sequence[Seen], folds_text: str, folds: int, min_pixels: int
 ) -> tuple[list[Path], list[Path]]:
-    """Writes what is new: (files written, configs left alone though they are other than would be written)."""
+    """Write lists and new configs; return the written files, and the existing configs that differ from new ones."""
     lists = {places.lists / f"{part}.txt": "".join(f"{s.record.image} {s.record.label}\n" for s in seen if s.part == part)
              for part in PARTS}
     lists[places.classes] = "".join(f"{name}\n" if name == text else f"{name} | {text}\n"

@@ -1,9 +1,10 @@
-"""What tests make: untrained checkpoints, a few scenes of the demo world, predictions at file size."""
+"""Scenes of the demo world, untrained checkpoints on them, predictions at file size."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+import cv2
 import numpy as np
 import torch
 from PIL import Image
@@ -19,7 +20,7 @@ from util.run.checkpoint import save_weights
 from util.run.identity import identity
 from util.run.place import Experiment
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CONFIG = "config/demo/demo_split0_resnet50.yaml"
 NUMBERS = range(5001, 5101)
 STAR = 1  # class
@@ -80,3 +81,7 @@ def star(scenes: Path, *, of: int = 2) -> tuple[list[Path], list[np.ndarray]]:
     labels = {n: read_label(scenes / f"SegmentationClassAug/{world.stem(n)}.png") == STAR for n in NUMBERS}
     shown = [n for n, mask in labels.items() if mask.sum() > 400][:of]
     return [photo(scenes, n) for n in shown], [labels[n] for n in shown]
+
+
+def upright(rng: np.random.Generator, hw: tuple[int, int] = (40, 60)) -> np.ndarray:
+    return cv2.resize(rng.integers(0, 255, (5, 7, 3), dtype=np.uint8), hw[::-1], interpolation=cv2.INTER_NEAREST)

@@ -1,0 +1,66 @@
+"""Zero-shot segmentation as a task: all classes compete, and the mean over those without labels counts as much as the others'.
+
+Every pixel belongs to a class or does not count; a background (VOC's 0) does not count, so false objects on it cost nothing.
+"""
+
+from pathlib import Path
+from typing import ClassVar
+
+from util.config import Config
+from util.data.augment import CropTransform
+from util.data.episodes import Transform
+from util.data.transforms import IGNORE, KeepTransform
+from util.errors import UserError
+from util.score.semantic import BaseTask
+from util.score.task import Test
+
+
+class ZeroShotTask(BaseTask):
+    """All classes of a data set: seen are the base classes of the fold, unseen its novel ones. See `util.score.task.Task`.
+
+    Labels are 0-based: class c of the lists is channel c - 1.
+    """
+
+    leaks = False  # what a setting leaks, it leaks in training
+    says: ClassVar[dict[str, str]] = {
+        "Train.filter_novel": "all; unseen objects stay in the images",
+        "Train.crop": "random crop",
+        "Train.resized_val": "short side to a fixed length, windows",
+        "Train.selection": "not told by the paper: the best or the last",
+        "CLIP.vocabulary": "all classes",
+        "Data.min_pixels": "", "Test_Finetune.ann_type": "", "Test_Finetune.test_num": "", "Test_Finetune.seeds": "",
+    }  # fmt: skip
+
+    def __init__(self, config: Config, cache: Path | None = None) -> None:
+        super().__init__(config, cache)
+        if config.Train.batch_size_val != 1:
+            raise UserError(f"Train.batch_size_val = {config.Train.batch_size_val}: images differ in size, so a batch holds one")
+
+    @property
+    def setting(self) -> str:
+        return f"{self.config.Method.setting}, {len(self.fold.base)} + {len(self.fold.novel)} classes"
+
+    @property
+    def headline(self) -> str:
+        return "hiou" if self.fold.novel else "miou"
+
+    @property
+    def channels(self) -> tuple[int, ...]:
+        return tuple(range(1, self.fold.num_classes + 1))
+
+    @property
+    def classes(self) -> tuple[int, ...]:
+        return self.channels
+
+    def target(self, training: bool) -> dict[int, int]:
+        return {0: IGNORE} | super().target(training)
+
+    def transform(self, training: bool) -> Transform:
+        train = self.config.Train
+        if not training:
+            return KeepTransform(short=train.val_size)
+        return CropTransform(train.train_h, (train.scale_min, train.scale_max)) if train.augment else super().transform(training)
+
+    def validation(self) -> Test:
+        data = self.images("val_list", training=False)
+        return Test("seen and unseen classes" if self.fold.novel else "all classes", data, len(data))
