@@ -246,18 +246,23 @@ def write(root: Path, number: int) -> None:
 
 
 def ensure(data_root: str | Path, workers: int | None = None) -> Path:
-    """Draws the world into `data_root` unless this version of it is there already; returns `data_root`."""
+    """Draws the world into `data_root` unless this version of it, or somebody's own data, is there already."""
     root = Path(data_root)
     done = root / "done"
     if done.is_file() and done.read_text().strip() == f"demo world {VERSION}":
         return root
+    drawing = root / ".drawing"  # a folder with anything else in it is somebody's own
+    if root.is_dir() and any(root.iterdir()) and not (done.is_file() or drawing.is_file()):
+        return root
     for folder in ("JPEGImages", "SegmentationClassAug", "Annotations"):
         (root / folder).mkdir(parents=True, exist_ok=True)
+    drawing.touch()
     numbers = [*TRAIN, *VAL]
     # spawn: a fork of a process whose OpenCV or torch threads are running can hang
     with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
         list(pool.map(write, [root] * len(numbers), numbers, chunksize=25))
     write_atomically(done, f"demo world {VERSION}\n".encode())
+    drawing.unlink(missing_ok=True)
     return root
 
 

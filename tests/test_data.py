@@ -97,7 +97,7 @@ def test_scan_is_cached_and_parallel(block, write_voc, monkeypatch):
     first = scan(root, list_file, VOC, cache)
     monkeypatch.setattr(index_module, "SERIAL_BELOW", 0)
     assert scan(root, list_file, VOC, root / "other", workers=2) == first
-    monkeypatch.setattr(index_module, "_read_record", lambda *_: pytest.fail("the cache was not used"))
+    monkeypatch.setattr(index_module, "_try_record", lambda *_: pytest.fail("the cache was not used"))
     assert scan(root, list_file, VOC, cache) == first
     monkeypatch.undo()
     (root / "Annotations/im0.xml").write_text("<annotation><object><name>dog</name></object></annotation>")

@@ -20,7 +20,6 @@ from model.system import Prediction
 from tests.make import CONFIG, ROOT, make, palette_mask, restore, star, upright
 from util.cache import TensorCache
 from util.data.episodes import Episode, EpisodeList, mask_table
-from util.data.folds import fold
 from util.data.transforms import read_label
 from util.errors import UserError
 from util.photos.reading import read_photo
@@ -263,7 +262,7 @@ def test_a_base_class_is_known_by_its_name(piclip: Path, scenes: Path) -> None:
     predictor = Predictor.from_checkpoint(piclip)
     images, masks = star(scenes)
     query = read_photo(images[1])
-    for text, rank in (("star", -1), ("Crown", fold("demo", 0).base_rank(predictor.names.names.index("crown") + 1))):
+    for text, rank in (("star", -1), ("Crown", predictor.fold.base_rank(predictor.names.names.index("crown") + 1))):
         predictor.set_support(images[0], masks[0], text)
         assert predictor.episode(query, predictor._groups[0]).base_rank.tolist() == [rank]
     assert rank >= 0 and "base learner knows" in " ".join(predictor.notes)

@@ -20,13 +20,13 @@ PASCAL = ROOT / "config/pascal/pascal_split0_resnet50.yaml"
 
 
 def test_a_table_from_values_to_classes(tmp_path: Path) -> None:
-    """ADE20K's rule (0 does not count, value v is class v) and COCO-Stuff's gaps; what is not named does not count."""
+    """ADE20K's rule (0 does not count, value v is class v) and COCO-Stuff's gaps; what is not named becomes no class."""
     file = tmp_path / "table.yaml"
     file.write_text("0: 255\n1: 1\n2: 2\n")
     table = read_label_table(file, 2)
-    assert table.dtype == np.uint8 and table[:4].tolist() == [255, 1, 2, 255] and (table[4:] == 255).all()
+    assert table.dtype == np.uint8 and table[:3].tolist() == [255, 1, 2] and (table[3:255] > 2).all() and table[255] == 255
     file.write_text("0: 0\n10: 1\n12: 2\n200: 1\n")
-    assert read_label_table(file, 2)[[0, 10, 11, 12, 200]].tolist() == [0, 1, 255, 2, 1]
+    assert read_label_table(file, 2)[[0, 10, 11, 12, 200]].tolist() == [0, 1, 11, 2, 1]
 
 
 @pytest.mark.parametrize("text", ["1: 3", "256: 1", "1: -1", "a: 1", "1: true", "[1, 2]", "1.5: 1"])

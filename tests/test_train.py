@@ -224,10 +224,10 @@ def test_checkpoint_of_something_else(world: list[str], trained: Path) -> None:
 
 @pytest.mark.parametrize(("overrides", "messages"), [
     (["Data.train_list=nowhere.txt"], ["train_list", r"nowhere\.txt"]),
-    (["Data.class_names=lists/coco/classes.txt"], ["Data.class_names", "80"]),
+    (["Data.class_names=lists/coco/classes.txt"], ["Data.class_names", "no folds.yaml beside it"]),
     (["CLIP.clip_path=nowhere/ViT-B-16.pt"], ["CLIP.clip_path", r"nowhere/ViT-B-16\.pt", "sha256"]),
     (["Method.pre_weight=nowhere.pth"], ["Method.pre_weight", r"nowhere\.pth", "ARCH=PSPNet"]),
-    (["Train.split=7"], ["Train.split", "0, 1, 2 or 3"]),
+    (["Train.split=7"], ["Train.split", "split0 to split3"]),
     (["Train.shot=900"], ["900-shot", "class"]),
     (["Train.batch_size=100000"], ["Train.batch_size"]),
     (["Train.epoch=1"], ["did you mean 'epochs'"]),

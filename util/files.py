@@ -122,6 +122,8 @@ def load_state(path: Path) -> dict[str, Tensor]:
 
 def _other_kind(path: Path) -> str:
     """Say what a file without weights is, from its first bytes, and what to do; "" where they do not show it."""
+    if not path.is_file():
+        return ""
     with open(path, "rb") as file:
         start = file.read(1024).lstrip(b"\xef\xbb\xbf \t\r\n")
     lower = start.lower()

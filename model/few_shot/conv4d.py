@@ -170,6 +170,7 @@ class CorrelationConv4d(CenterPivotConv4d):
         seen, cells = pair.seen().cpu(), tuple((size - 1) // self.stride + 1 for size in support)
         bias = self.conv1.bias + self.conv2.bias
         if not seen.any():
+            bias = bias + 0 * (self.conv1.weight.sum() + self.conv2.weight.sum())  # a gradient of 0, not none: DDP waits for all
             return bias.expand(1, h, w, *cells, -1).contiguous().permute(0, 5, 1, 2, 3, 4)
         (k_cells, ks), (l_cells, ls) = self.reach(seen.any(1)), self.reach(seen.any(0))
         on_query = partial(F.conv2d, weight=self.conv1.weight, padding=self.conv1.padding)

@@ -53,8 +53,12 @@ def fold_of(config: Config) -> Fold:
     if data.folds and train.data_set in NUM_CLASSES:
         raise UserError(f"Data.folds = {data.folds}: {train.data_set} has its own folds; give yours another Train.data_set")
     file = Path(data.folds or Path(data.class_names).with_name("folds.yaml"))
-    if train.data_set in NUM_CLASSES or not (data.folds or file.is_file()):
-        return fold(train.data_set, train.split, train.use_split_coco)
+    if train.data_set in NUM_CLASSES or not (data.class_names and (data.folds or file.is_file())):
+        try:
+            return fold(train.data_set, train.split, train.use_split_coco)
+        except UserError as error:
+            beside = f" Data.class_names = {data.class_names} has no folds.yaml beside it." if data.class_names else ""
+            raise UserError(f"{error}.{beside}") from None
     names = read_class_names(data.class_names)
     folds = read_folds(file, names)
     if train.split not in range(len(folds)):
