@@ -18,7 +18,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from model.predict.options import asked_config, check_model, model_options
+from model.predict.arguments import asked_config, check_model, model_options
 from model.predict.predictor import Predictor, annotated, find_weights
 from model.predict.text_predictor import TextPredictor
 from util import cli

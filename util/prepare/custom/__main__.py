@@ -121,7 +121,7 @@ def choose_folds(given: argparse.Namespace, found: sources.Found, places: write.
 
 def following(name: str, gpu: bool) -> str:
     """Return the commands that train on it and test, on this machine; without a GPU they use a small network."""
-    return write.template(f"next_{'gpu' if gpu else 'cpu'}.txt").format(name=name).rstrip()
+    return write.template(f"next_commands_{'gpu' if gpu else 'cpu'}.txt").format(name=name).rstrip()
 
 
 if __name__ == "__main__":
