@@ -143,15 +143,15 @@ class HSNet(FewShot):
     def check_backbone(self) -> None:
         if self.encoder.blocks is None:
             raise UserError(f"Method.backbone: HSNet cannot use {self.encoder.hub!r}, it reads every block of a resnet50, "
-                            "resnet101, vgg16 or vgg16_bn")
+                            "resnet101, vgg16, vgg16_bn or an EfficientNet of timm (timm:tf_efficientnet_lite0)")
 
     def view(self, images: Tensor, mask: Tensor | None, needs: frozenset[str]) -> dict[str, Tensor]:
         fine, middle, coarse = self.encoder.pyramid(images)
         found = {"level2": fine, "level3": middle, "level4": coarse}
         if "stage4" in needs:
-            found["stage4"] = coarse[:, -1].relu()
+            found["stage4"] = self.encoder.stage_of(coarse)
         if "masked4" in needs:
-            found["masked4"] = self.masked4(middle[:, -1].relu(), mask)
+            found["masked4"] = self.masked4(self.encoder.stage_of(middle), mask)
         return found
 
     def decode(self, head: nn.Module, features: Features, maps: Sequence[Tensor], own: Tensor) -> Decoded:
