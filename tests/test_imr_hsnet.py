@@ -105,7 +105,9 @@ def test_training_reaches_everything_trained_and_masks_only_the_loss(mask_mode: 
 def test_predicts_with_several_shots_and_keeps_its_maps() -> None:
     system, made = imr(2), episode(2)
     plain = system.predict(made, baselines=True)
-    assert plain.votes.shape[:3] == (2, 2, 2) and set(plain.maps) == {"cam", "support cam"}
+    assert plain.votes.shape[:3] == (2, 2, 2) and set(plain.maps) == {"cam", "support cam", "stage 1", "stage 2"}
+    last = plain.votes.softmax(2)[:, :, 1].mean(1)
+    torch.testing.assert_close(plain.maps["stage 2"], last)
     assert "CAM > 0.5" in plain.baselines and 0 < plain.maps["cam"].max() <= 1
     made.query_key, made.support_key = ["a", "b"], [["c", "d"], ["e", "f"]]
     system.remember(cache := TensorCache(2**28), fixed_head=True)
@@ -115,6 +117,20 @@ def test_predicts_with_several_shots_and_keeps_its_maps() -> None:
     made.cls = made.cls.flip(0)  # the same images, other classes: other maps
     other = system.predict(made)
     assert cache.hits > hits and (other.maps["cam"] - plain.maps["cam"]).abs().max() > 0.05
+
+
+@torch.no_grad()
+def test_images_in_which_clip_finds_nothing_are_named_once(caplog: pytest.LogCaptureFixture) -> None:
+    system, made = imr(), episode(1)
+    made.query_key, made.support_key = ["a", "b"], [["c"], ["d"]]
+    made.query_name, made.support_names = ["blank.jpg", "some.jpg"], [["s.jpg"], ["t.jpg"]]
+    cam = system.priors[0]
+    maps, cam.source = cam.source, lambda images, *given: maps(images, *given) * (images.amax((1, 2, 3)) > 0)[:, None, None]
+    made.clip_query[0] = torch.zeros_like(made.clip_query[0])
+    for _ in range(2):
+        system.predict(made)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"blank.jpg: CLIP's activation map of class {int(made.cls[0])} is 0 everywhere"]  # fmt: skip
 
 
 def test_maps_of_a_resnet_clip_follow_the_target() -> None:

@@ -1,5 +1,6 @@
 """IMR-HSNet's input instead of masks: CLIP's activation map of the episode's class, in the query and in the supports."""
 
+import logging
 from collections.abc import Sequence
 
 import torch
@@ -38,22 +39,31 @@ class CamPrior:
                 "IMR-HSNet's class activation maps need the names of all classes, in training as in prediction; "
                 "use test.py with the data set's lists"
             )
-        self.source, self.bank, self.vocabulary = source, bank, vocabulary
+        self.source, self.vocabulary, self.view = source, vocabulary, view
         self.base = torch.tensor(base) - 1
-        self.kept_as = f"cam {content_key(bank.cpu().numpy())} {vocabulary} {view}"
+        self.blank: set[tuple[str, int]] = set()  # (image, class): where CLIP finds nothing of the class
+        self.use(bank)
+
+    def use(self, bank: Tensor) -> None:
+        """Use other texts from now on."""
+        self.bank = bank
+        self.kept_as = f"cam {content_key(bank.cpu().numpy())} {self.vocabulary} {self.view}"
 
     def __call__(self, episode: Episode, features: Features) -> Tensor:
         """B 1 h w of the queries."""
-        return self.maps(episode.clip_query, episode.cls, episode.query_key, features)
+        return self.maps(episode.clip_query, episode.cls, episode.query_key, episode.query_name, features)
 
     def of_supports(self, episode: Episode, features: Features) -> Tensor:
         """B K 1 h w."""
         images = [shot for shots in episode.clip_support for shot in shots]
-        found = self.maps(images, episode.cls.repeat_interleave(features.shot), sum(episode.support_key, []), features)
+        cls = episode.cls.repeat_interleave(features.shot)
+        keys, names = sum(episode.support_key, []), sum(episode.support_names, [])
+        found = self.maps(images, cls, keys, names, features)
         return found.unflatten(0, (-1, features.shot))
 
-    def maps(self, images: Sequence[Tensor], cls: Tensor, keys: Sequence[str], features: Features) -> Tensor:
-        """N 1 h w of images 3 side side and their classes."""
+    def maps(self, images: Sequence[Tensor], cls: Tensor, keys: Sequence[str], names: Sequence[str],
+             features: Features) -> Tensor:  # fmt: skip
+        """N 1 h w of images 3 side side and their classes. Warns once of each image in which CLIP finds nothing of the class."""
         size, device = features.size, cls.device
         self.bank = self.bank.to(device)
 
@@ -61,10 +71,19 @@ class CamPrior:
             target = cls[rows] - 1
             stack = torch.stack(images[rows] if isinstance(rows, slice) else [images[i] for i in rows])
             found = self.source(stack, self.bank, self.candidates(target), target)
+            if keys:  # of an evaluation
+                shown = [names[i] for i in (range(len(names))[rows] if isinstance(rows, slice) else rows)]
+                self._warn(shown, cls[rows].tolist(), found.flatten(1).amax(1).tolist())
             return {"map": resize(found[:, None], size)}
 
         keys = [f"{key} {c}" for key, c in zip(keys, cls.tolist(), strict=True)] if keys else []
         return features.memo.rows(f"{self.kept_as} {tuple(size)}", keys, device, compute)["map"]
+
+    def _warn(self, names: Sequence[str], classes: Sequence[int], peaks: Sequence[float]) -> None:
+        found = {(name, cls) for name, cls, peak in zip(names, classes, peaks, strict=True) if not peak}
+        for name, cls in sorted(found - self.blank):
+            logging.getLogger(__name__).warning("%s: CLIP's activation map of class %d is 0 everywhere", name, cls)
+        self.blank |= found
 
     def candidates(self, target: Tensor) -> Tensor:
         """N C bool."""

@@ -178,6 +178,12 @@ class IMRHSNet(HSNet):
         votes = stages[-1].chunk(2)[0].unflatten(0, (-1, features.shot))
         return Decoded(vote_scores(votes), votes=votes, inner=stages)
 
+    def pictures(self, decoded: Decoded) -> dict[str, Tensor]:
+        """Return what each stage finds in the query, mean over the shots."""
+        shot = decoded.votes.shape[1]
+        found = [logits.chunk(2)[0].float().softmax(1)[:, 1].unflatten(0, (-1, shot)).mean(1) for logits in decoded.inner]
+        return {f"stage {i}": foreground for i, foreground in enumerate(found, start=1)}
+
     def terms(self, decoded: Decoded, features: Features, episode: Episode) -> dict[str, Tensor]:
         """Both masks at every stage; unlabelled pixels are background, as published."""
         query = (episode.query_mask == 1).long().repeat_interleave(features.shot, 0)
