@@ -180,7 +180,7 @@ def summary(config: Config, place: Experiment, context: Context, scored: Scored,
         "backbone": f"{config.Method.backbone}" + (f" (width {config.Method.width})" if config.Method.width != 64 else ""),
         "priors": system.prior_names, "checkpoint": str(scored.weight),
         "protocol": used.describe(system.reads_text, task.says) | trained_with(scored.weight),
-        "protocol_hash": used.hash, "warnings": [*system.warnings, *skipped(seeds)], "mark": system.mark,
+        "protocol_hash": used.hash, "warnings": [*system.warnings, *skipped(seeds, task.unit)], "mark": system.mark,
         "environment": environment(context.device) | provenance(config, scored),
         "classes": {c: task.names.names[c - 1] if c else "background" for c in task.classes},
         "other_classes": {c: name for c, name in enumerate(task.names.names, start=1) if c not in task.classes},
@@ -200,10 +200,16 @@ def provenance(config: Config, scored: Scored) -> dict[str, str]:
     return found | {"weights": content_hash(scored.system.trained)}
 
 
-def skipped(seeds: list[dict]) -> list[str]:
+def skipped(seeds: list[dict], unit: str) -> list[str]:
     """A warning where broken files were left out (Data.on_error=skip)."""
-    count = sum(len(seed.get("skipped", [])) for seed in seeds)
-    return [f"{count} of the protocol's episodes could not be read and were left out; report.json names them."] if count else []
+    messages = [message for seed in seeds for message in seed.get("skipped", [])]
+    if not messages:
+        return []
+    files = sorted({message.partition(": ")[2] for message in messages})
+    count = len(messages) + sum(seed["episodes"] for seed in seeds)
+    more = f" (and {len(files) - 1} more)" if len(files) > 1 else ""
+    return [f"{len(messages):,} of the {count:,} {unit} of the protocol could not be read and were left out "
+            f"(Data.on_error=skip): {files[0]}{more}. report.json names them. The scores are of the others."]
 
 
 def learning_curves(config: Config, place: Experiment, weight: Path) -> dict[str, dict]:

@@ -337,9 +337,11 @@ def validate(run: Run) -> float:
     """The headline score on the validation data; the first three samples go to TensorBoard as pictures."""
     system, task, context, test = run.system.eval(), run.task, run.context, run.validation
     started = time.monotonic()
-    record = task.evaluate(system.predict, test, How.of(run.config, context, run.log)).record
+    found = task.evaluate(system.predict, test, How.of(run.config, context, run.log))
+    record = found.record
     if context.main:
-        cards = gallery(system.predict, test.data, {"": range(min(3, test.count))}, task.names.names, context)
+        first = list(dict.fromkeys(row.number for row in found.rows))[:3]  # of those that could be read
+        cards = gallery(system.predict, test.data, {"": first}, task.names.names, context)
         sheet = contact_sheet([card.panels for card in cards], [f"{card.title} {system.mark}" for card in cards])
         run.log.image(task.unit, sheet, run.progress.step)
     shown = {key: value for key, value in record.items() if key.endswith("iou")}
