@@ -7,6 +7,7 @@ only difference: lines differ in dashes or stand apart, bars have gaps.
 from __future__ import annotations
 
 import functools
+import html
 import io
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -179,17 +180,23 @@ def svg(figure: Figure, alt: str) -> str:
     text = buffer.getvalue()
     text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", text[text.index("<svg") :], flags=re.DOTALL)
     view = re.search(r'viewBox="[^"]*"', text).group()
-    text = re.sub(r"<svg[^>]*>", f'<svg role="img" aria-label="{alt}" {view}>', text, count=1)
+    head = f'<svg role="img" aria-label="{html.escape(alt)}" {view}>'
+    text = re.sub(r"<svg[^>]*>", lambda _: head, text, count=1)
     text = re.sub(r"(font: [^;\"]*?px)[^;\"]*", r"\1 system-ui, 'DejaVu Sans', sans-serif", text)
     for colour, name in VARIABLES.items():
         text = text.replace(colour, f"var({name})")
     return re.sub(r"\n\s*", "\n", text)
 
 
+def slug(name: str) -> str:
+    """Return a name that is a file name and nothing else: letters, digits, _ and -. (A report may come from anywhere.)"""
+    return re.sub(r"[^\w-]+", "-", name, flags=re.ASCII).strip("-")[:80] or "figure"
+
+
 @styled
 def save(folder: Path, name: str, figure: Figure) -> list[Path]:
-    """Write NAME.pdf (vectors, fonts embedded) and NAME.png into the folder; return their paths."""
-    paths = [folder / f"{name.replace(' ', '-')}.{kind}" for kind in ("pdf", "png")]
+    """Write NAME.pdf (vectors, fonts embedded) and NAME.png into the folder; return their paths. See `slug` for NAME."""
+    paths = [folder / f"{slug(name)}.{kind}" for kind in ("pdf", "png")]
     for path in paths:
         with atomic(path) as temporary:
             figure.savefig(temporary, format=path.suffix[1:], dpi=DPI)
