@@ -131,7 +131,7 @@ def test_page_has_the_new_parts(tmp_path: Path) -> None:
     assert self_contained(page) and page.count("<svg") == 4
     for text in ("Why episodes fail", "cat &amp; dog <b>", "Training: base learner.", "95 %</th>", ">Failures<", "best 20.0"):
         assert text in page, text
-    assert page.index(">Episodes<") < page.index("<h3>best") < page.index(">Failures<") < page.index("<h3>missed")
+    assert page.index("<h2>Episodes") < page.index("<h3>best") < page.index("<h2>Failures") < page.index("<h3>missed")
     ids = [set(re.findall(r'id="([mp][0-9a-f]{9,})"', svg)) for svg in re.findall(r"<svg.*?</svg>", page, re.S)]
     assert all(ids) and sum(map(len, ids)) == len(set.union(*ids))  # what figures refer to by name is their own
     assert all(colour not in page.split("<main>")[1] for colour in figures.VARIABLES)  # colours follow the page
@@ -241,3 +241,14 @@ def test_malformed_spread(row: str, says: str) -> None:
     episodes = {"hash": "a", "columns": " ".join([*COLUMNS, QUERY, *SPREAD]), "rows": [row]}
     with pytest.raises(stats.UserError, match=says):
         read_episodes({"episodes": episodes})
+
+
+def test_curves_of_one_point() -> None:
+    """One validation and one step: axes begin at 0, points are drawn as points, and no label lies over a curve."""
+    figure = figures.learning_curves({"train": {"step": [10], "main": [0.5], "rate": [1e-4]},
+                                      "validation": {"step": [200], "miou": [0.2]}})  # fmt: skip
+    loss, miou, rate = figure.axes
+    assert rate.get_xlim() == (0, 206) and miou.get_ylim() == (0, 26) and loss.lines[0].get_marker() == "o"
+    assert "best 20.0 at iteration 200" in [text.get_text() for text in miou.get_legend().get_texts()] and not miou.texts
+    priors = figures.prior_curves({"vtp": [0.1 * k for k in range(9)]}, 0.5)
+    assert not priors.axes[0].texts and "final mask 50.0" in [text.get_text() for text in priors.legends[0].get_texts()]

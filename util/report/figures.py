@@ -97,17 +97,17 @@ def learning_curves(curves: Mapping[str, Mapping[str, Sequence]], mark: str = ""
     train, validation = dict(curves.get("train", {})), curves.get("validation", {})
     rate, steps = train.pop("rate", None), train.pop("step", [])
     parts = [("loss", 1.25, train), ("mIoU (%)", 0.95, validation.get("miou")), ("rate", 0.55, rate)]
-    parts = [part for part in parts if part[2]]
+    parts, alone = [part for part in parts if part[2]], "o" if len(steps) == 1 else ""  # a line needs two points
     figure = Figure((WIDTH, 0.35 + sum(height for _, height, _ in parts)), layout="constrained")
     grid = figure.subplots(len(parts), 1, sharex=True, squeeze=False, height_ratios=[height for _, height, _ in parts])[:, 0]
     for axes, (name, _, values) in zip(grid, parts, strict=True):
         if name == "loss":
             for (term, points), colour, dashes in zip(values.items(), SERIES, DASHES, strict=False):
-                axes.plot(steps, _numbers(points), color=colour, linestyle=dashes, label=term)
+                axes.plot(steps, _numbers(points), color=colour, linestyle=dashes, label=term, marker=alone)
             axes.set_ylim(bottom=0)
             axes.legend(ncols=4, loc="lower right", bbox_to_anchor=(1, 0.98))
         elif name == "rate":
-            axes.plot(steps, _numbers(values), color=SOFT)
+            axes.plot(steps, _numbers(values), color=SOFT, marker=alone)
             axes.set_ylim(bottom=0)
             axes.ticklabel_format(axis="y", scilimits=(0, 0), useMathText=False)
         else:
@@ -115,12 +115,17 @@ def learning_curves(curves: Mapping[str, Mapping[str, Sequence]], mark: str = ""
             axes.plot(x, y, color=SERIES[0], marker="o", markersize=2.5)
             if np.isfinite(y).any():
                 best = int(np.nanargmax(y))
-                axes.annotate(f"best {y[best]:.1f}", (x[best], y[best]), (0, 4), textcoords="offset points", ha="right")
-            axes.margins(y=0.3)
+                axes.plot(x[best], y[best], color=SERIES[0], marker="o", markersize=4, linestyle="none",
+                          label=f"best {y[best]:.1f} at iteration {x[best]:,.0f}")  # fmt: skip
+                axes.legend(loc="lower right", bbox_to_anchor=(1, 0.98))
+            axes.margins(y=0.15)
+            if np.isfinite(y).sum() == 1:
+                axes.set_ylim(0, max(1.3 * np.nanmax(y), 1))
         axes.set_ylabel(name)
         axes.yaxis.set_major_locator(MaxNLocator(4 if name != "rate" else 2))
     figure.align_ylabels(grid)
     grid[-1].set_xlabel("iteration")
+    grid[-1].set_xlim(0, 1.03 * max([*steps, *validation.get("step", []), 1]))
     return _marked(figure, mark)
 
 
@@ -128,8 +133,7 @@ def learning_curves(curves: Mapping[str, Mapping[str, Sequence]], mark: str = ""
 def prior_curves(quality: Mapping[str, Sequence[float]], final: float, mark: str = "") -> Figure:
     """Draw the mIoU of each prior alone, cut at THRESHOLDS, and of the final mask (`final`); fractions."""
     figure, axes = _figure(1.9, mark)
-    axes.axhline(100 * final, color=INK, linewidth=1)
-    axes.text(0.9, 100 * final, f"final mask {100 * final:.1f}", ha="right", va="bottom")
+    axes.axhline(100 * final, color=INK, linewidth=1, label=f"final mask {100 * final:.1f}")
     for (name, values), colour, dashes, marker in zip(quality.items(), SERIES, DASHES, "osD^v<", strict=False):
         best = int(np.argmax(values))
         text = f"{title(name)}, best {100 * values[best]:.1f} at {THRESHOLDS[best]:.1f}"
