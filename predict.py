@@ -128,13 +128,24 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--every", type=int, default=1, metavar="N", help="of a video, every N-th frame")
     parser.add_argument("--precision", choices=("fp32", "bf16"), help="default: bf16 on a GPU that has it")
     model_options(parser)
-    given = parser.parse_intermixed_args()
+    given = parser.parse_intermixed_args(joined(sys.argv[1:]))
     if given.every < 1:
         raise UserError(f"--every {given.every}: must be at least 1")
     check_model(given)
     if given.clip is not None and (given.support or not given.text):  # checked before a CLIP is downloaded
         raise UserError("--clip finds what --text names: give a text, and no --support; examples need a trained system")
     return given
+
+
+def joined(words: Sequence[str]) -> list[str]:
+    """Join --box with a value that begins with a minus sign: argparse takes it for an option."""
+    found: list[str] = []
+    for word in words:
+        if found and found[-1] == "--box" and word.startswith("-") and "," in word:
+            found[-1] += f"={word}"
+        else:
+            found.append(word)
+    return found
 
 
 class AddSupport(argparse.Action):

@@ -43,6 +43,11 @@ def program(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> C
     return run
 
 
+def test_boxes_that_begin_with_a_minus_sign() -> None:
+    assert predict.joined(["--box", "-5,1,9,9", "--box", "1,2,3,4", "--query", "-"]) == [
+        "--box=-5,1,9,9", "--box", "1,2,3,4", "--query", "-"]
+
+
 def test_command_line(piclip: Path, scenes: Path, tmp_path: Path, program: Callable) -> None:
     """A mask and a box; a folder with something unreadable, a pattern, two files of one name, a video."""
     images, masks = star(scenes, of=4)
