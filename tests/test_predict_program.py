@@ -1,5 +1,6 @@
 """predict.py: its command line from end to end, what it says of wrong input, and where it finds what it needs."""
 
+import functools
 import json
 import re
 import subprocess
@@ -16,7 +17,7 @@ from PIL import Image
 import predict
 from model.predict.predictor import NAMED, Predictor
 from tests.make import ROOT, star
-from util import cli
+from tests.make.runs import run_program
 from util.errors import UserError
 from util.files import load_tensors
 from util.run.checkpoint import read_meta, save_weights
@@ -30,17 +31,7 @@ def at_root(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def program(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable[..., tuple[int, str]]:
     """Runs predict.py as its command line does; exit code and everything printed."""
-    def run(*arguments: object) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["predict.py", *map(str, arguments)])
-        code = 0
-        try:
-            cli.run(predict.main)
-        except SystemExit as end:
-            code = end.code
-        printed = capsys.readouterr()
-        return code, printed.out + printed.err
-
-    return run
+    return functools.partial(run_program, predict.main, monkeypatch, capsys)
 
 
 def test_boxes_that_begin_with_a_minus_sign() -> None:
