@@ -56,6 +56,12 @@ def test_scores_by_hand():
     assert (result["episodes"], result["episodes_per_class"]) == (3, {1: 1, 2: 2})
 
 
+def test_without_any_background():
+    meter = FewShotMeter([1])
+    meter.update(torch.tensor([[1, 1, 1, 1]]), torch.tensor([[1, 1, 255, 1]]), 1)
+    assert meter.result()["fb_iou"] == 1  # no background in truth or prediction: nothing about it is wrong
+
+
 def test_state_is_all_that_ranks_must_sum():
     whole = filled(2, 5, filled(1, 4))
     parts = filled(1, 4), filled(2, 5)

@@ -49,7 +49,7 @@ def test_everything_at_once(voc: list[str], tmp_path: Path) -> None:
     assert bad(wrong, "PI_CLIP").keys() == {"data", "val_list", "CLIP", "base learner"}
     with pytest.raises(UserError) as error:
         require(start(wrong, "PI_CLIP", ("val_list",)))
-    for text in ("nowhere", "none.txt", "clip.pt", "base.pth", "ARCH=PSPNet"):
+    for text in ("nowhere: no such folder", "none.txt", "clip.pt", "base.pth", "ARCH=PSPNet"):
         assert text in str(error.value)
 
 

@@ -126,7 +126,7 @@ class Test_Finetune:
 
 @dataclass
 class Runtime:
-    precision: Literal["fp32", "bf16"] = "fp32"  # autocast; Grad-CAM, losses and metrics stay fp32
+    precision: Literal["fp32", "bf16"] = "fp32"  # autocast; Grad-CAM, losses and metrics stay fp32. bf16 on a CPU needs AVX-512
     # Testing and validation: memory of each process (the GPU's on a GPU) for what depends on one image; PASCAL at 473 fills 8.
     cache_gb: float = 8.0
     cache_dir: str = ""  # folder that keeps it for later runs too (some 10 MB an image at 473)

@@ -1,0 +1,73 @@
+"""What a newcomer does first: --help, typing mistakes, Ctrl-C, a first training. Nothing happens unasked, and words are plain."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import test as tester
+import train
+from demo import world
+from model import configure
+from util import cli
+from util.errors import UserError
+from util.photos.reading import Photo, box_mask
+
+ROOT = Path(__file__).parents[1]
+DEMO = "config/demo/demo_split0_resnet50.yaml"
+
+
+@pytest.fixture(autouse=True)
+def at_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.mark.parametrize("module", ["demo.train_backbone", "model.backbone.lite0"])
+def test_help_does_nothing(module: str, tmp_path: Path) -> None:
+    run = subprocess.run([sys.executable, "-m", module, "--help"], cwd=tmp_path, text=True, capture_output=True, timeout=60,
+                         env=os.environ | {"PYTHONPATH": str(ROOT)})  # fmt: skip
+    assert run.returncode == 0 and "usage" in run.stdout and not list(tmp_path.iterdir())
+
+
+def test_overrides_that_do_not_reach_the_base_learner() -> None:
+    overrides = ["Train.epochs=1", "Train.workers=0", "Runtime.threads=1"]
+    config = configure(DEMO, "PI_CLIP", overrides)
+    recipe = train.recipe_of("PSPNet", config, DEMO)
+    assert recipe.Train.workers == 0 and recipe.Runtime.threads == 1
+    assert recipe.Train.epochs > 1
+    assert train.only_second(overrides, config, recipe) == [f"Train.epochs=1 (there {recipe.Train.epochs})"]
+
+
+def test_ctrl_c_speaks_of_what_was_stopped(capsys: pytest.CaptureFixture) -> None:
+    def stopped() -> None:
+        raise KeyboardInterrupt
+
+    for after, said in (("", "interrupted\n"), ("it goes on", "interrupted; it goes on\n")):
+        with pytest.raises(SystemExit) as code:
+            cli.run(stopped, after)
+        assert code.value.code == 130 and capsys.readouterr().err.endswith(said)
+
+
+def test_boxes_in_fractions() -> None:
+    photo = Photo(np.zeros((200, 400, 3), np.uint8), "a.jpg")
+    with pytest.raises(UserError, match=r"fractions of its sides; give pixels, here 40,50,200,180"):
+        box_mask([(0.1, 0.25, 0.5, 0.9)], photo)
+
+
+def test_priors_at_their_best_threshold_are_marked() -> None:
+    trivial = {"baselines": {"everything foreground": {"miou": 0.1}}}
+    seeds = [trivial | {"prior_quality": {"vtp": [0.1] * 7 + [best, 0.2]}} for best in (0.3, 0.4)]
+    assert tester.baselines(seeds)["VTP > 0.8, chosen on this test"] == {"miou": pytest.approx(0.35)}
+    assert tester.baselines([{"prior_quality": {"vtp": [0.1] * 9}}]) == {}
+
+
+def test_drawing_is_announced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setattr(world, "TRAIN", range(2))
+    monkeypatch.setattr(world, "VAL", range(2, 3))
+    world.ensure(tmp_path / "demo", workers=1)
+    assert "drawing the demo's 3 scenes" in capsys.readouterr().err
+    world.ensure(tmp_path / "demo", workers=1)  # they are there
+    assert capsys.readouterr().err == ""
