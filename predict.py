@@ -4,6 +4,7 @@
 
     --support b.jpg --box 10,20,200,300     a box x0,y0,x1,y1 in pixels instead of a mask; several --box for one support
     --weights W --text "golden retriever"   another system than the small network that comes along; PI-CLIP reads a name, too
+    --weights imr_hsnet.safetensors --text dog --support a.jpg     examples without masks, where the system needs none (IMR-HSNet)
     --clip --text cat                       no training at all: rough masks from OpenAI's CLIP, which is downloaded, and words
     --clip demo/clip --text star            the same with the demo's CLIP, for the drawn world
     --query FOLDER 'more/*.png' clip.mp4    files, folders, patterns, videos (--every N: every N-th frame)
@@ -24,7 +25,7 @@ from typing import Any
 
 from model.predict.arguments import asked_config, check_model, model_options
 from model.predict.dense_predictor import DensePredictor, Labelling, load_predictor, read_classes
-from model.predict.predictor import Predictor, annotated, find_weights
+from model.predict.predictor import Predictor, annotated, find_weights, unmarked
 from model.predict.text_predictor import Segmentation, TextPredictor
 from util import cli
 from util.errors import UserError
@@ -44,7 +45,8 @@ def main() -> None:
     paths, weights = find(given.query), None if given.clip is not None else find_weights(given.weights or "photos")
     photos = [read_photo(support["image"]) for support in given.support]
     masks, boxes = ([support[key] for support in given.support] for key in ("mask", "boxes"))
-    examples = annotated(photos, masks, boxes)
+    marked = any(masks) or any(boxes)
+    examples = annotated(photos, masks, boxes) if marked else [(photo, unmarked(photo)) for photo in photos]
 
     # 2. the model, and what it looks for
     predictor, what = open_predictor(given, weights)
@@ -63,7 +65,7 @@ def main() -> None:
     for i, (photo, mask) in enumerate(examples, start=1):
         results.support(i, photo, mask)
     print(f"{what}, on {predictor.device} in {predictor.precision}")
-    for iou, photo, boxed in zip(ious, photos, boxes, strict=True):
+    for iou, photo, boxed in zip(ious, photos, boxes, strict=False):  # no overlap where no masks are needed
         around = " (of the boxes around both)" if boxed else ""
         print(f"{photo.name}: an example; its overlap with what is found there is {iou:.2f}{around}")
     if left_out:

@@ -114,7 +114,7 @@ def build_few_shot(cls: type[FewShot], arch: str, config: Config, fold: Fold, na
         "vvp": lambda: VisualPrior(clip, shot),
         "vtp": lambda: TextPrior(clip, text_bank(clip, names.texts, cache), vocabulary, fold.base),
         "cam": lambda: CamPrior(cam_source(clip.module), clip.module.text.bank(names.names, [TEMPLATE], cache),
-                                vocabulary, fold.base, config.CLIP.clip_size),
+                                vocabulary, fold.base, config.CLIP.clip_size, names.names),
     }
     backbone = Frozen(learner if cls.facts.before else learner.encoder)
     return cls(backbone, [makers[name]() for name in wanted], shot, options_of(config.Method, cls.Options), clip)

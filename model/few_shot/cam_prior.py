@@ -20,6 +20,7 @@ class CamPrior:
 
     Args:
         bank: C D, one row of TEMPLATE for every class, base and novel.
+        names: those of the classes, for messages.
         vocabulary: which classes compete, CLIP.vocabulary; published: `all`.
         base: 1-based base classes of the fold.
         view: CLIP.clip_size, the part of an image that CLIP sees; it is part of the key of cached maps.
@@ -28,7 +29,8 @@ class CamPrior:
     name, channels = "cam", 1
     query_needs = support_needs = frozenset()
 
-    def __init__(self, source: CamSource, bank: Tensor, vocabulary: str, base: Sequence[int], view: str = "whole"):
+    def __init__(self, source: CamSource, bank: Tensor, vocabulary: str, base: Sequence[int], view: str = "whole",
+                 names: Sequence[str] = ()):  # fmt: skip
         if vocabulary not in ("all", "base+target"):
             raise UserError(
                 f"CLIP.vocabulary = {vocabulary}: a class activation map needs classes that compete with the target, "
@@ -42,11 +44,11 @@ class CamPrior:
         self.source, self.vocabulary, self.view = source, vocabulary, view
         self.base = torch.tensor(base) - 1
         self.blank: set[tuple[str, int]] = set()  # (image, class): where CLIP finds nothing of the class
-        self.use(bank)
+        self.use(bank, names)
 
-    def use(self, bank: Tensor) -> None:
+    def use(self, bank: Tensor, names: Sequence[str]) -> None:
         """Use other texts from now on."""
-        self.bank = bank
+        self.bank, self.names = bank, names
         self.kept_as = f"cam {content_key(bank.cpu().numpy())} {self.vocabulary} {self.view}"
 
     def __call__(self, episode: Episode, features: Features) -> Tensor:
@@ -82,7 +84,8 @@ class CamPrior:
     def _warn(self, names: Sequence[str], classes: Sequence[int], peaks: Sequence[float]) -> None:
         found = {(name, cls) for name, cls, peak in zip(names, classes, peaks, strict=True) if not peak}
         for name, cls in sorted(found - self.blank):
-            logging.getLogger(__name__).warning("%s: CLIP's activation map of class %d is 0 everywhere", name, cls)
+            what = self.names[cls - 1] if cls <= len(self.names) else f"class {cls}"
+            logging.getLogger(__name__).warning("%s: CLIP finds no %s, its activation map is 0 everywhere", name, what)
         self.blank |= found
 
     def candidates(self, target: Tensor) -> Tensor:
