@@ -17,6 +17,7 @@ from model.clip.load import clip_from_state
 from model.few_shot.cam_prior import CamPrior
 from model.few_shot.conv4d import keep, unit
 from model.few_shot.imr_hsnet import Head, IMRHSNet, Options
+from model.ops import resize
 from model.system import Frozen
 from tests.make import random_episode
 from util.cache import TensorCache
@@ -131,6 +132,33 @@ def test_images_in_which_clip_finds_nothing_are_named_once(caplog: pytest.LogCap
         system.predict(made)
     assert [record.getMessage() for record in caplog.records] == [
         "blank.jpg: CLIP finds no class 1, its activation map is 0 everywhere"]  # fmt: skip
+
+
+@torch.no_grad()
+def test_reads_maps_that_the_published_scripts_stored(tmp_path: Path) -> None:
+    """In fp16 and fp32, under the ids of VOC and of COCO; a missing or broken file is named."""
+    system, made = imr(), episode(1)
+    cam = system.priors[0]
+    given = (cam.source, cam.bank, "all", (2, 3))
+    made.query_name = ["JPEGImages/2007_1.jpg", "val2014/COCO_2.jpg"]
+    made.support_names = [["JPEGImages/3.jpg"], ["val2014/COCO_4.jpg"]]
+    stored = torch.rand(4, 50, 50)
+    (tmp_path / "val2014").mkdir()
+    for name, found in zip(("2007_1--0", "3--0", "val2014/COCO_2.jpg--1", "val2014/COCO_4.jpg--1"), stored, strict=True):
+        torch.save(found.half() if "COCO" in name else found, tmp_path / f"{name}.pt")
+    system.priors = [CamPrior(*given, folders=[str(tmp_path)])]
+    maps = system.predict(made).maps
+    size = maps["cam"].shape[1:]
+    for shown, rows in ((maps["cam"], stored[[0, 2]]), (maps["support cam"], stored[[1, 3]])):
+        torch.testing.assert_close(shown, resize(rows[:, None], size)[:, 0], atol=1e-3, rtol=0)
+    torch.save(stored[0] * 2, tmp_path / "2007_1--0.pt")
+    with pytest.raises(UserError, match=r"2007_1--0\.pt: expected a map H W in 0\.\.1"):
+        system.predict(made)
+    (tmp_path / "2007_1--0.pt").unlink()
+    with pytest.raises(UserError, match=r"Method\.cams: no map of JPEGImages/2007_1\.jpg and class 1 \(2007_1--0\.pt\)"):
+        system.predict(made)
+    with pytest.raises(UserError, match="Method.cams: no such folder"):
+        CamPrior(*given, folders=[str(tmp_path / "none")])
 
 
 def test_maps_of_a_resnet_clip_follow_the_target() -> None:

@@ -5,7 +5,7 @@ Shapes as in hsnet.py. Query and support go through the network as one batch of 
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal
 
@@ -140,6 +140,7 @@ class Options(hsnet.Options):
 
     stages: int = 2  # how often the masks are refined; 3 on COCO
     mask_mode: Literal["official", "paper"] = "official"  # which side of a correlation is masked, see docs/systems/imr-hsnet.md
+    cams: list[str] = field(default_factory=list)  # folders of maps that the published scripts stored, read and not computed
 
     def check(self) -> None:
         super().check()
