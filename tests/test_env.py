@@ -254,8 +254,8 @@ def test_test_sh_takes_the_same_arguments(scripts):
         ([], "usage: "),
         (["--help"], "usage: "),
         (["split0"], "usage: "),
-        (["split7", "demo", "0"], "demo_split0_resnet50.yaml"),  # what exists instead
-        (["split0", "dmeo", "0"], "unknown data set 'dmeo'; there are: demo/"),
+        (["split7", "demo", "0"], "no experiment 'split7', did you mean split0? There are: split0"),
+        (["split0", "dmeo", "0"], "unknown data set 'dmeo', did you mean demo? There are: demo"),
         (["split0", "demo", "two"], "GPUS must be a number, not 'two'"),
         (["split0", "demo", "-1"], "GPUS must be a number, not '-1'"),
         (["split0", "demo", "0", "1"], "'1' is not of the form Section.key=value"),

@@ -1,5 +1,6 @@
 """What a newcomer does first: --help, typing mistakes, Ctrl-C, a first training. Nothing happens unasked, and words are plain."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import pytest
 import test as tester
 import train
 from demo import world
-from model import configure
+from model import SYSTEMS, configure, early
 from util import cli
 from util.errors import UserError
 from util.photos.reading import Photo, box_mask
@@ -30,6 +31,35 @@ def test_help_does_nothing(module: str, tmp_path: Path) -> None:
     run = subprocess.run([sys.executable, "-m", module, "--help"], cwd=tmp_path, text=True, capture_output=True, timeout=60,
                          env=os.environ | {"PYTHONPATH": str(ROOT)})  # fmt: skip
     assert run.returncode == 0 and "usage" in run.stdout and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("words", "said"), [
+    (["Train.epoch=3"], "unknown key Train.epoch; did you mean 'epochs'"),
+    (["Method.widht=3"], "Method.widht; did you mean width"), (["Train.epochs=abc"], "Train.epochs = 'abc': expected int"),
+    (["Train.split=9"], "unknown fold 9"), (["--arch", "PICLIP"], "did you mean PI_CLIP"),
+    (["--config", DEMO.replace("resnet50", "resnet5")], "did you mean demo_split0_resnet50"),
+    (["--config", DEMO.replace("demo/", "dem/")], "did you mean demo"), (["--help"], "usage"),
+])  # fmt: skip
+def test_mistakes_are_answered_without_torch(words: list[str], said: str, capfd: pytest.CaptureFixture) -> None:
+    """By both programs, in a second: importing torch takes several."""
+    for program in ("train", "test"):
+        start = ["--config", DEMO, "--arch", "PI_CLIP", *words]
+        code = ("import runpy, sys; sys.modules['torch.nn'] = None\n"
+                f"sys.argv = {[f'{program}.py', *start]}\nrunpy.run_path('{program}.py', run_name='__main__')")  # fmt: skip
+        run = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True, timeout=60)
+        assert run.returncode == (0 if said == "usage" else 2) and said in run.stdout + run.stderr, run.stderr
+
+
+def test_early_knows_what_the_systems_have() -> None:
+    assert early.systems() == [*SYSTEMS]
+    assert early.options() == sorted({field.name for cls in SYSTEMS.values() for field in dataclasses.fields(cls.Options)})
+
+
+def test_scripts_suggest(tmp_path: Path) -> None:
+    for words, said in ((["split0", "paskal"], "did you mean pascal?"), (["split9", "demo"], "did you mean split"),
+                        (["split0", "demo"], "NET = resnet50")):  # fmt: skip
+        run = subprocess.run(["sh", "train.sh", *words], text=True, capture_output=True, env=os.environ | {"NET": "resnet5"})
+        assert run.returncode == 2 and said in run.stderr and "base.yaml" not in run.stderr
 
 
 def test_overrides_that_do_not_reach_the_base_learner() -> None:
