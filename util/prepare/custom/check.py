@@ -145,7 +145,7 @@ def table(seen: Sequence[Seen], names: ClassNames, folds: Sequence[Sequence[int]
     warnings = []
     for i, novel in enumerate(folds):
         base = [c for c in range(1, len(names.names) + 1) if c not in novel]
-        indices = {part: build_index([s.record for s in seen if s.part == part], classes, only, min_pixels)
+        indices = {part: build_index([s.record for s in seen if s.part == part], classes, only, min_pixels, names.names)
                    for part, classes, only in (("train", base, True), ("val", novel, False))}
         lines.append(f"split{i}: {len(indices['train'].records)} training images (without novel objects), "
                      f"{len(indices['val'].records)} validation images of {', '.join(names.names[c - 1] for c in novel)}")
