@@ -160,6 +160,6 @@ def _read_episode(
             raise UserError(f"the image {image} is there twice; query and supports must be different images")
         if cls not in records[places[image]].pixels:
             role = "support" if i else "query"
-            raise UserError(f"the label of the {role} {image} has no pixel of class {shown([cls], names)}: the episode would count "
-                            "nothing")
+            raise UserError(f"the label of the {role} {image} has no pixel of class {shown([cls], names)}: "
+                            "the episode would count nothing")
     return seed, cls, [places[image] for image in images]
