@@ -104,6 +104,18 @@ def test_an_interrupted_preparation_continues(fresh):
     assert env.prepared() and not any("venv --clear" in line for line in fresh.commands)
 
 
+def test_the_size_is_said_before_the_download(fresh, monkeypatch, capsys):
+    env.prepare()
+    said = capsys.readouterr().err
+    assert "3 GB to download" in said and "6 GB of disk" in said
+    env.stamp().unlink()
+    monkeypatch.setattr(env.shutil, "disk_usage", lambda _: types.SimpleNamespace(free=2e9))
+    fresh.commands.clear()
+    with pytest.raises(env.EnvError, match="2.0 GB free, .venv needs 6"):
+        env.prepare()
+    assert not fresh.commands
+
+
 def test_uv_is_used_when_there_and_pip_when_it_fails(fresh, monkeypatch):
     monkeypatch.setattr(env.shutil, "which", lambda name: name)
     env.prepare()

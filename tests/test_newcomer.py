@@ -13,6 +13,8 @@ import test as tester
 import train
 from demo import world
 from model import SYSTEMS, configure, early
+from model.backbone import build_encoder
+from model.predict.options import use_threads
 from util import cli
 from util.errors import UserError
 from util.photos.reading import Photo, box_mask
@@ -81,6 +83,19 @@ def test_ctrl_c_speaks_of_what_was_stopped(capsys: pytest.CaptureFixture) -> Non
         assert code.value.code == 130 and capsys.readouterr().err.endswith(said)
 
 
+def test_threads_are_those_of_free_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    used = []
+    monkeypatch.setattr("torch.set_num_threads", used.append)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(16))
+    for load in (0.2, 11.8, 40.0):
+        monkeypatch.setattr("os.getloadavg", lambda load=load: (load, 0, 0))
+        use_threads(None)
+    use_threads(5)
+    assert used == [16, 4, 1, 5]
+    with pytest.raises(UserError, match="--threads 0"):
+        use_threads(0)
+
+
 def test_boxes_in_fractions() -> None:
     photo = Photo(np.zeros((200, 400, 3), np.uint8), "a.jpg")
     with pytest.raises(UserError, match=r"fractions of its sides; give pixels, here 40,50,200,180"):
@@ -101,3 +116,9 @@ def test_drawing_is_announced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, c
     assert "drawing the demo's 3 scenes" in capsys.readouterr().err
     world.ensure(tmp_path / "demo", workers=1)  # they are there
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("name", ["vit_base_patch16_224", "convnext_tiny", "xception41"])
+def test_encoders_that_do_not_fit(name: str) -> None:
+    with pytest.raises(UserError, match=r"which interface to write"):
+        build_encoder(f"timm:{name}")
