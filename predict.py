@@ -22,7 +22,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from model.predict.arguments import asked_config, check_model, model_options
+from model.predict.arguments import asked_config, check_model, model_options, use_threads
 from model.predict.dense_predictor import DensePredictor, Labelling, load_predictor, read_classes
 from model.predict.predictor import Predictor, annotated, find_weights
 from model.predict.text_predictor import Segmentation, TextPredictor
@@ -38,6 +38,7 @@ WEAK = ("an example is hardly found even in its own photo: expect nothing of oth
 
 def main() -> None:
     given = parse()
+    use_threads(given.threads)
     # 1. what is to be done
     if any(given.out.resolve() == Path(query).resolve() for query in given.query):
         raise UserError(f"--out {given.out}: that folder is searched; give another, results would be found as photos next time")

@@ -7,6 +7,14 @@ Prints the table and writes exp/DATASET/ARCH/EXP/NET/result/: report.json, repor
 runs the episodes of a file. Where the protocol leaks, the same episodes are also run without the leak.
 """
 
+# ruff: noqa: E402 (what is wrong on the command line is said before torch is imported)
+
+from model import early
+
+AFTER = "an earlier result is unharmed; the same command starts over, faster where Runtime.cache_dir keeps features"
+if __name__ == "__main__":
+    early.answer(__doc__, AFTER, episodes=True)
+
 import dataclasses
 import functools
 import time
@@ -257,4 +265,4 @@ def baselines(seeds: list[dict]) -> dict[str, dict[str, float]]:
 
 
 if __name__ == "__main__":
-    cli.run(main, "an earlier result is unharmed; the same command starts over, faster where Runtime.cache_dir keeps features")
+    cli.run(main, AFTER)

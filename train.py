@@ -6,6 +6,14 @@ Output goes to exp/DATASET/ARCH/EXP/NET/: config.yaml, train.log, curves.jsonl, 
 command again continues where the last run stopped, bit for bit: at a signal to terminate, at the latest checkpoint otherwise.
 """
 
+# ruff: noqa: E402 (what is wrong on the command line is said before torch is imported)
+
+from model import early
+
+AFTER = "training continues at its last resume point when the same command runs again"
+if __name__ == "__main__":
+    early.answer(__doc__, AFTER, plan=True)
+
 import dataclasses
 import shutil
 import time
@@ -389,4 +397,4 @@ def validate(run: Run) -> float:
 
 
 if __name__ == "__main__":
-    cli.run(main, "training continues at its last resume point when the same command runs again")
+    cli.run(main, AFTER)

@@ -100,16 +100,16 @@ class EpisodeSource(Source):
         `base`: index the base classes of the validation list instead, in images without any novel object.
         Raises UserError for a label of the validation list that cannot be read: which episodes it belongs to is unknown.
         """
-        train, minimum = self.config.Train, self.config.Data.min_pixels
+        train, minimum, names = self.config.Train, self.config.Data.min_pixels, self.names.names
         if training:
-            return build_index(self.readable("train_list"), self.fold.base, only=train.filter_novel, min_pixels=minimum)
+            return build_index(self.readable("train_list"), self.fold.base, train.filter_novel, minimum, names)
         unknown = [record.broken for record in self.records("val_list") if not record.known]
         if unknown:
             raise UserError(f"{unknown[0]}. Which classes {len(unknown)} image(s) of {self.config.Data.val_list} show is unknown "
                             "without their labels, so the episodes of the protocol cannot be drawn, with Data.on_error=skip "
                             "neither; bring the labels back, or take the lines out of the list: that is then another list")
         classes = self.fold.base if base else self.fold.novel
-        return build_index(self.records("val_list"), classes, only=base, min_pixels=minimum)
+        return build_index(self.records("val_list"), classes, base, minimum, names)
 
     def listed(self, index: Index, seed: int, shuffle: bool = False) -> EpisodeList:
         """Return the protocol's endless list of episodes over an index."""
@@ -142,7 +142,7 @@ class EpisodeSource(Source):
         if not test.episodes:
             return {seed: self.drawn(seed, test.test_num) for seed in test.seeds}
         found = read_manifest(test.episodes, self.records("val_list"), self.fold.novel, self.config.Train.shot,
-                              repeats=self.config.Train.draw != "image")  # fmt: skip
+                              repeats=self.config.Train.draw != "image", names=self.names.names)  # fmt: skip
         for episodes in found.values():
             check_novel(episodes, self.fold, self.names, len(episodes))
         return found
