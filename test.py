@@ -180,13 +180,13 @@ def summary(config: Config, place: Experiment, context: Context, scored: Scored,
         "backbone": f"{config.Method.backbone}" + (f" (width {config.Method.width})" if config.Method.width != 64 else ""),
         "priors": system.prior_names, "checkpoint": str(scored.weight),
         "protocol": used.describe(system.reads_text, task.says) | trained_with(scored.weight),
-        "protocol_hash": used.hash, "warnings": [*system.warnings, *skipped(seeds)], "mark": system.mark,
+        "protocol_hash": used.hash, "warnings": [*system.warnings, *skipped(seeds, task.unit)], "mark": system.mark,
         "environment": environment(context.device) | provenance(config, scored),
         "classes": {c: task.names.names[c - 1] if c else "background" for c in task.classes},
         "other_classes": {c: name for c, name in enumerate(task.names.names, start=1) if c not in task.classes},
         "curves": learning_curves(config, place, scored.weight),
         "seeds": seeds, "mean": mean, "sd": sd, "baselines": baselines(seeds),
-        "time": {"seconds": round(seconds, 1), "seconds per episode": round(seconds / samples, 4)},
+        "time": {"seconds": round(seconds, 1), f"seconds per {task.unit.removesuffix('s')}": round(seconds / samples, 4)},
         "config": dataclasses.asdict(config), "place": [place.exp, place.net],
         "traces": {seed: trace_all(system, test.data, min(TRACED, test.count), context) for seed, test in tests.items()},
         "episodes": table.to_json(), "interval": stats.bootstrap(table),
@@ -200,10 +200,10 @@ def provenance(config: Config, scored: Scored) -> dict[str, str]:
     return found | {"weights": content_hash(scored.system.trained)}
 
 
-def skipped(seeds: list[dict]) -> list[str]:
+def skipped(seeds: list[dict], unit: str) -> list[str]:
     """A warning where broken files were left out (Data.on_error=skip)."""
     count = sum(len(seed.get("skipped", [])) for seed in seeds)
-    return [f"{count} of the protocol's episodes could not be read and were left out; report.json names them."] if count else []
+    return [f"{count} of the protocol's {unit} could not be read and were left out; report.json names them."] if count else []
 
 
 def learning_curves(config: Config, place: Experiment, weight: Path) -> dict[str, dict]:
@@ -232,7 +232,7 @@ def pictures(context: Context, scored: Scored) -> list[Card]:
     groups |= causes.examples([row.counts for row in rows], [row.spread for row in rows], without=sum(groups.values(), []))
     groups["first of a class"] = sorted({row.cls: i for i, row in reversed([*enumerate(rows)])}.values())[:FIRST]
     numbers = {group: list(dict.fromkeys(rows[i].number for i in at)) for group, at in groups.items()}
-    return gallery(scored.system.predict, data, numbers, scored.task.names.names, context)
+    return gallery(scored.system, data, numbers, scored.task.names.names, context)
 
 
 def baselines(seeds: list[dict]) -> dict[str, dict[str, float]]:

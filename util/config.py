@@ -82,6 +82,8 @@ class Train:
     workers: int = 8
     # validation
     selection: Literal["novel", "base", "last"] = "novel"  # snapshot/best: best on novel (as published) or base classes, or last
+    # Score pseudo labels against masks of training images, where the list names them, to see the curve; nothing learns from them.
+    watch_labels: bool = False
     watch: bool = False  # with selection `last`: validate all the same, to see the curve; nothing is chosen by it
     # Epochs between validations (0.5: also in the middle of each), or steps where `iterations` counts; 0: the end of each epoch.
     validate_every: float = 0.0
