@@ -26,6 +26,7 @@ from util.config import Train, options_of
 from util.data.folds import read_class_names
 from util.errors import UserError
 from util.run.distributed import Context
+from util.score.metrics import confusion, intersection_union
 
 LISTS = Path(__file__).parents[1] / "lists"
 
@@ -238,6 +239,25 @@ def test_variants_of_the_labels() -> None:
     areas = [int((label > 0).sum()) for label in (shown, weighed, plain)]
     assert areas == sorted({*areas})  # dropped < weighed < kept
     assert not torch.equal(model.normalise(given.image), system(statistics="clip").normalise(given.image))
+
+
+def test_pseudo_labels_are_scored_where_there_are_masks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over the steps since the last value; nothing of it reaches the losses."""
+    monkeypatch.setattr("model.weak.system.RANGE", 3)
+    model, given = system().eval(), batch()
+    expected, plain = labels(model, given), model.losses(given, 0)
+    given.label = torch.full_like(expected, 255)
+    given.label[0] = expected[0]
+    given.label[2, :32] = 0
+    for _ in range(2):
+        assert model.measured() == {}
+        losses = model.losses(given, 0)
+    assert all(torch.equal(losses[name], plain[name]) for name in plain)
+    counted = given.label != 255
+    state = confusion(expected[counted], given.label[counted], 1 + CLASSES)
+    counts = intersection_union(state).double()
+    assert model.measured() == {"pseudo_label_miou": pytest.approx(float((counts[:, 0] / counts[:, 1]).nanmean()))}
+    assert model.measured() == {} and not [name for name in model.state_dict() if "counted" in name]
 
 
 def test_an_image_without_labels_is_background_and_a_batch_of_them_trains() -> None:
