@@ -49,17 +49,16 @@ def main() -> None:
 
     # 2. the model, and what it looks for
     predictor, what = open_predictor(given, weights)
-    dense, left_out = isinstance(predictor, DensePredictor), [str(path) for path in others(given.query)]
-    record = {"weights": weights and str(weights), "clip": given.clip}
-    if dense:
-        ious, names, record = [], [name for number, name in predictor.classes.items() if number], record | {
-            "classes": predictor.classes}  # fmt: skip
+    if isinstance(predictor, DensePredictor):
+        names, ious = [name for number, name in predictor.classes.items() if number], []
+        asked = {"classes": predictor.classes}
     else:
         predictor.set_support(photos, masks, given.text, boxes)
-        ious, names = predictor.check(), [given.text or "object"]
-        record |= {"text": given.text, "supports": given.support, "found_in_supports": [round(iou, 4) for iou in ious]}
-    notes = [*predictor.notes, *([WEAK] if min(ious, default=1) < POOR else [])]
-    record |= {"device": str(predictor.device), "precision": predictor.precision, "notes": notes, "left_out": left_out}
+        names, ious = [given.text or "object"], predictor.check()
+        asked = {"text": given.text, "supports": given.support, "found_in_supports": [round(iou, 4) for iou in ious]}
+    notes, left_out = [*predictor.notes, *([WEAK] if min(ious, default=1) < POOR else [])], [str(p) for p in others(given.query)]
+    record = {"weights": weights and str(weights), "clip": given.clip, **asked, "device": str(predictor.device),
+              "precision": predictor.precision, "notes": notes, "left_out": left_out}  # fmt: skip
     results = Results(given.out, given.polygons, names, record)
     for i, (photo, mask) in enumerate(examples, start=1):
         results.support(i, photo, mask)
