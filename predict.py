@@ -23,7 +23,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from model.predict.arguments import asked_config, check_model, model_options
+from model.predict.arguments import asked_config, check_model, model_options, use_threads
 from model.predict.dense_predictor import DensePredictor, Labelling, load_predictor, read_classes
 from model.predict.predictor import Predictor, annotated, find_weights, unmarked
 from model.predict.text_predictor import Segmentation, TextPredictor
@@ -39,6 +39,7 @@ WEAK = ("an example is hardly found even in its own photo: expect nothing of oth
 
 def main() -> None:
     given = parse()
+    use_threads(given.threads)
     # 1. what is to be done
     if any(given.out.resolve() == Path(query).resolve() for query in given.query):
         raise UserError(f"--out {given.out}: that folder is searched; give another, results would be found as photos next time")
@@ -50,17 +51,16 @@ def main() -> None:
 
     # 2. the model, and what it looks for
     predictor, what = open_predictor(given, weights)
-    dense, left_out = isinstance(predictor, DensePredictor), [str(path) for path in others(given.query)]
-    record = {"weights": weights and str(weights), "clip": given.clip}
-    if dense:
-        ious, names, record = [], [name for number, name in predictor.classes.items() if number], record | {
-            "classes": predictor.classes}  # fmt: skip
+    if isinstance(predictor, DensePredictor):
+        names, ious = [name for number, name in predictor.classes.items() if number], []
+        asked = {"classes": predictor.classes}
     else:
         predictor.set_support(photos, masks, given.text, boxes)
-        ious, names = predictor.check(), [given.text or "object"]
-        record |= {"text": given.text, "supports": given.support, "found_in_supports": [round(iou, 4) for iou in ious]}
-    notes = [*predictor.notes, *([WEAK] if min(ious, default=1) < POOR else [])]
-    record |= {"device": str(predictor.device), "precision": predictor.precision, "notes": notes, "left_out": left_out}
+        names, ious = [given.text or "object"], predictor.check()
+        asked = {"text": given.text, "supports": given.support, "found_in_supports": [round(iou, 4) for iou in ious]}
+    notes, left_out = [*predictor.notes, *([WEAK] if min(ious, default=1) < POOR else [])], [str(p) for p in others(given.query)]
+    record = {"weights": weights and str(weights), "clip": given.clip, **asked, "device": str(predictor.device),
+              "precision": predictor.precision, "notes": notes, "left_out": left_out}  # fmt: skip
     results = Results(given.out, given.polygons, names, record)
     for i, (photo, mask) in enumerate(examples, start=1):
         results.support(i, photo, mask)

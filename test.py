@@ -7,6 +7,14 @@ Prints the table and writes exp/DATASET/ARCH/EXP/NET/result/: report.json, repor
 runs the episodes of a file. Where the protocol leaks, the same episodes are also run without the leak.
 """
 
+# ruff: noqa: E402 (what is wrong on the command line is said before torch is imported)
+
+from model import early
+
+AFTER = "an earlier result is unharmed; the same command starts over, faster where Runtime.cache_dir keeps features"
+if __name__ == "__main__":
+    early.answer(__doc__, AFTER, episodes=True)
+
 import dataclasses
 import functools
 import time
@@ -190,7 +198,7 @@ def summary(config: Config, place: Experiment, context: Context, scored: Scored,
         "other_classes": {c: name for c, name in enumerate(task.names.names, start=1) if c not in task.classes},
         "curves": learning_curves(config, place, scored.weight),
         "seeds": seeds, "mean": mean, "sd": sd, "baselines": baselines(seeds),
-        "time": {"seconds": round(seconds, 1), "seconds per episode": round(seconds / samples, 4)},
+        "time": {"seconds": round(seconds, 1), f"seconds per {task.unit.removesuffix('s')}": round(seconds / samples, 4)},
         "config": dataclasses.asdict(config), "place": [place.exp, place.net],
         "traces": {seed: trace_all(system, test.data, min(TRACED, test.count), context) for seed, test in tests.items()},
         "episodes": table.to_json(), "interval": stats.bootstrap(table),
@@ -242,7 +250,7 @@ def pictures(context: Context, scored: Scored) -> list[Card]:
     groups |= causes.examples([row.counts for row in rows], [row.spread for row in rows], without=sum(groups.values(), []))
     groups["first of a class"] = sorted({row.cls: i for i, row in reversed([*enumerate(rows)])}.values())[:FIRST]
     numbers = {group: list(dict.fromkeys(rows[i].number for i in at)) for group, at in groups.items()}
-    return gallery(scored.system.predict, data, numbers, scored.task.names.names, context)
+    return gallery(scored.system, data, numbers, scored.task.names.names, context)
 
 
 def baselines(seeds: list[dict]) -> dict[str, dict[str, float]]:
@@ -257,4 +265,4 @@ def baselines(seeds: list[dict]) -> dict[str, dict[str, float]]:
 
 
 if __name__ == "__main__":
-    cli.run(main, "an earlier result is unharmed; the same command starts over, faster where Runtime.cache_dir keeps features")
+    cli.run(main, AFTER)

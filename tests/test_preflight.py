@@ -66,7 +66,7 @@ def test_files_are_opened(voc: list[str]) -> None:
 
 def test_too_few_images_of_a_class(voc: list[str]) -> None:
     found = bad([*voc, "Train.shot=3"])
-    assert "class 1 has 3 images" in found["val_list: classes"].detail
+    assert "class 1 (aeroplane) has 3 images" in found["val_list: classes"].detail
     assert "Train.shot" in found["train_list: classes"].detail
 
 

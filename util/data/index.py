@@ -55,6 +55,7 @@ class Index:
     records: list[Record]
     by_class: dict[int, list[int]]  # class -> ascending positions of the images it counts in
     present: list[tuple[int, ...]]  # the fold's classes in each label, any size
+    names: tuple[str, ...] = ()  # of all classes, for messages
 
 
 def scan(
@@ -151,7 +152,9 @@ def read_list(list_file: str | Path, labelled: bool = True) -> list[tuple[str, s
     return pairs
 
 
-def build_index(records: Sequence[Record], classes: Sequence[int], only: bool, min_pixels: int = MIN_PIXELS) -> Index:
+def build_index(
+    records: Sequence[Record], classes: Sequence[int], only: bool, min_pixels: int = MIN_PIXELS, names: tuple[str, ...] = ()
+) -> Index:
     """Keep the images in which at least one of `classes` counts (has `min_pixels` labelled pixels), and list them by class.
 
     `classes`: the fold's base (training) or novel (evaluation) classes.
@@ -159,7 +162,7 @@ def build_index(records: Sequence[Record], classes: Sequence[int], only: bool, m
     falls from 67.8 to 64.7, so it belongs to the protocol.
     """
     wanted = set(classes)
-    index = Index([], {c: [] for c in sorted(wanted)}, [])
+    index = Index([], {c: [] for c in sorted(wanted)}, [], names)
     for record in records:
         present = tuple(sorted(wanted.intersection(record.pixels)))
         counting = [c for c in present if record.pixels[c] >= min_pixels]

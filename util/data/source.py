@@ -11,7 +11,7 @@ from util.data.folds import ClassNames, Fold, fold_of, read_class_names, read_la
 from util.data.image_labels import read_image_labels
 from util.data.index import Index, Record, build_index, scan
 from util.data.manifest import AnyEpisodes, read_manifest
-from util.data.semantic import SemanticDataset
+from util.data.semantic import Masks, SemanticDataset
 from util.data.transforms import TrainTransform, ValTransform
 from util.errors import UserError
 
@@ -70,6 +70,10 @@ class Source:
         """Whether the label files of a list are read; else image-level labels are enough."""
         return True
 
+    def masks(self, key: str) -> Masks:
+        """Return which label files the samples of a list read."""
+        return "all" if self.labelled(key) else "none"
+
     def training(self) -> Dataset:
         """Return the endless training data: sample i is a pure function of i."""
         raise NotImplementedError
@@ -100,16 +104,16 @@ class EpisodeSource(Source):
         `base`: index the base classes of the validation list instead, in images without any novel object.
         Raises UserError for a label of the validation list that cannot be read: which episodes it belongs to is unknown.
         """
-        train, minimum = self.config.Train, self.config.Data.min_pixels
+        train, minimum, names = self.config.Train, self.config.Data.min_pixels, self.names.names
         if training:
-            return build_index(self.readable("train_list"), self.fold.base, only=train.filter_novel, min_pixels=minimum)
+            return build_index(self.readable("train_list"), self.fold.base, train.filter_novel, minimum, names)
         unknown = [record.broken for record in self.records("val_list") if not record.known]
         if unknown:
             raise UserError(f"{unknown[0]}. Which classes {len(unknown)} image(s) of {self.config.Data.val_list} show is unknown "
                             "without their labels, so the episodes of the protocol cannot be drawn, with Data.on_error=skip "
                             "neither; bring the labels back, or take the lines out of the list: that is then another list")
         classes = self.fold.base if base else self.fold.novel
-        return build_index(self.records("val_list"), classes, only=base, min_pixels=minimum)
+        return build_index(self.records("val_list"), classes, base, minimum, names)
 
     def listed(self, index: Index, seed: int, shuffle: bool = False) -> EpisodeList:
         """Return the protocol's endless list of episodes over an index."""
@@ -142,7 +146,7 @@ class EpisodeSource(Source):
         if not test.episodes:
             return {seed: self.drawn(seed, test.test_num) for seed in test.seeds}
         found = read_manifest(test.episodes, self.records("val_list"), self.fold.novel, self.config.Train.shot,
-                              repeats=self.config.Train.draw != "image")  # fmt: skip
+                              repeats=self.config.Train.draw != "image", names=self.names.names)  # fmt: skip
         for episodes in found.values():
             check_novel(episodes, self.fold, self.names, len(episodes))
         return found
@@ -191,5 +195,5 @@ class ImageSource(Source):
         return SemanticDataset(
             records, self.target(training), self.fold.num_classes, self.config.Data.data_root,
             self.transform(self.config, training), self.config.Train.manual_seed, evaluation=not training, values=self.values,
-            labelled=self.labelled(key),
+            masks=self.masks(key),
         )  # fmt: skip

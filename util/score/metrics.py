@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from util.data.folds import shown
 from util.data.transforms import IGNORE
 from util.errors import UserError
 
@@ -48,6 +49,17 @@ def intersection_union(confusion: Tensor) -> Tensor:
     return torch.stack([hit, confusion.sum(0) + confusion.sum(1) - hit], dim=1)
 
 
+def worst_pairs(confusion: Tensor, classes: Sequence[int], number: int = 12) -> list[tuple[int, int, int, float]]:
+    """Return the largest cells beside the diagonal of C x C counts, by their share of the truth's pixels: (class in the truth,
+    predicted class, pixels, share). classes: of the channels."""
+    counts = confusion.cpu().double()
+    share = counts / counts.sum(1, keepdim=True).clamp(min=1)
+    share.fill_diagonal_(0)
+    order = share.flatten().argsort(descending=True, stable=True)[:number].tolist()
+    cells = [(i // len(classes), i % len(classes)) for i in order]
+    return [(classes[a], classes[b], int(counts[a, b]), float(share[a, b])) for a, b in cells if share[a, b] > 0]
+
+
 class Counts(NamedTuple):
     """Pixels of one episode."""
 
@@ -65,13 +77,14 @@ class Counts(NamedTuple):
 class FewShotMeter:
     """Counts of binary (target class or not) predictions, kept by class.
 
+    names     of all classes, for messages.
     state     int64, flat: all counts. All-reduce (sum) this one tensor; the two below are views of it.
     counts    C 2 2: class (in the order of `classes`), background or foreground, intersection or union, in pixels.
     episodes  C: episodes seen of each class.
     """
 
-    def __init__(self, classes: Sequence[int], device: torch.device | str = "cpu"):
-        self.classes = tuple(classes)
+    def __init__(self, classes: Sequence[int], device: torch.device | str = "cpu", names: Sequence[str] = ()):
+        self.classes, self.names = tuple(classes), names
         n = len(self.classes)
         self.state = torch.zeros(5 * n, dtype=torch.int64, device=device)
         self.counts = self.state[: 4 * n].view(n, 2, 2)
@@ -108,7 +121,7 @@ class FewShotMeter:
         counts, episodes = self.counts.tolist(), self.episodes.tolist()
         empty = [c for c, (_, (_, union)), n in zip(self.classes, counts, episodes, strict=True) if not n or not union]
         if empty:
-            raise UserError(f"no episode with a foreground pixel was evaluated for class {', '.join(map(str, empty))}: "
+            raise UserError(f"no episode with a foreground pixel was evaluated for class {shown(empty, self.names)}: "
                             "its IoU is undefined. Evaluate more episodes, or check that the list has images of it.")
         per_class = {c: fg[0] / fg[1] for c, (_, fg) in zip(self.classes, counts, strict=True)}
         background, foreground = (i / u if u else 1.0 for i, u in self.counts.sum(0).tolist())
