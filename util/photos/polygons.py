@@ -1,4 +1,4 @@
-"""Masks as polygons, for annotation tools: COCO JSON and LabelMe.
+"""Masks for annotation tools and other trainings: COCO JSON (polygons or runs), LabelMe, YOLO, Label Studio.
 
 A polygon follows the edges of pixels (pixel x, y covers x..x+1, y..y+1). It has no hole: a part with a hole is cut in two through
 the hole. Filled polygons therefore give exactly the mask.
@@ -66,6 +66,7 @@ class Coco:
     """Build a COCO data set of one class, with one annotation for each image that shows it."""
 
     name: str
+    runs: bool = False  # compressed runs (RLE) in place of polygons
     images: list[dict[str, Any]] = field(default_factory=list)
     annotations: list[dict[str, Any]] = field(default_factory=list)
 
@@ -79,13 +80,49 @@ class Coco:
         self.annotations.append({
             "id": len(self.annotations) + 1, "image_id": len(self.images), "category_id": 1, "iscrowd": 0, "score": score,
             "area": int(mask.sum()), "bbox": [x, y, int(columns[-1]) + 1 - x, int(rows[-1]) + 1 - y],
-            "segmentation": [[value for corner in polygon for value in corner] for polygon in polygons(mask)],
+            "segmentation": rle(mask) if self.runs else [
+                [value for corner in polygon for value in corner] for polygon in polygons(mask)],
         })  # fmt: skip
 
     def content(self) -> dict[str, Any]:
         """Return the content of the JSON file."""
         categories = [{"id": 1, "name": self.name, "supercategory": ""}]
         return {"images": self.images, "categories": categories, "annotations": self.annotations}
+
+
+def rle(mask: np.ndarray) -> dict[str, Any]:
+    """Return COCO's compressed runs of a mask, H W bool: column by column, beginning with background."""
+    flat = np.concatenate([[0], mask.T.ravel().astype(np.int8), [1 - int(mask[-1, -1])]])  # the last run ends, too
+    return {"size": [*mask.shape], "counts": _letters(np.diff(np.flatnonzero(np.diff(flat)), prepend=0).tolist())}
+
+
+def _letters(counts: list[int]) -> str:
+    """Write each run, less the run two before, in groups of five bits, low ones first, as letters from "0" on."""
+    text = []
+    for i, count in enumerate(counts):
+        value, more = count - (counts[i - 2] if i > 2 else 0), True
+        while more:
+            bits, value = value & 31, value >> 5
+            more = value != (-1 if bits & 16 else 0)
+            text.append(chr(48 + bits + 32 * more))
+    return "".join(text)
+
+
+def yolo(mask: np.ndarray) -> str:
+    """Return YOLO's text of an image, a line a polygon: class 0 and the corners as fractions; "" without an object."""
+    height, width = mask.shape
+    lines = [" ".join(f"{x / width:.6f} {y / height:.6f}" for x, y in polygon) for polygon in polygons(mask)]
+    return "".join(f"0 {line}\n" for line in lines)
+
+
+def label_studio(file: str, mask: np.ndarray, name: str, score: float | None) -> dict[str, Any]:
+    """Return a task of Label Studio with a prediction; file: name of the image in its local storage."""
+    height, width = mask.shape
+    common = {"from_name": "label", "to_name": "image", "type": "polygonlabels",
+              "original_width": width, "original_height": height}  # fmt: skip
+    shapes = [common | {"id": f"{i}", "value": {"polygonlabels": [name], "closed": True, "points": [
+        [100 * x / width, 100 * y / height] for x, y in polygon]}} for i, polygon in enumerate(polygons(mask))]
+    return {"data": {"image": f"/data/local-files/?d={file}"}, "predictions": [{"score": score or 0.0, "result": shapes}]}
 
 
 def labelme(file: str, mask: np.ndarray, name: str) -> dict[str, Any]:
