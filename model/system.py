@@ -11,12 +11,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 from util.cache import TensorCache
 from util.config import Method, Train
+from util.data.folds import ClassNames
 from util.data.transforms import Placed
 from util.errors import UserError
 from util.run.identity import Facts
 from util.score.crf import Crf
 from util.score.metrics import vote
 from util.score.task import Task
+
+AT_ONCE = 2**26  # scores at file size: 256 MiB
 
 
 @dataclass
@@ -32,12 +35,28 @@ class Prediction:
     variants: dict[str, Tensor] = field(default_factory=dict)  # name -> B classes h w, other scores: more rows of one result
     crf: Crf | None = None  # the paper's CRF on top of `final`, for those who ask for it
     votes: Tensor | None = None  # B K 2 h w, logits of each shot where shots vote; `final` is near the vote
+    logits: bool = True  # a softmax makes probabilities of `final`; else its scores lie in 0..1 already
 
     def decide(self, i: int, placed: Placed) -> Tensor:
-        """Return the labels of sample i at file size, H W int64: the class of the best score, or the vote of the shots."""
-        if self.votes is None:
-            return placed.restore(self.final[i]).argmax(0)
-        return vote(placed.restore(self.votes[i]).argmax(1))
+        """Return the labels of sample i at file size, H W int64: the class of the best score (the first of equal ones), or the
+        vote of the shots. Classes are taken some at a time, so that a large image of many classes fits into memory."""
+        if self.votes is not None:
+            return vote(placed.restore(self.votes[i]).argmax(1))
+        at_once = max(1, AT_ONCE // (placed.canvas[0] * placed.canvas[1]))
+        best = label = None
+        for first in range(0, self.final.shape[1], at_once):
+            score, which = placed.restore(self.final[i, first : first + at_once]).max(0)
+            if best is None:
+                best, label = score, which
+            else:
+                better = score > best
+                best, label = torch.where(better, score, best), torch.where(better, which + first, label)
+        return label
+
+    def confidence(self, i: int, placed: Placed) -> Tensor:
+        """Return the probability of the best class of sample i, as the network's grid has it, at file size: H W in 0..1."""
+        scores = self.final[i].float()
+        return placed.restore((scores.softmax(0) if self.logits else scores.clamp(0, 1)).amax(0, keepdim=True))[0]
 
 
 class Frozen(nn.Module):
@@ -100,9 +119,22 @@ class System(nn.Module):
             fixed_head: the trained part does not change any more (testing), so its results for one image are kept too.
         """
 
+    def use_classes(self, names: ClassNames) -> None:
+        """Predict among other classes than those of the training. Raises UserError where the trained part is bound to its own."""
+        raise UserError("it knows the classes that it was trained with and no others; other classes are for systems that read "
+                        "names (zero-shot)")
+
     def check_batch(self, size: int, processes: int, device: torch.device) -> str:
         """Return a warning about training with `size` samples in each process, or "". Raises UserError where that cannot work."""
         return ""
+
+    def measured(self) -> dict[str, float]:
+        """Return values for the training curves, gathered since the last call, by name; {} where there is nothing new."""
+        return {}
+
+    def panels(self, batch: Any) -> dict[str, Tensor]:
+        """Return further pictures of samples, by name, for a report: B h w float maps, or B H W uint8 labels (channels, 255)."""
+        return {}
 
     def stages(self, batch: Any) -> dict[str, dict[str, Tensor]]:
         """Return named tensors at every stage of a prediction, in order, which `model.verify` compares later."""

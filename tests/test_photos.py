@@ -135,8 +135,8 @@ def test_polygons_give_the_mask_back() -> None:
     ring = np.ones((9, 9), bool)
     ring[2:7, 2:7], ring[4, 4] = False, True
     for mask in [*masks, ring]:
-        data = Coco("star")
-        data.add("a.jpg", mask, 0.5)
+        data = Coco(["star"])
+        data.add("a.jpg", mask.shape, [("star", mask, 0.5)])
         record = data.content()
         assert bool(record["annotations"]) == mask.any()
         for made in record["annotations"]:
@@ -157,7 +157,7 @@ def test_exports_of_other_tools(tmp_path: Path) -> None:
     mask[10:20, 5:30] = True
     made = {}
     for kind in KINDS:
-        results = Results(tmp_path / kind, kind, "house", {})
+        results = Results(tmp_path / kind, kind, ["house"], {})
         results.add("a", Photo(np.zeros((40, 50, 3), np.uint8), "photos/a.jpg"), mask, mask.astype(np.float32), 0.1)
         results.add("b", Photo(np.zeros((40, 50, 3), np.uint8), "photos/b.jpg"), mask & False, mask * 0.1, 0.1)
         results.close()

@@ -271,7 +271,7 @@ def test_wrong_input() -> None:
         with pytest.raises(UserError, match=message):
             system.use(names, rows, seen)
     with pytest.raises(UserError, match="every class is seen"):
-        small(setting="transductive").use(NAMES[:2], texts[:2], (0, 1))
+        CLIP_RC(system.clip, NAMES[:2], texts[:2], (0, 1), CLIP_RC.Options(setting="transductive"))
     for wrong in ({"prompts": 0}, {"stride": 65}, {"dropout": 1.0}, {"recovery": -1.0}):
         with pytest.raises(UserError, match=next(iter(wrong))):
             small(**wrong)

@@ -20,7 +20,7 @@ from demo.shapes import NAMES
 from demo.web.session import Model, demo_examples
 from demo.world import NOVEL
 from model import SYSTEMS
-from model.predict.options import asked_config, check_model, model_options, use_threads
+from model.predict.arguments import asked_config, check_model, model_options, use_threads
 from model.predict.predictor import NAMED, Predictor, find_weights
 from model.predict.text_predictor import TextPredictor
 from util import cli

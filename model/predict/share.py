@@ -6,7 +6,7 @@
 
 The file holds the trained head and the base learner (or backbone) that it was trained with; its metadata the config, the names of
 the classes, the hashes of all frozen parts (CLIP stays in its own file, CLIP.clip_path) and the result of test.py where there is
-one. `Predictor.from_checkpoint`, predict.py --weights and Test_Finetune.weight take it.
+one. `load_predictor`, predict.py --weights and Test_Finetune.weight take it.
 """
 
 import argparse
@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from model.build import recorded
+from model.predict.dense_predictor import DensePredictor, load_predictor
 from model.predict.predictor import Predictor
 from util import cli
 from util.config import Config
@@ -33,31 +34,23 @@ RESULT = ("date", "protocol", "protocol_hash", "mean", "sd", "interval", "leak_f
 CARD = """---
 library_name: pytorch
 pipeline_tag: image-segmentation
-tags: [few-shot-segmentation]
+tags: [{tag}]
 ---
 
-# {system}, {data_set} fold {split}, {shot}-shot
+# {system}, {data_set} {setting}
 
-Segments a class from one or a few annotated examples.
+{does}
 
-- backbone {backbone} (width {width}), images at {size} pixels, {count:.1f} M parameters
-- priors: {priors}
-- trained on the base classes of fold {split} of {data_set}; checkpoint chosen by: {selection}
-{more}
+{facts}
 
 ## Use
 
 ```sh
-python predict.py --weights {file} --support a.jpg --mask a.png{option} --query photos/ --out found
+python predict.py --weights {file}{options} --query photos/ --out found
 ```
 
 ```python
-from model.build import recorded
-from model.predict.predictor import Predictor
-
-predictor = Predictor.from_checkpoint("{file}")
-predictor.set_support("a.jpg", "a.png"{argument})
-mask = predictor.predict("b.jpg").mask
+{code}
 ```
 
 ## Result
@@ -67,6 +60,15 @@ mask = predictor.predict("b.jpg").mask
 # An absolute path of two names or more, of any system, within a text; a URL is none.
 NAME = r"""[^\s,;:'"()\[\]{}<>|\\/]+"""
 ABSOLUTE = re.compile(rf"(?<![\w:/.~\\])(?:~[\w.-]*|[A-Za-z]:)?[\\/](?:{NAME}[\\/])+({NAME})")
+FEW_SHOT = """from model.predict.predictor import Predictor
+
+predictor = Predictor.from_checkpoint("{file}")
+predictor.set_support("a.jpg", "a.png"{argument})
+mask = predictor.predict("b.jpg").mask"""
+DENSE = """from model.predict.dense_predictor import DensePredictor
+
+predictor = DensePredictor.from_checkpoint("{file}"){argument}
+label = predictor.predict("b.jpg").label  # numbers of predictor.classes"""
 HALF = "weights rounded to half precision; the result is of those before"
 LATER = 60.0  # seconds by which a report may be older than its checkpoint: a copied folder has the times of the copying
 
@@ -106,7 +108,7 @@ def export(snapshot: Path, out: Path, half: bool = False, note: str = "") -> lis
         raise UserError(f"--out {out}: the file is a safetensors one, call it {out.with_suffix('.safetensors')}")
     if snapshot.suffix != ".safetensors":
         raise UserError(f"{snapshot}: give the .safetensors file of a run; published checkpoints are handed on as they are")
-    predictor = Predictor.from_checkpoint(snapshot, device="cpu")  # checks that all frozen parts are those of the training
+    predictor = load_predictor(snapshot, device="cpu")  # checks that all frozen parts are those of the training
     names, fold, system, meta = predictor.names, predictor.fold, predictor.system, read_meta(snapshot)
     if EXPORT in meta:
         raise UserError(f"{snapshot} is an exported file already")
@@ -128,7 +130,8 @@ def export(snapshot: Path, out: Path, half: bool = False, note: str = "") -> lis
     save_weights(out, tensors, meta)
     card = out.with_suffix(".md")
     with atomic(card) as temporary:
-        temporary.write_text(model_card(out.name, meta, report, sum(t.numel() for t in tensors.values())), encoding="utf-8")
+        count = sum(tensor.numel() for tensor in tensors.values())
+        temporary.write_text(model_card(out.name, predictor, meta, report, count), encoding="utf-8")
     return [*told, f"{out}: {out.stat().st_size / 2**20:.1f} MiB; model card {card}"]
 
 
@@ -191,19 +194,45 @@ def same_tensors(a: Path, b: Path) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-def model_card(file: str, meta: dict[str, Any], report: dict[str, Any], count: int) -> str:
+def model_card(file: str, predictor: Predictor | DensePredictor, meta: dict[str, Any], report: dict[str, Any], count: int) -> str:
     """Write the model card: Markdown with the header that hubs read."""
-    frozen = [f"- frozen {name}: `{digest}`" for name, digest in meta["frozen"].items()]
+    says = few_shot_card(file, meta) if isinstance(predictor, Predictor) else dense_card(file, meta, predictor.system.reads_text)
+    facts = [f"- backbone {meta['backbone']} (width {meta['width']}), {count / 1e6:.1f} M parameters", *says.pop("facts"),
+             *(f"- frozen {name}: `{digest}`" for name, digest in meta["frozen"].items())]  # fmt: skip
     if "clip" in meta["frozen"]:
-        frozen.append(f"- CLIP is not inside: it comes from `{meta['config']['CLIP']['clip_path']}`, checked by that hash")
-    says = "vtp" in meta["priors"]
-    return CARD.format_map(meta | {
-        "shot": meta["config"]["Train"]["shot"], "priors": ", ".join(meta["priors"]) or "none",
-        "file": file, "size": meta["config"]["Train"]["val_size"], "count": count / 1e6,
-        "more": "\n".join([*frozen, *(f"- {note}" for note in meta["notes"])]),
-        "option": ' --text "what it is"' if says else "", "argument": ', text="what it is"' if says else "",
-        "table": f"```\n{text_table(report)}\n```" if report else "Not tested yet.",
-    })  # fmt: skip
+        facts.append(f"- CLIP is not inside: it comes from `{meta['config']['CLIP']['clip_path']}`, checked by that hash")
+    table = f"```\n{text_table(report)}\n```" if report else "Not tested yet."
+    return CARD.format_map(meta | says | {"file": file, "facts": "\n".join([*facts, *(f"- {note}" for note in meta["notes"])]),
+                                          "table": table})  # fmt: skip
+
+
+def few_shot_card(file: str, meta: dict[str, Any]) -> dict[str, Any]:
+    """Return what the card says of a system that looks for what examples show."""
+    train, text = meta["config"]["Train"], "vtp" in meta["priors"]
+    return {
+        "tag": "few-shot-segmentation", "setting": f"fold {meta['split']}, {train['shot']}-shot",
+        "does": "Segments a class from one or a few annotated examples.",
+        "facts": [f"- images at {train['val_size']} pixels; priors: {', '.join(meta['priors']) or 'none'}",
+                  f"- trained on the base classes of fold {meta['split']} of {meta['data_set']}; checkpoint chosen by: "
+                  f"{meta['selection']}"],
+        "options": " --support a.jpg --mask a.png" + ' --text "what it is"' * text,
+        "code": FEW_SHOT.format(file=file, argument=', text="what it is"' * text),
+    }  # fmt: skip
+
+
+def dense_card(file: str, meta: dict[str, Any], reads_text: bool) -> dict[str, Any]:
+    """Return what the card says of a system that labels every pixel. reads_text: it takes other classes, too."""
+    names, *_, base = meta["classes"]
+    new = [name for c, name in enumerate(names, start=1) if c not in base]
+    chosen = '\npredictor.set_classes(["cat", "dog", "sofa"])  # or leave it out' * reads_text
+    return {
+        "tag": "semantic-segmentation", "setting": f"{len(names)} classes",
+        "does": "Labels every pixel with one of its classes" + (", or of other names." if reads_text else "."),
+        "facts": [f"- trained on {meta['data_set']}; checkpoint chosen by: {meta['selection']}", f"- classes: {', '.join(names)}",
+                  *([f"- without labels in training: {', '.join(new)}"] if new else [])],
+        "options": ' --classes "cat, dog, sofa"' * reads_text,
+        "code": DENSE.format(file=file, argument=chosen),
+    }  # fmt: skip
 
 
 def push(hub: ModuleType, file: Path, repository: str) -> str:

@@ -23,6 +23,7 @@ from model.zero_shot.decoder import Block, Layers, Scores
 from model.zero_shot.losses import IGNORE, focal_and_dice, pseudo_labels
 from model.zero_shot.tower import Prompts
 from util.config import Method, Train
+from util.data.folds import ClassNames
 from util.errors import UserError
 from util.run.identity import Facts
 from util.score.zero_shot import ZeroShotTask
@@ -138,6 +139,9 @@ class ZegCLIP(System):
         for name in ("texts", "seen", "unseen", "table"):
             self.register_buffer(name, None, persistent=False)
         self.use(names, texts, seen)
+        self.taught = frozenset(names[c].casefold() for c in seen)  # names of the classes seen in training
+        if options.setting.startswith("transductive") and len(seen) == len(names):
+            raise UserError(f"Method.setting = {options.setting}: every class is seen; choose full")
         self.vocabulary = "seen classes" if options.setting == "inductive" else "all classes"
         if clip.module.random:
             self.mark = "[random CLIP]"
@@ -165,8 +169,6 @@ class ZegCLIP(System):
         if len(set(seen)) < len(seen) or not set(seen) <= set(range(C)):
             raise UserError(f"seen classes {seen}: expected some of 0..{C - 1}, each once")
         unseen = [c for c in range(C) if c not in seen]
-        if self.options.setting.startswith("transductive") and not unseen:
-            raise UserError(f"Method.setting = {self.options.setting}: every class is seen; choose full")
         device = self.trunk.visual.proj.device
         table = torch.full((256,), UNSEEN, dtype=torch.int64)
         table[seen] = torch.arange(len(seen)) if self.options.setting == "inductive" else torch.tensor(seen, dtype=torch.int64)
@@ -176,6 +178,11 @@ class ZegCLIP(System):
         self.names = tuple(names)
         self.texts, self.table = texts.to(device), table.to(device)
         self.seen, self.unseen = (torch.tensor(x, dtype=torch.int64, device=device) for x in (seen, unseen))
+
+    def use_classes(self, names: ClassNames) -> None:
+        """Classes with the name of one that training saw stay seen."""
+        seen = [c for c, name in enumerate(names.names) if name.casefold() in self.taught]
+        self.use(names.names, text_bank(self.clip, names.texts, self.options), seen)
 
     # Training.
 
@@ -217,7 +224,7 @@ class ZegCLIP(System):
             found = {name: look(batch.image) for name, look in looks.items()}
         else:
             found = {name: slide(look, batch.image, self.options.crop, self.options.stride) for name, look in looks.items()}
-        return Prediction(found.pop("final"), variants=found)
+        return Prediction(found.pop("final"), variants=found, logits=False)
 
     def cosines(self, images: Tensor) -> Tensor:
         """B 3 h w RGB 0..255 -> B C h w, the cosine of each patch of the frozen CLIP to each text, in CLIP's own statistics."""

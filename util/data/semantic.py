@@ -4,8 +4,9 @@ Every image of the list is used, not the filtered index of a fold.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -16,6 +17,8 @@ from util.data.episodes import Batch, Transform, content_key, generator, look_up
 from util.data.index import Record
 from util.data.transforms import IGNORE, Placed, read_image, read_pair, to_tensor
 from util.errors import UserError
+
+Masks = Literal["all", "found", "none"]
 
 
 @dataclass
@@ -46,10 +49,11 @@ class Images(Batch):
 class SemanticDataset(Dataset):
     """Item i, for any i >= 0, as `Images` of B = 1; in training every pass has its own order.
 
-    target        class -> channel, or 255; classes without an entry are background, 0
+    target        class -> channel, or 255; classes without an entry are background, 0. `classes`: class of each channel
     values        256 uint8, label value -> class (`util.data.folds.read_label_table`); None: values are classes
     num_classes   C, the width of `Images.present`
-    labelled      False: no label file is opened, every pixel of `label` is 255 (image-level labels are all there is)
+    masks         label files that are read: all; found: those that exist; none (image-level labels are all there is). Every
+                  pixel of another `label` is 255
     """
 
     def __init__(
@@ -62,13 +66,14 @@ class SemanticDataset(Dataset):
         seed: int,
         evaluation: bool,
         values: np.ndarray | None = None,
-        labelled: bool = True,
+        masks: Masks = "all",
     ) -> None:
         if not records:
             raise UserError("no images to read: the list is empty")
         self.records, self.root, self.transform = records, Path(data_root), transform
         self.num_classes, self.seed, self.evaluation = num_classes, seed, evaluation
-        self._table, self.values, self.labelled = look_up(target), values, labelled
+        self._table, self.values, self.masks = look_up(target), values, masks
+        self.classes = sorted((c for c in target if target[c] != IGNORE), key=target.get)
 
     def __len__(self) -> int:
         return len(self.records)
@@ -78,28 +83,33 @@ class SemanticDataset(Dataset):
         number = i % n if self.evaluation else shuffled(n, self.seed, i)
         record = self.records[number]
         image, label = self._read(record)
-        original = self._table[label]
-        shown = np.zeros_like(original)
-        image, _, (label, shown) = self.transform(generator(self.seed, i, "semantic"), image, [original, shown])
         present = torch.zeros(self.num_classes, dtype=torch.bool)
         present[[c - 1 for c in record.annotated]] = True
-        return Images(
-            image=to_tensor(image)[None],
-            label=to_tensor(label)[None],
-            present=present[None],
-            valid=torch.tensor([box_of(shown != IGNORE)]),
-            number=torch.tensor([number]),
-            original_label=[to_tensor(original)] if self.evaluation else [],
-            placed=[self.transform.placed(original.shape)] if self.evaluation else [],
-            name=[record.image],
-            key=[content_key(image)] if self.evaluation else [],
-        )
+        found = images_of(image, self._table[label], self.transform, present, record.image, generator(self.seed, i, "semantic"))
+        found.number[0] = number
+        return found if self.evaluation else replace(found, original_label=[], placed=[], key=[])
 
     def _read(self, record: Record) -> tuple[np.ndarray, np.ndarray]:
-        if self.labelled:
-            return read_pair(self.root / record.image, self.root / record.label, self.values)
+        file = self.root / record.label
+        if self.masks == "all" or (self.masks == "found" and record.label and file.is_file()):
+            return read_pair(self.root / record.image, file, self.values)
         image = read_image(self.root / record.image)
         return image, np.full(image.shape[:2], IGNORE, np.uint8)
+
+
+def images_of(image: np.ndarray, label: np.ndarray, transform: Transform, present: Tensor, name: str,
+              rng: np.random.Generator | None = None) -> Images:  # fmt: skip
+    """Build a batch of one image, as evaluation needs it.
+
+    Args:
+        image: H W 3 float32 RGB 0..255; label: H W uint8, channels or 255; present: C bool; rng: of transforms that draw.
+    """
+    moved, _, (small, shown) = transform(rng, image, [label, np.zeros_like(label)])
+    return Images(
+        image=to_tensor(moved)[None], label=to_tensor(small)[None], present=present[None],
+        valid=torch.tensor([box_of(shown != IGNORE)]), number=torch.zeros(1, dtype=torch.int64),
+        original_label=[to_tensor(label)], placed=[transform.placed(label.shape)], name=[name], key=[content_key(moved)],
+    )  # fmt: skip
 
 
 def box_of(shown: np.ndarray) -> tuple[int, int, int, int]:

@@ -11,7 +11,7 @@ from util.data.folds import ClassNames, Fold, fold_of, read_class_names, read_la
 from util.data.image_labels import read_image_labels
 from util.data.index import Index, Record, build_index, scan
 from util.data.manifest import AnyEpisodes, read_manifest
-from util.data.semantic import SemanticDataset
+from util.data.semantic import Masks, SemanticDataset
 from util.data.transforms import TrainTransform, ValTransform
 from util.errors import UserError
 
@@ -43,7 +43,8 @@ class Source:
     def setting(self) -> str:
         return f"split {self.config.Train.split}"
 
-    def folds(self, config: Config) -> Fold:
+    @classmethod
+    def folds(cls, config: Config) -> Fold:
         """Which classes it has labels of, and which it has not."""
         return fold_of(config)
 
@@ -69,13 +70,18 @@ class Source:
         """Whether the label files of a list are read; else image-level labels are enough."""
         return True
 
+    def masks(self, key: str) -> Masks:
+        """Return which label files the samples of a list read."""
+        return "all" if self.labelled(key) else "none"
+
     def training(self) -> Dataset:
         """Return the endless training data: sample i is a pure function of i."""
         raise NotImplementedError
 
-    def transform(self, training: bool) -> Transform:
+    @classmethod
+    def transform(cls, config: Config, training: bool) -> Transform:
         """Return the resize and the augmentation of images."""
-        train = self.config.Train
+        train = config.Train
         if training and train.augment:
             return TrainTransform(train.train_h, train.scale_min, train.scale_max, train.crop)
         if training:
@@ -125,7 +131,7 @@ class EpisodeSource(Source):
 
     def training(self) -> EpisodeDataset:
         episodes = self.listed(self.index(training=True), self.config.Train.manual_seed, shuffle=True)
-        return self._dataset(episodes, self.transform(training=True), "mask", evaluation=False)
+        return self._dataset(episodes, self.transform(self.config, training=True), "mask", evaluation=False)
 
     def validation_episodes(self) -> EpisodeList:
         """Return the episodes that choose the checkpoint, of the classes that Train.selection names."""
@@ -147,7 +153,8 @@ class EpisodeSource(Source):
 
     def episodes(self, episodes: AnyEpisodes) -> EpisodeDataset:
         """Return the data set of these episodes for evaluation."""
-        return self._dataset(episodes, self.transform(training=False), self.config.Test_Finetune.ann_type, evaluation=True)
+        return self._dataset(episodes, self.transform(self.config, training=False), self.config.Test_Finetune.ann_type,
+                             evaluation=True)  # fmt: skip
 
     def _dataset(self, episodes: AnyEpisodes, transform: Transform, ann_type: str, evaluation: bool) -> EpisodeDataset:
         return EpisodeDataset(
@@ -168,7 +175,12 @@ class ImageSource(Source):
 
     @property
     def channels(self) -> tuple[int, ...]:
-        return (0, *self.fold.base)
+        return self.channels_of(self.fold)
+
+    @classmethod
+    def channels_of(cls, fold: Fold) -> tuple[int, ...]:
+        """Return the channels of a system for these classes."""
+        return (0, *fold.base)
 
     def target(self, training: bool) -> dict[int, int]:
         """Map each class to its channel, or to 255 where it does not count; classes without an entry are background."""
@@ -181,6 +193,7 @@ class ImageSource(Source):
         """Every image of Data.train_list or Data.val_list."""
         records = self.readable(key) if training else self.records(key)
         return SemanticDataset(
-            records, self.target(training), self.fold.num_classes, self.config.Data.data_root, self.transform(training),
-            self.config.Train.manual_seed, evaluation=not training, values=self.values, labelled=self.labelled(key),
+            records, self.target(training), self.fold.num_classes, self.config.Data.data_root,
+            self.transform(self.config, training), self.config.Train.manual_seed, evaluation=not training, values=self.values,
+            masks=self.masks(key),
         )  # fmt: skip

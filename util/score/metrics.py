@@ -49,23 +49,15 @@ def intersection_union(confusion: Tensor) -> Tensor:
     return torch.stack([hit, confusion.sum(0) + confusion.sum(1) - hit], dim=1)
 
 
-def seen_unseen(state: Tensor, unseen: Sequence[int]) -> dict[str, float]:
-    """Score zero-shot segmentation, fractions 0..1, from counts C C by (truth, prediction) over all classes.
-
-    pixel_accuracy; miou over all, miou_seen, miou_unseen: means over classes that truth or prediction has (nan: none has);
-    hiou: their harmonic mean, 0 where both are 0.
-    """
-    counts = intersection_union(state.cpu()).double()
-    iou, new = counts[:, 0] / counts[:, 1], torch.zeros(len(state), dtype=torch.bool)  # 0 / 0 is nan
-    new[list(unseen)] = True
-    seen, fresh = (float(iou[part].nanmean()) for part in (~new, new))
-    return {
-        "pixel_accuracy": float(state.diagonal().sum().double() / state.sum()),
-        "miou": float(iou.nanmean()),
-        "miou_seen": seen,
-        "miou_unseen": fresh,
-        "hiou": 2 * seen * fresh / (seen + fresh) if seen + fresh else seen + fresh,
-    }
+def worst_pairs(confusion: Tensor, classes: Sequence[int], number: int = 12) -> list[tuple[int, int, int, float]]:
+    """Return the largest cells beside the diagonal of C x C counts, by their share of the truth's pixels: (class in the truth,
+    predicted class, pixels, share). classes: of the channels."""
+    counts = confusion.cpu().double()
+    share = counts / counts.sum(1, keepdim=True).clamp(min=1)
+    share.fill_diagonal_(0)
+    order = share.flatten().argsort(descending=True, stable=True)[:number].tolist()
+    cells = [(i // len(classes), i % len(classes)) for i in order]
+    return [(classes[a], classes[b], int(counts[a, b]), float(share[a, b])) for a, b in cells if share[a, b] > 0]
 
 
 class Counts(NamedTuple):

@@ -96,6 +96,9 @@ class Task(Protocol):
     leaks: bool
     says: Mapping[str, str]
 
+    @classmethod
+    def folds(cls, config: Config) -> Fold: ...
+
     def records(self, key: str) -> list[Record]: ...
 
     def training(self) -> Dataset: ...

@@ -7,6 +7,7 @@ from util.config import Config
 from util.data.crops import PaddedCrop
 from util.data.episodes import Transform
 from util.data.folds import Fold, read_class_names
+from util.data.semantic import Masks
 from util.data.transforms import KeepTransform
 from util.score.semantic import BaseTask, evaluate_images
 from util.score.task import How, Predict, Scores, Test
@@ -28,7 +29,8 @@ class WeakTask(BaseTask):
         "Data.min_pixels": "", "Test_Finetune.ann_type": "", "Test_Finetune.test_num": "", "Test_Finetune.seeds": "",
     }  # fmt: skip
 
-    def folds(self, config: Config) -> Fold:
+    @classmethod
+    def folds(cls, config: Config) -> Fold:
         count = len(read_class_names(config.Data.class_names).names)
         return Fold(config.Train.data_set, 0, (), tuple(range(1, 1 + count)))
 
@@ -40,8 +42,12 @@ class WeakTask(BaseTask):
     def labelled(cls, key: str) -> bool:
         return key != "train_list"
 
-    def transform(self, training: bool) -> Transform:
-        train = self.config.Train
+    def masks(self, key: str) -> Masks:
+        return "all" if self.labelled(key) else "found" if self.config.Train.watch_labels else "none"
+
+    @classmethod
+    def transform(cls, config: Config, training: bool) -> Transform:
+        train = config.Train
         return PaddedCrop(train.train_h, train.scale_min, train.scale_max) if training else KeepTransform()
 
     def validation(self) -> Test:

@@ -9,6 +9,7 @@ from typing import ClassVar
 from util.config import Config
 from util.data.augment import CropTransform
 from util.data.episodes import Transform
+from util.data.folds import Fold
 from util.data.transforms import IGNORE, KeepTransform
 from util.errors import UserError
 from util.score.semantic import BaseTask
@@ -44,9 +45,9 @@ class ZeroShotTask(BaseTask):
     def headline(self) -> str:
         return "hiou" if self.fold.novel else "miou"
 
-    @property
-    def channels(self) -> tuple[int, ...]:
-        return tuple(range(1, self.fold.num_classes + 1))
+    @classmethod
+    def channels_of(cls, fold: Fold) -> tuple[int, ...]:
+        return tuple(range(1, fold.num_classes + 1))
 
     @property
     def classes(self) -> tuple[int, ...]:
@@ -55,11 +56,14 @@ class ZeroShotTask(BaseTask):
     def target(self, training: bool) -> dict[int, int]:
         return {0: IGNORE} | super().target(training)
 
-    def transform(self, training: bool) -> Transform:
-        train = self.config.Train
+    @classmethod
+    def transform(cls, config: Config, training: bool) -> Transform:
+        train = config.Train
         if not training:
             return KeepTransform(short=train.val_size)
-        return CropTransform(train.train_h, (train.scale_min, train.scale_max)) if train.augment else super().transform(training)
+        if train.augment:
+            return CropTransform(train.train_h, (train.scale_min, train.scale_max))
+        return super().transform(config, training)
 
     def validation(self) -> Test:
         data = self.images("val_list", training=False)

@@ -124,7 +124,7 @@ def choose_folds(given: argparse.Namespace, found: sources.Found, places: write.
 
 def following(name: str, split: int, gpu: bool) -> str:
     """Return the commands that train a fold and test it, on this machine; without a GPU they use a small network."""
-    return write.template(f"next_{'gpu' if gpu else 'cpu'}.txt").format(name=name, split=split).rstrip()
+    return write.template(f"next_commands_{'gpu' if gpu else 'cpu'}.txt").format(name=name, split=split).rstrip()
 
 
 if __name__ == "__main__":
