@@ -4,6 +4,7 @@
 
     --support b.jpg --box 10,20,200,300     a box x0,y0,x1,y1 in pixels instead of a mask; several --box for one support
     --weights W --text "golden retriever"   another system than the small network that comes along; PI-CLIP reads a name, too
+    --weights imr_hsnet.safetensors --text dog --support a.jpg     examples without masks, where the system needs none (IMR-HSNet)
     --clip --text cat                       no training at all: rough masks from OpenAI's CLIP, which is downloaded, and words
     --clip demo/clip --text star            the same with the demo's CLIP, for the drawn world
     --query FOLDER 'more/*.png' clip.mp4    files, folders, patterns, videos (--every N: every N-th frame)
@@ -22,9 +23,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from model.predict.arguments import asked_config, check_model, model_options, use_threads
 from model.predict.dense_predictor import DensePredictor, Labelling, load_predictor, read_classes
-from model.predict.options import asked_config, check_model, model_options
-from model.predict.predictor import Predictor, annotated, find_weights
+from model.predict.predictor import Predictor, annotated, find_weights, unmarked
 from model.predict.text_predictor import Segmentation, TextPredictor
 from util import cli
 from util.errors import UserError
@@ -38,13 +39,15 @@ WEAK = ("an example is hardly found even in its own photo: expect nothing of oth
 
 def main() -> None:
     given = parse()
+    use_threads(given.threads)
     # 1. what is to be done
     if any(given.out.resolve() == Path(query).resolve() for query in given.query):
         raise UserError(f"--out {given.out}: that folder is searched; give another, results would be found as photos next time")
     paths, weights = find(given.query), None if given.clip is not None else find_weights(given.weights or "photos")
     photos = [read_photo(support["image"]) for support in given.support]
     masks, boxes = ([support[key] for support in given.support] for key in ("mask", "boxes"))
-    examples = annotated(photos, masks, boxes)
+    marked = any(masks) or any(boxes)
+    examples = annotated(photos, masks, boxes) if marked else [(photo, unmarked(photo)) for photo in photos]
 
     # 2. the model, and what it looks for
     predictor, what = open_predictor(given, weights)
@@ -62,7 +65,7 @@ def main() -> None:
     for i, (photo, mask) in enumerate(examples, start=1):
         results.support(i, photo, mask)
     print(f"{what}, on {predictor.device} in {predictor.precision}")
-    for iou, photo, boxed in zip(ious, photos, boxes, strict=True):
+    for iou, photo, boxed in zip(ious, photos, boxes, strict=False):  # no overlap where no masks are needed
         around = " (of the boxes around both)" if boxed else ""
         print(f"{photo.name}: an example; its overlap with what is found there is {iou:.2f}{around}")
     if left_out:
@@ -180,7 +183,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--every", type=int, default=1, metavar="N", help="of a video, every N-th frame")
     parser.add_argument("--precision", choices=("fp32", "bf16"), help="default: bf16 on a GPU that has it")
     model_options(parser)
-    given = parser.parse_intermixed_args()
+    given = parser.parse_intermixed_args(joined(sys.argv[1:]))
     if given.every < 1:
         raise UserError(f"--every {given.every}: must be at least 1")
     check_model(given)
@@ -189,6 +192,17 @@ def parse() -> argparse.Namespace:
     if given.clip is not None and (given.support or not given.text):  # checked before a CLIP is downloaded
         raise UserError("--clip finds what --text names: give a text, and no --support; examples need a trained system")
     return given
+
+
+def joined(words: Sequence[str]) -> list[str]:
+    """Join --box with a value that begins with a minus sign: argparse takes it for an option."""
+    found: list[str] = []
+    for word in words:
+        if found and found[-1] == "--box" and word.startswith("-") and "," in word:
+            found[-1] += f"={word}"
+        else:
+            found.append(word)
+    return found
 
 
 class AddSupport(argparse.Action):

@@ -34,6 +34,11 @@ def program(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> C
     return functools.partial(run_program, predict.main, monkeypatch, capsys)
 
 
+def test_boxes_that_begin_with_a_minus_sign() -> None:
+    assert predict.joined(["--box", "-5,1,9,9", "--box", "1,2,3,4", "--query", "-"]) == [
+        "--box=-5,1,9,9", "--box", "1,2,3,4", "--query", "-"]
+
+
 def test_command_line(piclip: Path, scenes: Path, tmp_path: Path, program: Callable) -> None:
     """A mask and a box; a folder with something unreadable, a pattern, two files of one name, a video."""
     images, masks = star(scenes, of=4)
@@ -78,7 +83,7 @@ def test_command_line(piclip: Path, scenes: Path, tmp_path: Path, program: Calla
     assert not [f for f in out.rglob(".*")] and Image.open(out / "overview.jpg").width > 300
 
     code, said = program("--text", "star", "--query", folder / "a.png", "--weights", piclip, "--out", tmp_path / "text",
-                         "--polygons", "labelme", "--precision", "bf16")  # fmt: skip
+                         "--polygons", "labelme", "--precision", "fp32")  # fmt: skip
     assert code == 0 and "text alone" in said, said
     record = json.loads((tmp_path / "text/labelme/a.json").read_text())
     mask = np.asarray(Image.open(tmp_path / "text/masks/a.png")) > 0

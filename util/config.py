@@ -6,9 +6,6 @@ defined. An unknown key or a wrong type is an error that names the file, the key
 
 import dataclasses
 import difflib
-import math
-import types
-import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +13,7 @@ from typing import Any, Literal
 import yaml
 
 from util.errors import UserError
-from util.yaml_text import parse_yaml, short
+from util.yaml_text import parse_yaml, set_key, short
 
 CONFIGS = Path(__file__).parents[1] / "config"
 PROTOCOLS, SYSTEMS = CONFIGS / "protocol", CONFIGS / "system"  # one file per protocol; per system, its keys on every data set
@@ -128,7 +125,7 @@ class Test_Finetune:
 
 @dataclass
 class Runtime:
-    precision: Literal["fp32", "bf16"] = "fp32"  # autocast; Grad-CAM, losses and metrics stay fp32
+    precision: Literal["fp32", "bf16"] = "fp32"  # autocast; Grad-CAM, losses and metrics stay fp32. bf16 on a CPU needs AVX-512
     # Testing and validation: memory of each process (the GPU's on a GPU) for what depends on one image; PASCAL at 473 fills 8.
     cache_gb: float = 8.0
     cache_dir: str = ""  # folder that keeps it for later runs too (some 10 MB an image at 473)
@@ -176,6 +173,20 @@ def load_config(path: str | Path, arch: str | None = None, overrides: list[str] 
     config.Test_Finetune.protocol = name
     _validate(config)
     return config
+
+
+def _nearest(path: Path) -> str:
+    """Say what there is in place of a config file that is missing."""
+    known = {folder.name: sorted(folder.glob(f"{folder.name}_*_*.yaml")) for folder in path.parent.parent.glob("*")}
+    files, sets = known.get(path.parent.name), sorted(name for name, files in known.items() if files)
+    if not files:
+        return _meant(path.parent.name, sets) or f"; there are the data sets {', '.join(sets)}" * bool(sets)
+    experiments = ", ".join(sorted({names_of(file)[1] for file in files}))
+    return f"{_meant(path.stem, [file.stem for file in files])}; {files[0].parent.name} has {experiments}"
+
+
+def _meant(name: str, known: list[str]) -> str:
+    return "".join(f"; did you mean {near}?" for near in difflib.get_close_matches(name, known, n=1))
 
 
 def config_of(content: dict, source: str, overrides: list[str] | None = None, options: type[Method] = Method) -> Config:
@@ -251,7 +262,7 @@ def _apply(config: Config, layers: list[tuple[Path, dict]], loose: bool = False)
             for key, value in _mapping(values, f"{file}: {section}").items():
                 if loose and section == "Method" and not hasattr(config.Method, str(key)):
                     continue
-                _set(config, section, key, value, str(file))
+                set_key(config, section, key, value, str(file))
 
 
 def _layers(path: Path, seen: tuple[Path, ...] = ()) -> list[tuple[Path, dict]]:
@@ -278,7 +289,7 @@ def _read(path: Path) -> dict:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
-        raise UserError(f"no config file {path}") from error
+        raise UserError(f"no config file {path}{_nearest(path)}") from error
     except (OSError, ValueError) as error:  # a folder, no UTF-8, a name that cannot be one
         raise UserError(f"config file {path} cannot be read ({error})") from error
     return _mapping(parse_yaml(text, str(path)), str(path))
@@ -290,57 +301,6 @@ def _mapping(value: Any, where: str) -> dict:
     if not isinstance(value, dict):
         raise UserError(f"{where}: expected `key: value` lines, found {short(value)}")
     return value
-
-
-def _set(config: Config, section: str, key: str, value: Any, source: str) -> None:
-    target = _named(config, section, f"{source}: unknown section {section!r}")
-    _named(target, key, f"{source}: unknown key {section}.{key}")
-    expected = typing.get_type_hints(type(target))[key]
-    setattr(target, key, _convert(value, expected, f"{source}: {section}.{key}"))
-
-
-def _named(owner: Any, name: str, complaint: str) -> Any:
-    names = [f.name for f in dataclasses.fields(owner)]
-    if name in names:
-        return getattr(owner, name)
-    lower = {n.lower(): n for n in names}
-    near = difflib.get_close_matches(str(name).lower(), lower, n=1)
-    raise UserError(f"{complaint}; " + (f"did you mean {lower[near[0]]!r}?" if near else f"there are {', '.join(names)}"))
-
-
-def _convert(value: Any, expected: Any, where: str) -> Any:
-    """Check a YAML value against a type hint; an integer may stand for a float, '1e-4' (a string in YAML 1.1) too."""
-    origin, arguments = typing.get_origin(expected), typing.get_args(expected)
-    if origin is Literal:
-        if value in arguments:
-            return value
-        near = difflib.get_close_matches(short(value).strip("'"), arguments, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise UserError(f"{where} = {short(value)}: {hint}choose one of {', '.join(map(str, arguments))}")
-    if origin is types.UnionType:
-        if value is None:
-            return None
-        expected = next(a for a in arguments if a is not type(None))
-        return _convert(value, expected, where)
-    if origin is list:
-        if isinstance(value, list):
-            return [_convert(v, arguments[0], where) for v in value]
-    elif expected is float:
-        if isinstance(value, (int, float, str)) and not isinstance(value, bool):
-            try:
-                if math.isfinite(number := float(value)):
-                    return number
-            except (ValueError, OverflowError):
-                pass
-    elif expected is str:
-        if value is None:
-            return ""
-        if isinstance(value, str):
-            return value
-    elif isinstance(value, expected) and (expected is bool or not isinstance(value, bool)):
-        return value
-    name = "a finite number" if expected is float else str(expected) if origin else expected.__name__
-    raise UserError(f"{where} = {short(value)}: expected {name}")
 
 
 def options_of(values: Method | dict[str, Any], options: type[Method]) -> Method:

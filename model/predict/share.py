@@ -11,6 +11,8 @@ one. `load_predictor`, predict.py --weights and Test_Finetune.weight take it.
 
 import argparse
 import dataclasses
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -55,6 +57,9 @@ python predict.py --weights {file}{options} --query photos/ --out found
 
 {table}
 """
+# An absolute path of two names or more, of any system, within a text; a URL is none.
+NAME = r"""[^\s,;:'"()\[\]{}<>|\\/]+"""
+ABSOLUTE = re.compile(rf"(?<![\w:/.~\\])(?:~[\w.-]*|[A-Za-z]:)?[\\/](?:{NAME}[\\/])+({NAME})")
 FEW_SHOT = """from model.predict.predictor import Predictor
 
 predictor = Predictor.from_checkpoint("{file}")
@@ -108,11 +113,15 @@ def export(snapshot: Path, out: Path, half: bool = False, note: str = "") -> lis
     if EXPORT in meta:
         raise UserError(f"{snapshot} is an exported file already")
     report, told = result_of(snapshot)
+    config = recorded(snapshot)
+    own = [str(snapshot.absolute().parent), *_absolute(dataclasses.asdict(config))]  # their names may hold spaces
+    report = scrubbed(report, own)
     meta |= {
-        EXPORT: 1, "config": portable(recorded(snapshot)), "classes": [names.names, names.texts, fold.novel, fold.base],
+        EXPORT: 1, "config": portable(config), "classes": [names.names, names.texts, fold.novel, fold.base],
         "result": {key: report[key] for key in RESULT if key in report},
         "notes": [*system.warnings, *([note] if note else [])], "note": note,
     }  # fmt: skip
+    meta = scrubbed(meta, own)
     tensors = {name: tensor for name, tensor in system.state_dict().items() if not name.startswith("clip.")}
     if half:
         tensors = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
@@ -131,11 +140,35 @@ def portable(config: Config) -> dict[str, Any]:
     content = dataclasses.asdict(config)
     content["Data"] = {"min_pixels": config.Data.min_pixels, "images": config.Data.images}
     content["Method"] |= {"pre_weight": "auto", "backbone_weight": "none"}
-    clip = Path(config.CLIP.clip_path)
-    if clip.is_absolute() and clip.is_relative_to(ROOT):
-        content["CLIP"]["clip_path"] = str(clip.relative_to(ROOT))
+    clip = Path(config.CLIP.clip_path).expanduser()
+    if clip.is_absolute():
+        content["CLIP"]["clip_path"] = str(clip.relative_to(ROOT) if clip.is_relative_to(ROOT) else Path("initmodel", clip.name))
     del content["Runtime"]
     return content
+
+
+def scrubbed(value: Any, own: Sequence[str] = ()) -> Any:
+    """Return JSON values whose texts name no folder of this machine: of an absolute path the last name stays.
+
+    own: absolute paths that may occur in a text; others are found by their form.
+    """
+    if isinstance(value, dict):
+        return {key: scrubbed(item, own) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [scrubbed(item, own) for item in value]
+    if not isinstance(value, str):
+        return value
+    value = value.replace(f"{ROOT}/", "")
+    for path in sorted(own, key=len, reverse=True):
+        value = value.replace(path, Path(path).name)
+    return ABSOLUTE.sub(r"\1", value)
+
+
+def _absolute(value: Any) -> list[str]:
+    """Return all absolute paths among the texts of nested values."""
+    if isinstance(value, dict | list | tuple):
+        return [path for item in (value.values() if isinstance(value, dict) else value) for path in _absolute(item)]
+    return [value] if isinstance(value, str) and len(Path(value).parts) > 1 and Path(value).is_absolute() else []
 
 
 def result_of(snapshot: Path) -> tuple[dict[str, Any], list[str]]:

@@ -49,13 +49,21 @@ class Source:
         return fold_of(config)
 
     def records(self, key: str) -> list[Record]:
-        """Return the scanned lines of Data.train_list or Data.val_list; they are read once."""
+        """Return the scanned lines of Data.train_list or Data.val_list, broken ones included; they are read once."""
         if key not in self._records:
             data = self.config.Data
             given = read_image_labels(data.image_labels, self.names) if data.image_labels else None
             self._records[key] = scan(data.data_root, getattr(data, key), self.names, self.cache, skip=data.on_error == "skip",
                                       values=self.values, given=given, masks=self.labelled(key))  # fmt: skip
         return self._records[key]
+
+    def readable(self, key: str) -> list[Record]:
+        """Return the records of a list without the broken ones: training learns from what is there."""
+        found = [record for record in self.records(key) if not record.broken]
+        if not found:
+            raise UserError(f"{getattr(self.config.Data, key)}: none of its files can be read; the first: "
+                            f"{self.records(key)[0].broken}")
+        return found
 
     @classmethod
     def labelled(cls, key: str) -> bool:
@@ -94,12 +102,18 @@ class EpisodeSource(Source):
         """Index the images of the fold: base classes (with Train.filter_novel) in training, novel classes in validation.
 
         `base`: index the base classes of the validation list instead, in images without any novel object.
+        Raises UserError for a label of the validation list that cannot be read: which episodes it belongs to is unknown.
         """
-        train, minimum = self.config.Train, self.config.Data.min_pixels
+        train, minimum, names = self.config.Train, self.config.Data.min_pixels, self.names.names
         if training:
-            return build_index(self.records("train_list"), self.fold.base, only=train.filter_novel, min_pixels=minimum)
+            return build_index(self.readable("train_list"), self.fold.base, train.filter_novel, minimum, names)
+        unknown = [record.broken for record in self.records("val_list") if not record.known]
+        if unknown:
+            raise UserError(f"{unknown[0]}. Which classes {len(unknown)} image(s) of {self.config.Data.val_list} show is unknown "
+                            "without their labels, so the episodes of the protocol cannot be drawn, with Data.on_error=skip "
+                            "neither; bring the labels back, or take the lines out of the list: that is then another list")
         classes = self.fold.base if base else self.fold.novel
-        return build_index(self.records("val_list"), classes, only=base, min_pixels=minimum)
+        return build_index(self.records("val_list"), classes, base, minimum, names)
 
     def listed(self, index: Index, seed: int, shuffle: bool = False) -> EpisodeList:
         """Return the protocol's endless list of episodes over an index."""
@@ -132,7 +146,7 @@ class EpisodeSource(Source):
         if not test.episodes:
             return {seed: self.drawn(seed, test.test_num) for seed in test.seeds}
         found = read_manifest(test.episodes, self.records("val_list"), self.fold.novel, self.config.Train.shot,
-                              repeats=self.config.Train.draw != "image")  # fmt: skip
+                              repeats=self.config.Train.draw != "image", names=self.names.names)  # fmt: skip
         for episodes in found.values():
             check_novel(episodes, self.fold, self.names, len(episodes))
         return found
@@ -177,8 +191,9 @@ class ImageSource(Source):
 
     def images(self, key: str, training: bool) -> SemanticDataset:
         """Every image of Data.train_list or Data.val_list."""
+        records = self.readable(key) if training else self.records(key)
         return SemanticDataset(
-            self.records(key), self.target(training), self.fold.num_classes, self.config.Data.data_root,
+            records, self.target(training), self.fold.num_classes, self.config.Data.data_root,
             self.transform(self.config, training), self.config.Train.manual_seed, evaluation=not training, values=self.values,
             masks=self.masks(key),
         )  # fmt: skip
