@@ -1,8 +1,9 @@
 """The contract of every system. train.py and test.py know nothing else about a model."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -92,6 +93,18 @@ class System(nn.Module):
     def predict(self, batch: Any, baselines: bool = False) -> Prediction:
         """Predict without gradient; with `baselines` also give the trivial predictions."""
         raise NotImplementedError
+
+    def use_classes(self, names: Sequence[str], texts: Sequence[str] | None = None, cache: Path | None = None) -> None:
+        """Predict these classes from now on, whatever was trained; channel c is names[c]. `warnings` say so.
+
+        Args:
+            names: any, each once. Those that had labels in training stay seen classes, all others are unseen ones.
+            texts: what CLIP reads for each; None: the names.
+            cache: folder for text banks.
+        Raises:
+            UserError: the system predicts its own classes alone; no name, a name twice; a text that CLIP cannot read.
+        """
+        raise UserError(f"{type(self).__name__} predicts the classes that it was trained on; CLIP_RC and ZegCLIP take any names")
 
     def remember(self, cache: TensorCache, fixed_head: bool) -> None:
         """Let evaluation keep results that depend on one image in a cache; a system without such results ignores it.

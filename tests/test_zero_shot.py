@@ -180,6 +180,24 @@ def test_who_depends_on_the_vocabulary() -> None:
         assert ((system.predict(batch).final - before).abs().max() > 1e-3) == depends
 
 
+def test_any_classes_after_training() -> None:
+    """Names decide who is seen; the bank is that of the names; the warning is there as long as the classes are other ones."""
+    system = small(setting="inductive").eval()
+    system.use_classes(("sofa", "dog", "cat"), ("a red sofa", "dog", "cat"))
+    assert system.names == ("sofa", "dog", "cat") and system.seen.tolist() == [1, 2] and system.unseen.tolist() == [0]
+    assert torch.equal(system.texts, text_bank(system.clip, ["a red sofa", "dog", "cat"], system.options))
+    assert system.predict(random_images(1)).final.shape[1] == 3
+    system.use_classes(("lamp",))
+    assert len(system.warnings) == 1 and "1 of a list, 1 of them new, instead of the 5" in system.warnings[0]
+    system.use_classes(NAMES)
+    assert not system.warnings and set(system.seen.tolist()) == set(SEEN)
+    small(setting="transductive").use_classes([NAMES[0]])  # nothing unseen among what is asked for: fine in prediction
+    for names, message in (((), "0 class names"), (("a", " "), "class 2 of 2 has no name"), (("a", "b", "a"), "the name 'a'")):
+        with pytest.raises(UserError, match=message):
+            system.use_classes(names)
+    assert system.names == NAMES
+
+
 # ---- images and windows
 
 @pytest.mark.parametrize("cls", SYSTEMS)
@@ -270,8 +288,9 @@ def test_wrong_input() -> None:
     ):  # fmt: skip
         with pytest.raises(UserError, match=message):
             system.use(names, rows, seen)
+    options = CLIP_RC.Options(prompts=3, setting="transductive")
     with pytest.raises(UserError, match="every class is seen"):
-        small(setting="transductive").use(NAMES[:2], texts[:2], (0, 1))
+        CLIP_RC(system.clip, NAMES[:2], texts[:2], (0, 1), options)
     for wrong in ({"prompts": 0}, {"stride": 65}, {"dropout": 1.0}, {"recovery": -1.0}):
         with pytest.raises(UserError, match=next(iter(wrong))):
             small(**wrong)

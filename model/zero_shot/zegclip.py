@@ -29,6 +29,7 @@ from util.score.zero_shot import ZeroShotTask
 
 DEPTH = 3  # decoder layers
 OFFSET = 0.1  # taken from the scores of seen classes in the inductive setting
+OTHER_CLASSES = "The classes are"  # how the warning about another vocabulary begins
 UNSEEN = -1  # label of training pixels whose class is not seen
 ONE = ("a photo of a {}",)  # VOC's, without a full stop
 MANY = (
@@ -138,6 +139,9 @@ class ZegCLIP(System):
         for name in ("texts", "seen", "unseen", "table"):
             self.register_buffer(name, None, persistent=False)
         self.use(names, texts, seen)
+        if options.setting.startswith("transductive") and not len(self.unseen):
+            raise UserError(f"Method.setting = {options.setting}: every class is seen; choose full")
+        self.first = (self.names, tuple(names[c] for c in seen))  # all names and those with labels
         self.vocabulary = "seen classes" if options.setting == "inductive" else "all classes"
         if clip.module.random:
             self.mark = "[random CLIP]"
@@ -152,12 +156,15 @@ class ZegCLIP(System):
         return self.clip.module.visual
 
     def use(self, names: Sequence[str], texts: Tensor, seen: Sequence[int]) -> None:
-        """Takes another vocabulary. Every class attends to the patches; CLIP-RC's scores depend on all names.
+        """Takes names, their bank C D, and which of them are seen. `use_classes` makes the other two from any names.
 
         Raises:
-            UserError: a text is missing, a class has the name of another, or the seen classes are not some of them.
+            UserError: no name at all, a text is missing, a class has the name of another, or the seen classes are not some of
+                them.
         """
         C, seen = len(names), list(seen)
+        if not 1 <= C <= IGNORE:
+            raise UserError(f"{C} class names; 1 to {IGNORE} are possible")
         if len(texts) != C:
             raise UserError(f"{C} class names, but a text bank of {len(texts)} rows: make the bank from these names")
         if twice := sorted({name for name in names if list(names).count(name) > 1}):
@@ -165,8 +172,6 @@ class ZegCLIP(System):
         if len(set(seen)) < len(seen) or not set(seen) <= set(range(C)):
             raise UserError(f"seen classes {seen}: expected some of 0..{C - 1}, each once")
         unseen = [c for c in range(C) if c not in seen]
-        if self.options.setting.startswith("transductive") and not unseen:
-            raise UserError(f"Method.setting = {self.options.setting}: every class is seen; choose full")
         device = self.trunk.visual.proj.device
         table = torch.full((256,), UNSEEN, dtype=torch.int64)
         table[seen] = torch.arange(len(seen)) if self.options.setting == "inductive" else torch.tensor(seen, dtype=torch.int64)
@@ -176,6 +181,18 @@ class ZegCLIP(System):
         self.names = tuple(names)
         self.texts, self.table = texts.to(device), table.to(device)
         self.seen, self.unseen = (torch.tensor(x, dtype=torch.int64, device=device) for x in (seen, unseen))
+
+    def use_classes(self, names: Sequence[str], texts: Sequence[str] | None = None, cache: Path | None = None) -> None:
+        names = tuple(names)
+        if blank := [c for c, name in enumerate(names, start=1) if not name.strip()]:
+            raise UserError(f"class {blank[0]} of {len(names)} has no name; give every class one")
+        bank = text_bank(self.clip, names if texts is None else texts, self.options, cache)
+        self.use(names, bank, [c for c, name in enumerate(names) if name in self.first[1]])
+        kept = tuple(warning for warning in self.warnings if not warning.startswith(OTHER_CLASSES))
+        new = len(set(names) - set(self.first[0]))
+        other = (f"{OTHER_CLASSES} {len(names)} of a list, {new} of them new, instead of the {len(self.first[0])} of training. "
+                 "Scores depend on the vocabulary: compare results of one vocabulary alone.")
+        self.warnings = kept if names == self.first[0] else (*kept, other)
 
     # Training.
 
