@@ -17,12 +17,13 @@ from model.build import (
     load_weights,
     needs_clip,
     open_system,
+    open_tested,
     recorded,
     system_class,
 )
 from model.system import Prediction, System, content_hash
 
 __all__ = [
-    "SYSTEMS", "Prediction", "System", "build_system", "configure", "content_hash", "load_frozen", "load_start", "load_weights",
-    "needs_clip", "open_system", "recorded", "system_class",
+    "SYSTEMS", "Prediction", "System", "build_system", "configure", "content_hash", "load_frozen", "load_start",
+    "load_weights", "needs_clip", "open_system", "open_tested", "recorded", "system_class",
 ]  # fmt: skip

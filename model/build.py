@@ -26,11 +26,12 @@ from model.weak.maps import text_bank as class_texts
 from model.weak.system import Weak
 from model.weak.weclip import WeCLIP
 from model.zero_shot.clip_rc import CLIP_RC
+from model.zero_shot.texts import read_bank
+from model.zero_shot.texts import text_bank as class_bank
 from model.zero_shot.zegclip import ZegCLIP
-from model.zero_shot.zegclip import text_bank as class_bank
 from util.cache import CACHE
 from util.config import Config, Method, load_config, options_of
-from util.data.folds import ClassNames, Fold
+from util.data.folds import ClassNames, Fold, read_class_names
 from util.errors import UserError
 from util.files import load_state, load_tensors
 from util.run.checkpoint import EXPORT, check_frozen, check_identity, read_meta
@@ -129,8 +130,13 @@ def build_zero_shot(cls: type[ZegCLIP], arch: str, config: Config, fold: Fold, n
     options, clip = options_of(config.Method, cls.Options), load_clip(config.CLIP.clip_path, activation=config.CLIP.activation)
     if not isinstance(clip.visual, ClipTrunk):
         raise UserError(f"CLIP.clip_path = {config.CLIP.clip_path} is a ResNet; {arch} puts tokens into a ViT: take ViT-B-16")
-    clip, seen = Frozen(clip), [c - 1 for c in fold.base]
-    return cls(clip, names.names, class_bank(clip, names.texts, options, cache), seen, options)
+    clip, seen, warnings = Frozen(clip), [c - 1 for c in fold.base], ()
+    bank = class_bank(clip, names.texts, options.templates, cache)
+    if options.bank:
+        bank, warnings = read_bank(Path(options.bank), names.names, bank)
+    system = cls(clip, names.names, bank, seen, options)
+    system.warnings += warnings
+    return system
 
 
 FAMILIES: dict[type[System], Callable[..., System]] = {FewShot: build_few_shot, PSPNet: build_base_learner, Weak: build_weak,
@@ -159,6 +165,17 @@ def open_system(arch: str, config: Config) -> tuple[System, Task]:
     task = system_class(arch).task(config)
     system = build_system(arch, config, task.fold, task.names, CACHE)
     task.clip_patch = system.clip_patch
+    return system, task
+
+
+def open_tested(arch: str, config: Config, place: Experiment, weight: Path) -> tuple[System, Task]:
+    """Build a system as it is tested: with its weights, and with the classes of `Test_Finetune.classes` where that names some."""
+    system, task = open_system(arch, config)
+    load_weights(system, config, place, weight)
+    if config.Test_Finetune.classes:
+        names = read_class_names(config.Test_Finetune.classes, "Test_Finetune.classes")
+        system.use_classes(names.names, names.texts, CACHE)
+        task.use_classes(names)
     return system, task
 
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,8 +14,9 @@ from model.inference import slide
 from model.system import Frozen
 from model.zero_shot.clip_rc import CLIP_RC
 from model.zero_shot.losses import focal_and_dice
+from model.zero_shot.texts import MANY, read_bank, text_bank
 from model.zero_shot.tower import owners, reading_mask
-from model.zero_shot.zegclip import MANY, ZegCLIP, text_bank
+from model.zero_shot.zegclip import ZegCLIP
 from tests.make import small_clip
 from tests.make.runs import CPU, in_processes
 from tests.make.zero_shot import published
@@ -185,7 +187,7 @@ def test_any_classes_after_training() -> None:
     system = small(setting="inductive").eval()
     system.use_classes(("sofa", "dog", "cat"), ("a red sofa", "dog", "cat"))
     assert system.names == ("sofa", "dog", "cat") and system.seen.tolist() == [1, 2] and system.unseen.tolist() == [0]
-    assert torch.equal(system.texts, text_bank(system.clip, ["a red sofa", "dog", "cat"], system.options))
+    assert torch.equal(system.texts, text_bank(system.clip, ["a red sofa", "dog", "cat"], "one"))
     assert system.predict(random_images(1)).final.shape[1] == 3
     system.use_classes(("lamp",))
     assert len(system.warnings) == 1 and "1 of a list, 1 of them new, instead of the 5" in system.warnings[0]
@@ -268,11 +270,52 @@ def test_recovery_of_a_published_checkpoint_is_dropped_without_use() -> None:
 # ---- text and wrong input
 
 def test_text_bank_is_rounded_as_published() -> None:
-    system, options = small(), CLIP_RC.Options(templates="many")
-    bank = text_bank(system.clip, ["cat", "sky"], options)
+    system = small()
+    bank = text_bank(system.clip, ["cat", "sky"], "many")
     assert len(set(MANY)) == 15 and torch.equal(bank, bank.half().float())
     each = torch.stack([system.clip.module.text([t.format(name) for t in MANY]).mean(0) for name in ("cat", "sky")])
     torch.testing.assert_close(bank, F.normalize(each, dim=1), rtol=0, atol=5e-4)
+
+
+def test_a_bank_from_a_file(tmp_path: Path) -> None:
+    own = text_bank(small().clip, NAMES, "one")
+    np.save(tmp_path / "bank.npy", own.half().numpy())  # as published
+    torch.save(own, tmp_path / "bank.pth")
+    torch.save({"a": own, "b": own}, tmp_path / "two.pth")
+    np.save(tmp_path / "objects.npy", np.array([{}]), allow_pickle=True)
+    for name in ("bank.npy", "bank.pth"):
+        bank, warnings = read_bank(tmp_path / name, NAMES, own)
+        assert torch.equal(bank, own) and bank.dtype == torch.float32 and not warnings
+    np.save(tmp_path / "other.npy", own.flip(0).numpy())
+    assert "'cat' to 'boat'" in read_bank(tmp_path / "other.npy", NAMES, own)[1][0]
+    for name, names, computed, message in (
+        ("bank.npy", NAMES[:4], own[:4], r"shape \(5, 32\); 4 classes and this CLIP need \(4, 32\)"),
+        ("bank.npy", NAMES, own[:, :16], r"shape \(5, 32\)"), ("two.pth", NAMES, own, "holds 2 tensors; expected one"),
+        ("objects.npy", NAMES, own, "damaged, or no array of numbers"), ("none.npy", NAMES, own, "no file"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=message):
+            read_bank(tmp_path / name, names, computed)
+    np.save(tmp_path / "bank.npy", own.numpy() * np.array([[1], [1], [np.nan], [1], [1]]))
+    with pytest.raises(UserError, match="not of length 1"):
+        read_bank(tmp_path / "bank.npy", NAMES, own)
+
+
+def test_the_clip_start_keeps_the_classes_order() -> None:
+    """At the start each patch prefers the class whose text is nearest to it; a random start prefers any."""
+    for cls in SYSTEMS:
+        agree = {}
+        for start in ("clip", "random"):
+            torch.manual_seed(0)
+            clip, texts = Frozen(clip_from_state(small_clip().state_dict())), F.normalize(torch.randn(5, 32), dim=1)
+            system = cls(clip, NAMES, texts, SEEN, cls.Options(prompts=3, start=start)).eval()
+            image = system.pixels(random_images(4).image)
+            with torch.no_grad():
+                patches = system.trained.prompts(system.trunk, image, 4).patches
+                logits = system.trained(system.trunk, image, system.texts).logits
+            nearest = torch.einsum("bdhw,cd->bchw", patches, texts)
+            centred = [x - x.mean((0, 2, 3), keepdim=True) for x in (logits, nearest)]
+            agree[start] = float(torch.corrcoef(torch.stack([x.flatten() for x in centred]))[0, 1])
+        assert agree["clip"] > 0.5 > agree["random"], (cls, agree)
 
 
 def test_wrong_input() -> None:

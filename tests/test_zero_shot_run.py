@@ -214,6 +214,39 @@ def test_a_published_checkpoint(small: list[str], tmp_path: Path) -> None:
         evaluate("inductive", [*small, f"Test_Finetune.weight={tmp_path}/iter_40000.pth", "Method.prompts=10"])
 
 
+def test_other_classes_at_test_time(small: list[str], tmp_path: Path) -> None:
+    """All names in another order: the same scores. Fewer and new ones: their own channels, rows of the data set's classes."""
+    config, _ = configured("inductive", "CLIP_RC", [*small, "Method.start=clip"])  # scores that differ, without training
+    names = read_class_names(config.Data.class_names).names
+    system = build_system("CLIP_RC", config, fold_of(config), read_class_names(config.Data.class_names))
+    own = {system.official_name(f"head.{name}"): value for name, value in system.trained_state().items()}
+    torch.save(published(system) | own, tmp_path / "iter.pth")
+    few = Path(config.Data.val_list).read_text().splitlines()[:4]
+    (tmp_path / "list.txt").write_text("\n".join(few))
+    given = [*small, f"Data.val_list={tmp_path}/list.txt", f"Test_Finetune.weight={tmp_path}/iter.pth",
+             f"Test_Finetune.classes={tmp_path}/classes.txt"]  # fmt: skip
+    whole = evaluate("inductive", given[:-1])
+    (tmp_path / "classes.txt").write_text("\n".join(reversed(names)))
+    again = evaluate("inductive", given)
+    assert again["seeds"][0]["per_class"] == pytest.approx(whole["seeds"][0]["per_class"], abs=2e-3)
+    assert again["mean"]["hiou"] == pytest.approx(whole["mean"]["hiou"], abs=2e-3)
+    assert again["protocol_hash"] != whole["protocol_hash"]
+    (tmp_path / "classes.txt").write_text("sofa | a heart\n" + "\n".join(names[2:8]) + "\nposter | house and tree")
+    fewer = evaluate("inductive", given)
+    assert [*fewer["seeds"][0]["per_class"]] == [str(c) for c in range(3, 9)] and "sofa" in fewer["other_classes"].values()
+    assert any("8 of a list, 2 of them new" in warning for warning in fewer["warnings"])
+    assert "classes of" in fewer["protocol"]["name"] and "classes of a file, hash" in fewer["protocol"]
+    found = [iou for iou in fewer["seeds"][0]["per_class"].values() if iou is not None]
+    assert fewer["seeds"][0]["miou"] == pytest.approx(sum(found) / len(found))
+    assert not verify(read(configured("inductive", "CLIP_RC", given)[1].result / "report.json"),
+                      configured("inductive", "CLIP_RC", given)[0], CPU)  # fmt: skip
+    (tmp_path / "classes.txt").write_text("sofa | heart\nposter | house")
+    with pytest.raises(UserError, match="none of its 2 names is a class of demo"):
+        evaluate("inductive", given)
+    with pytest.raises(UserError, match=r"Test_Finetune\.classes.*none\.txt"):
+        evaluate("inductive", [*given[:-1], f"Test_Finetune.classes={tmp_path}/none.txt"])
+
+
 # ---- lists and wrong input
 
 def test_lists_of_folders(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -21,6 +21,7 @@ from model.ops import full, resize
 from model.system import Frozen, Prediction, System
 from model.zero_shot.decoder import Block, Layers, Scores
 from model.zero_shot.losses import IGNORE, focal_and_dice, pseudo_labels
+from model.zero_shot.texts import text_bank
 from model.zero_shot.tower import Prompts
 from util.config import Method, Train
 from util.errors import UserError
@@ -31,13 +32,6 @@ DEPTH = 3  # decoder layers
 OFFSET = 0.1  # taken from the scores of seen classes in the inductive setting
 OTHER_CLASSES = "The classes are"  # how the warning about another vocabulary begins
 UNSEEN = -1  # label of training pixels whose class is not seen
-ONE = ("a photo of a {}",)  # VOC's, without a full stop
-MANY = (
-    "a photo of a {}.", "a photo of a small {}.", "a photo of a medium {}.", "a photo of a large {}.",
-    "This is a photo of a {}.", "This is a photo of a small {}.", "This is a photo of a medium {}.",
-    "This is a photo of a large {}.", "a {} in the scene.", "a photo of a {} in the scene.", "There is a {} in the scene.",
-    "There is the {} in the scene.", "This is a {} in the scene.", "This is the {} in the scene.", "This is one {} in the scene.",
-)  # fmt: skip  # COCO-Stuff's
 
 
 @dataclass
@@ -52,12 +46,16 @@ class Options(Method):
         full: all texts, all labels.
     """
 
+    # Projections at the start of training: random, as published; or with the identity on CLIP's texts and patches added, so that
+    # the first scores resemble those of CLIP without training, for names that are unlike all others too.
+    start: Literal["random", "clip"] = "random"
     prompts: int = 10  # K in each layer; 100 on COCO-Stuff
     setting: Literal["inductive", "transductive", "transductive-strict", "full"] = "inductive"
     focal: float = 100.0  # weights of the losses
     dice: float = 1.0
     dropout: float = 0.1
     templates: Literal["one", "many"] = "one"  # texts of a class; many on COCO-Stuff
+    bank: str = ""  # file of a text bank for the data set's classes, such as the published .npy; "": made from their texts
     inference: Literal["slide", "whole"] = "slide"  # whole: the image at once, which was not published
     crop: int = 512  # side of the windows
     stride: int = 426
@@ -92,10 +90,19 @@ class Head(nn.Module):
         self.prompts = Prompts(layer_width, len(trunk.blocks), trunk.patch, options.prompts, drop)
         self.q_proj = nn.Linear(2 * width, width)
         self.build_decoder(width, options)
+        if options.start == "clip":
+            with torch.no_grad():
+                for part in self.aligned():
+                    part += width**0.5 * torch.eye(width)  # the norms give both streams that length later
 
     def build_decoder(self, width: int, options: Options) -> None:
         self.decoder = Layers(width, options.dropout, DEPTH)
         self.decoder.layers[-1] = Scores(self.decoder.layers[0].multihead_attn)
+
+    def aligned(self) -> list[Tensor]:
+        """Parts D D of the weights between CLIP's texts and patches and their product."""
+        last = self.decoder.layers[-1].multihead_attn
+        return [self.q_proj.weight.chunk(2, 1)[1], last["q"].weight, last["k"].weight]
 
     def describe(self, product: Tensor, texts: Tensor) -> Tensor:
         """Projects descriptors [product | text], ... C D and C D -> ... C D, without repeating the texts."""
@@ -186,13 +193,13 @@ class ZegCLIP(System):
         names = tuple(names)
         if blank := [c for c, name in enumerate(names, start=1) if not name.strip()]:
             raise UserError(f"class {blank[0]} of {len(names)} has no name; give every class one")
-        bank = text_bank(self.clip, names if texts is None else texts, self.options, cache)
+        bank = text_bank(self.clip, names if texts is None else texts, self.options.templates, cache)
         self.use(names, bank, [c for c, name in enumerate(names) if name in self.first[1]])
         kept = tuple(warning for warning in self.warnings if not warning.startswith(OTHER_CLASSES))
         new = len(set(names) - set(self.first[0]))
         other = (f"{OTHER_CLASSES} {len(names)} of a list, {new} of them new, instead of the {len(self.first[0])} of training. "
                  "Scores depend on the vocabulary: compare results of one vocabulary alone.")
-        self.warnings = kept if names == self.first[0] else (*kept, other)
+        self.warnings = kept if set(names) == set(self.first[0]) else (*kept, other)
 
     # Training.
 
@@ -337,8 +344,3 @@ def inside(valid: Tensor, size: Iterable[int]) -> Tensor:
     y, x = torch.arange(height, device=valid.device), torch.arange(width, device=valid.device)
     top, bottom, left, right = valid.T[..., None]
     return ((y >= top) & (y < bottom))[:, :, None] & ((x >= left) & (x < right))[:, None]
-
-
-def text_bank(clip: Frozen, names: Sequence[str], options: Options, cache: Path | None = None) -> Tensor:
-    """C D, rounded to fp16 and back as the published banks are; rows are not normalised after that."""
-    return clip.module.text.bank(names, ONE if options.templates == "one" else MANY, cache).half().float()

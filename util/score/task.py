@@ -92,6 +92,10 @@ class Task(Protocol):
     leaks: bool
     says: Mapping[str, str]
 
+    def use_classes(self, names: ClassNames) -> None:
+        """Score predictions of these classes instead (`Test_Finetune.classes`). Raises UserError where that cannot be."""
+        ...
+
     def records(self, key: str) -> list[Record]: ...
 
     def training(self) -> Dataset: ...
