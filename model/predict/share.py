@@ -17,14 +17,17 @@ from typing import Any
 
 import torch
 
-from model.build import recorded
-from model.predict.predictor import Predictor
+from model.backbone.pspnet import PSPNet
+from model.build import build_system, load_weights, recorded, system_class
+from model.few_shot.system import FewShot
+from model.predict.predictor import trained_on
 from util import cli
 from util.config import Config
 from util.errors import UserError
 from util.files import ROOT, atomic, load_tensors
 from util.report.write import check_keys, text_table
 from util.run.checkpoint import EXPORT, read_meta, save_weights
+from util.run.place import Experiment
 from util.score.statistics import read_result
 
 RESULT = ("date", "protocol", "protocol_hash", "mean", "sd", "interval", "leak_free", "baselines", "warnings", "environment")
@@ -56,6 +59,33 @@ from model.predict.predictor import Predictor
 predictor = Predictor.from_checkpoint("{file}")
 predictor.set_support("a.jpg", "a.png"{argument})
 mask = predictor.predict("b.jpg").mask
+```
+
+## Result
+
+{table}
+"""
+DENSE = """---
+library_name: pytorch
+pipeline_tag: image-segmentation
+tags: [semantic-segmentation]
+---
+
+# {system}, {data_set}, {setting}
+
+Gives each pixel one of the named classes. The file holds what was trained, {count:.1f} M parameters, and not CLIP.
+
+- backbone {backbone}, images at {size} pixels
+- labels in training: {seen}
+- without labels: {unseen}
+- checkpoint chosen by: {selection}
+{more}
+
+## Use
+
+```sh
+python predict.py --weights {file}{option} --query photos/ --out found
+sh test.sh EXP DATASET GPUS Test_Finetune.weight={file}     # ARCH={system}, with the config of its training
 ```
 
 ## Result
@@ -101,13 +131,20 @@ def export(snapshot: Path, out: Path, half: bool = False, note: str = "") -> lis
         raise UserError(f"--out {out}: the file is a safetensors one, call it {out.with_suffix('.safetensors')}")
     if snapshot.suffix != ".safetensors":
         raise UserError(f"{snapshot}: give the .safetensors file of a run; published checkpoints are handed on as they are")
-    predictor = Predictor.from_checkpoint(snapshot, device="cpu")  # checks that all frozen parts are those of the training
-    names, fold, system, meta = predictor.names, predictor.fold, predictor.system, read_meta(snapshot)
+    if not snapshot.is_file():
+        raise UserError(f"no such checkpoint: {snapshot}")
+    meta = read_meta(snapshot)
     if EXPORT in meta:
         raise UserError(f"{snapshot} is an exported file already")
+    config, arch = recorded(snapshot), meta["system"]
+    if issubclass(system_class(arch), PSPNet):
+        raise UserError(f"{snapshot} is a base learner (ARCH={arch}); give a few-shot system, which has it inside")
+    fold, names = trained_on(config, meta)
+    system = build_system(arch, config, fold, names)
+    load_weights(system, config, Experiment.of_checkpoint(snapshot, arch, config), snapshot)  # checks all frozen parts, too
     report, told = result_of(snapshot)
     meta |= {
-        EXPORT: 1, "config": portable(recorded(snapshot)), "classes": [names.names, names.texts, fold.novel, fold.base],
+        EXPORT: 1, "config": portable(config), "classes": [names.names, names.texts, fold.novel, fold.base],
         "result": {key: report[key] for key in RESULT if key in report},
         "notes": [*system.warnings, *([note] if note else [])], "note": note,
     }  # fmt: skip
@@ -160,16 +197,25 @@ def same_tensors(a: Path, b: Path) -> bool:
 
 def model_card(file: str, meta: dict[str, Any], report: dict[str, Any], count: int) -> str:
     """Write the model card: Markdown with the header that hubs read."""
+    config = meta["config"]
     frozen = [f"- frozen {name}: `{digest}`" for name, digest in meta["frozen"].items()]
     if "clip" in meta["frozen"]:
-        frozen.append(f"- CLIP is not inside: it comes from `{meta['config']['CLIP']['clip_path']}`, checked by that hash")
-    says = "vtp" in meta["priors"]
-    return CARD.format_map(meta | {
-        "shot": meta["config"]["Train"]["shot"], "priors": ", ".join(meta["priors"]) or "none",
-        "file": file, "size": meta["config"]["Train"]["val_size"], "count": count / 1e6,
+        frozen.append(f"- CLIP is not inside: it comes from `{config['CLIP']['clip_path']}`, checked by that hash")
+    common = {
+        "file": file, "size": config["Train"]["val_size"], "count": count / 1e6,
         "more": "\n".join([*frozen, *(f"- {note}" for note in meta["notes"])]),
-        "option": ' --text "what it is"' if says else "", "argument": ', text="what it is"' if says else "",
         "table": f"```\n{text_table(report)}\n```" if report else "Not tested yet.",
+    }  # fmt: skip
+    if not issubclass(system_class(meta["system"]), FewShot):
+        names, _, novel, base = meta["classes"]
+        return DENSE.format_map({"selection": config["Train"]["selection"], "setting": "image-level labels"} | meta | common | {
+            "seen": ", ".join(names[c - 1] for c in base), "unseen": ", ".join(names[c - 1] for c in novel) or "none",
+            "option": ' --classes "cat, dog"' if "setting" in meta else "",
+        })  # fmt: skip
+    says = "vtp" in meta["priors"]
+    return CARD.format_map(meta | common | {
+        "shot": config["Train"]["shot"], "priors": ", ".join(meta["priors"]) or "none",
+        "option": ' --text "what it is"' if says else "", "argument": ', text="what it is"' if says else "",
     })  # fmt: skip
 
 

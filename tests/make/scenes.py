@@ -36,12 +36,12 @@ def draw(root: Path) -> Path:
     return root
 
 
-def make(root: Path, arch: str, *overrides: str) -> tuple[Config, Path]:
-    """An untrained system's checkpoint as train.py writes it, with its base learner; its config and file."""
-    few = ["Train.val_size=65", f"Runtime.output={root}/exp", *overrides]
-    for name in ("PSPNet", arch):
-        config = configure(CONFIG, name, few)
-        place = Experiment.from_config_path(name, CONFIG, config.Runtime.output)
+def make(root: Path, arch: str, *overrides: str, file: str = CONFIG) -> tuple[Config, Path]:
+    """An untrained system's checkpoint as train.py writes it, with its base learner where it has one; its config and file."""
+    few = [*(["Train.val_size=65"] if file == CONFIG else []), f"Runtime.output={root}/exp", *overrides]
+    for name in ("PSPNet", arch) if file == CONFIG else (arch,):
+        config = configure(file, name, few)
+        place = Experiment.from_config_path(name, file, config.Runtime.output)
         torch.manual_seed(5)
         system = build_system(name, config, fold_of(config), read_class_names(config.Data.class_names))
         load_frozen(system, config, place, training=True)
