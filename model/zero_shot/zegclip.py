@@ -46,8 +46,8 @@ class Options(Method):
         full: all texts, all labels.
     """
 
-    # Projections at the start of training: random, as published; or with the identity on CLIP's texts and patches added, so that
-    # the first scores resemble those of CLIP without training, for names that are unlike all others too.
+    # Of training: random, as published; or so that the first scores are nearly those of CLIP without training, which hold for
+    # names that are unlike those with labels, too.
     start: Literal["random", "clip"] = "random"
     prompts: int = 10  # K in each layer; 100 on COCO-Stuff
     setting: Literal["inductive", "transductive", "transductive-strict", "full"] = "inductive"
@@ -91,13 +91,22 @@ class Head(nn.Module):
         self.q_proj = nn.Linear(2 * width, width)
         self.build_decoder(width, options)
         if options.start == "clip":
-            with torch.no_grad():
-                for part in self.aligned():
-                    part += width**0.5 * torch.eye(width)  # the norms give both streams that length later
+            self.start_as_clip(width)
 
     def build_decoder(self, width: int, options: Options) -> None:
         self.decoder = Layers(width, options.dropout, DEPTH)
         self.decoder.layers[-1] = Scores(self.decoder.layers[0].multihead_attn)
+
+    @torch.no_grad()
+    def start_as_clip(self, width: int) -> None:
+        """At first the decoder passes on what it gets, and scores are nearly products of CLIP's texts and patches."""
+        for part in self.aligned():
+            part += width**0.5 * torch.eye(width)  # the norms give both streams that length later
+        for decoder in self.modules():
+            for block in decoder.layers if isinstance(decoder, Layers) else ():
+                for last in (block.multihead_attn.proj, block.linear2) if isinstance(block, Block) else ():
+                    last.weight.zero_()
+                    last.bias.zero_()
 
     def aligned(self) -> list[Tensor]:
         """Parts D D of the weights between CLIP's texts and patches and their product."""
