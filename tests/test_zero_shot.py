@@ -171,6 +171,7 @@ def test_seen_scores_are_lowered_in_the_inductive_setting_only() -> None:
     batch = random_images(1)
     plain, lowered = (small(setting=s).eval().predict(batch).final for s in ("transductive", "inductive"))
     torch.testing.assert_close((plain - lowered).mean((0, 2, 3)), torch.tensor([0.1, 0.1, 0.0, 0.1, 0.0]))
+    assert torch.equal(small(setting="inductive", offset=0.0).eval().predict(batch).final, plain)
 
 
 def test_who_depends_on_the_vocabulary() -> None:
@@ -334,7 +335,7 @@ def test_wrong_input() -> None:
     options = CLIP_RC.Options(prompts=3, setting="transductive")
     with pytest.raises(UserError, match="every class is seen"):
         CLIP_RC(system.clip, NAMES[:2], texts[:2], (0, 1), options)
-    for wrong in ({"prompts": 0}, {"stride": 65}, {"dropout": 1.0}, {"recovery": -1.0}):
+    for wrong in ({"prompts": 0}, {"stride": 65}, {"dropout": 1.0}, {"recovery": -1.0}, {"offset": 2.0}):
         with pytest.raises(UserError, match=next(iter(wrong))):
             small(**wrong)
 

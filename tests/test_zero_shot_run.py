@@ -153,6 +153,31 @@ def test_goes_on_bit_for_bit(arch: str, small: list[str], tmp_path: Path, monkey
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+@pytest.mark.slow
+def test_photographs_with_a_random_clip(voc_mini: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """VOC's configs and labels, ViT-B/16 of random weights: inductive, its self-training, windows; every line says random."""
+    monkeypatch.chdir(ROOT)
+    for key, count in (("train", 4), ("val", 2)):
+        lines = (ROOT / f"lists/pascal_mini/{key}.txt").read_text().splitlines()[:count]
+        (tmp_path / f"{key}.txt").write_text("\n".join(lines))
+    given = [f"Data.data_root={voc_mini}", f"Data.train_list={tmp_path}/train.txt", f"Data.val_list={tmp_path}/val.txt",
+             "CLIP.clip_path=random", f"Runtime.output={tmp_path}/exp", "Train.train_h=64", "Train.val_size=64", "Method.crop=64",
+             "Method.stride=48", "Train.batch_size=2", "Train.workers=0", "Train.iterations=2"]  # fmt: skip
+    places = []
+    for exp, own in (("inductive", ["Train.keep=[1]"]), ("transductive", ["Train.start_from=inductive/1"])):
+        config, place = configured(exp, "CLIP_RC", [*given, *own], "voc", "vitb16")
+        trainer.train(config, place, CPU, quiet=True)
+        places.append(place)
+    first, second = (load_tensors(place.last) for place in places)
+    assert any(not torch.equal(first[name], second[name]) for name in first)
+    tester.ready(config, place)
+    with RunLog(place.result, "test.log", quiet=True) as log:
+        tester.test(config, place, CPU, log)
+    result = json.loads((place.result / "report.json").read_text())
+    assert result["mark"] == "[random CLIP]" and "every score means nothing" in result["warnings"][0]
+    assert result["seeds"][0]["episodes"] == 2 and "[random CLIP]" in (place.result / "test.log").read_text()
+
+
 # ---- published settings
 
 def test_schedule_of_the_papers() -> None:

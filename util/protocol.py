@@ -40,6 +40,7 @@ KEYS = {  # key -> its words in a report, and those of its values
                                "unseen class is read",
         "full": "full: labels of all classes; seen and unseen are those of the other settings"}),
     "Method.inference": ("inference", {"slide": "windows, their scores averaged", "whole": "the whole image at once"}),
+    "Method.offset": ("taken from scores of seen classes", {}),
     "Data.min_pixels": ("smallest object", {}),
     "Test_Finetune.ann_type": ("support annotation", {}),
     "Test_Finetune.test_num": ("episodes per seed", {}),
@@ -53,7 +54,7 @@ KEYS = {  # key -> its words in a report, and those of its values
 # Keys that name a file, whose content counts: what the file is of.
 FILES = {"Test_Finetune.episodes": "episodes", "Test_Finetune.classes": "classes", "Method.bank": "text bank"}
 # Keys added later, with the values that all protocols had before: a hash counts them only where they differ.
-LATER = {"Train.draw": "image", "Train.augment": True, "Train.antialias": False}
+LATER = {"Method.offset": 0.1, "Train.draw": "image", "Train.augment": True, "Train.antialias": False}
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from util.run.identity import Facts
 from util.score.zero_shot import ZeroShotTask
 
 DEPTH = 3  # decoder layers
-OFFSET = 0.1  # taken from the scores of seen classes in the inductive setting
+BORDER = 0.19  # cosine of text and patch from which on a class is there, at the start from CLIP's scores
 OTHER_CLASSES = "The classes are"  # how the warning about another vocabulary begins
 UNSEEN = -1  # label of training pixels whose class is not seen
 
@@ -56,6 +56,7 @@ class Options(Method):
     dropout: float = 0.1
     templates: Literal["one", "many"] = "one"  # texts of a class; many on COCO-Stuff
     bank: str = ""  # file of a text bank for the data set's classes, such as the published .npy; "": made from their texts
+    offset: float = 0.1  # taken from the scores of seen classes in the inductive setting
     inference: Literal["slide", "whole"] = "slide"  # whole: the image at once, which was not published
     crop: int = 512  # side of the windows
     stride: int = 426
@@ -70,6 +71,8 @@ class Options(Method):
             raise UserError(f"Method.stride = {self.stride}: windows of crop = {self.crop} leave gaps; choose 1 to {self.crop}")
         if not 0 <= self.dropout < 1:
             raise UserError(f"Method.dropout = {self.dropout}: choose 0 or more, less than 1")
+        if not 0 <= self.offset <= 1:
+            raise UserError(f"Method.offset = {self.offset}: scores are 0 to 1; choose 0 to 1")
         if negative := [name for name in ("focal", "dice", "recovery") if getattr(self, name, 0) < 0]:
             raise UserError(f"Method.{negative[0]} = {getattr(self, negative[0])}: the weight of a loss is not negative")
 
@@ -90,28 +93,37 @@ class Head(nn.Module):
         self.prompts = Prompts(layer_width, len(trunk.blocks), trunk.patch, options.prompts, drop)
         self.q_proj = nn.Linear(2 * width, width)
         self.build_decoder(width, options)
-        if options.start == "clip":
-            self.start_as_clip(width)
 
     def build_decoder(self, width: int, options: Options) -> None:
         self.decoder = Layers(width, options.dropout, DEPTH)
         self.decoder.layers[-1] = Scores(self.decoder.layers[0].multihead_attn)
 
     @torch.no_grad()
-    def start_as_clip(self, width: int) -> None:
-        """At first the decoder passes on what it gets, and scores are nearly products of CLIP's texts and patches."""
-        for part in self.aligned():
-            part += width**0.5 * torch.eye(width)  # the norms give both streams that length later
+    def start_as_clip(self, texts: Tensor) -> None:
+        """At first the decoder passes on what it gets, so that a logit is nearly D (cosine of CLIP's text and patch - BORDER).
+
+        The border is the same for all names. Left to training it would be learned for the classes with labels alone, and the
+        others would win everywhere.
+
+        Args:
+            texts: C D, of the classes that training names.
+        """
+        scale = texts.shape[1] ** 0.5  # of both streams; the norms give them that length later
+        parts, border = self.aligned()
+        for part in parts:
+            part += scale * torch.eye(texts.shape[1])
+        common = F.normalize(texts.mean(0), dim=0)
+        border -= scale * BORDER * common / (texts @ common).mean()
         for decoder in self.modules():
             for block in decoder.layers if isinstance(decoder, Layers) else ():
                 for last in (block.multihead_attn.proj, block.linear2) if isinstance(block, Block) else ():
                     last.weight.zero_()
                     last.bias.zero_()
 
-    def aligned(self) -> list[Tensor]:
-        """Parts D D of the weights between CLIP's texts and patches and their product."""
+    def aligned(self) -> tuple[list[Tensor], Tensor]:
+        """Parts D D of the weights between CLIP's texts and patches and their product; the last bias D of the patches."""
         last = self.decoder.layers[-1].multihead_attn
-        return [self.q_proj.weight.chunk(2, 1)[1], last["q"].weight, last["k"].weight]
+        return [self.q_proj.weight.chunk(2, 1)[1], last["q"].weight, last["k"].weight], last["k"].bias
 
     def describe(self, product: Tensor, texts: Tensor) -> Tensor:
         """Projects descriptors [product | text], ... C D and C D -> ... C D, without repeating the texts."""
@@ -157,6 +169,8 @@ class ZegCLIP(System):
         self.use(names, texts, seen)
         if options.setting.startswith("transductive") and not len(self.unseen):
             raise UserError(f"Method.setting = {options.setting}: every class is seen; choose full")
+        if options.start == "clip":
+            self.head.start_as_clip(self.texts[self.seen] if options.setting == "inductive" else self.texts)
         self.first = (self.names, tuple(names[c] for c in seen))  # all names and those with labels
         self.vocabulary = "seen classes" if options.setting == "inductive" else "all classes"
         if clip.module.random:
@@ -264,7 +278,7 @@ class ZegCLIP(System):
         logits = self.trained(self.trunk, self.pixels(images), self.texts).logits
         scores = self.upsample(logits, images.shape[2:]).sigmoid()
         if self.options.setting == "inductive":
-            scores[:, self.seen] -= OFFSET
+            scores[:, self.seen] -= self.options.offset
         return scores
 
     # Both.
