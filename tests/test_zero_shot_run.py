@@ -235,6 +235,11 @@ def test_a_published_checkpoint(small: list[str], tmp_path: Path) -> None:
     result = evaluate("inductive", [*small, f"Test_Finetune.weight={tmp_path}/iter_40000.pth"])
     assert result["mean"].keys() >= {"hiou", "pixel_accuracy"} and result["checkpoint"].endswith("iter_40000.pth")
     assert result["protocol"]["checkpoint"] == ZeroShotTask.says["Train.selection"]
+    for other, shown in ((names.names[1:], "19 classes, number 1 'fish'; .* 20 classes, number 1 'star'"),
+                         ((*names.names, "sofa"), "21 classes, number 21 'sofa'; .* 20 classes, number 21 none")):  # fmt: skip
+        torch.save({"meta": {"CLASSES": other}, "state_dict": published(system)}, tmp_path / "other.pth")
+        with pytest.raises(UserError, match=shown):
+            evaluate("inductive", [*small, f"Test_Finetune.weight={tmp_path}/other.pth"])
     with pytest.raises(UserError, match="has 2 prompts in each layer, this system 10"):
         evaluate("inductive", [*small, f"Test_Finetune.weight={tmp_path}/iter_40000.pth", "Method.prompts=10"])
 

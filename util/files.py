@@ -103,14 +103,23 @@ def load_state(path: Path) -> dict[str, Tensor]:
     Raises:
         UserError: missing, damaged, something other than tensors inside, or tensors larger than the file.
     """
+    return load_published(path)[0]
+
+
+def load_published(path: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """Reads a state dict as `load_state`, and the class names that mmcv's and mmengine's checkpoints have beside it, or ()."""
     path = Path(path)
     if path.suffix == ".safetensors":
-        return load_tensors(path)
-    content = _load_torch(path)
+        return load_tensors(path), ()
+    content, classes = _load_torch(path), ()
+    if isinstance(content, dict) and isinstance(meta := content.get("meta"), dict):
+        meta = meta | (meta["dataset_meta"] if isinstance(meta.get("dataset_meta"), dict) else {})
+        named = meta.get("CLASSES") or meta.get("classes")
+        classes = tuple(map(str, named)) if isinstance(named, (list, tuple)) else ()
     for key in ("state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
-    return {key.removeprefix("module."): value for key, value in _checked(path, content).items()}
+    return {key.removeprefix("module."): value for key, value in _checked(path, content).items()}, classes
 
 
 def load_array(path: Path) -> Tensor:

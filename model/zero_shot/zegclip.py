@@ -29,6 +29,7 @@ from util.run.identity import Facts
 from util.score.zero_shot import ZeroShotTask
 
 DEPTH = 3  # decoder layers
+COMMON = 1.5  # length of the part that all names get in common, at that start; their own has length 1
 BORDER = 0.19  # cosine of text and patch from which on a class is there, at the start from CLIP's scores
 OTHER_CLASSES = "The classes are"  # how the warning about another vocabulary begins
 UNSEEN = -1  # label of training pixels whose class is not seen
@@ -100,10 +101,11 @@ class Head(nn.Module):
 
     @torch.no_grad()
     def start_as_clip(self, texts: Tensor) -> None:
-        """At first the decoder passes on what it gets, so that a logit is nearly D (cosine of CLIP's text and patch - BORDER).
+        """At first the decoder passes on what it gets, and the best class is nearly that of the largest cosine of CLIP's.
 
-        The border is the same for all names. Left to training it would be learned for the classes with labels alone, and the
-        others would win everywhere.
+        What has no label is a negative of every class with labels. Where texts are unlike each other, training lowers these
+        classes alone, and the others win everywhere. So all names get a large part in common, as the texts of a large CLIP have,
+        and a border where a class begins: what is learned for some names then holds for all.
 
         Args:
             texts: C D, of the classes that training names.
@@ -113,7 +115,8 @@ class Head(nn.Module):
         for part in parts:
             part += scale * torch.eye(texts.shape[1])
         common = F.normalize(texts.mean(0), dim=0)
-        border -= scale * BORDER * common / (texts @ common).mean()
+        self.q_proj.bias += scale * COMMON * common
+        border -= scale * BORDER * common / (COMMON + (texts @ common).mean())
         for decoder in self.modules():
             for block in decoder.layers if isinstance(decoder, Layers) else ():
                 for last in (block.multihead_attn.proj, block.linear2) if isinstance(block, Block) else ():
@@ -329,6 +332,15 @@ class ZegCLIP(System):
             raise UserError(f"{name} has {number} prompts in each layer, this system {self.options.prompts}; nothing was loaded. "
                             f"Set Method.prompts={number}, and the data set it was trained on (VOC has 10, COCO-Stuff 100)")
         super().import_official(state, name)
+
+    def check_classes(self, classes: Sequence[str], name: str = "checkpoint") -> None:
+        plain = [["".join(filter(str.isalnum, text.casefold())) for text in texts] for texts in (classes, self.names)]
+        if plain[0] != plain[1]:
+            where = next((c for c, pair in enumerate(zip(*plain, strict=False)) if pair[0] != pair[1]), min(map(len, plain)))
+            shown = [f"{len(texts)} classes, number {where + 1} {repr(texts[where]) if where < len(texts) else 'none'}"
+                     for texts in (classes, self.names)]  # fmt: skip
+            raise UserError(f"{name} was trained on {shown[0]}; this data set has {shown[1]}. Nothing was loaded; take the data "
+                            "set it was trained on, and other classes by Test_Finetune.classes")
 
     def official_name(self, name: str) -> str | None:
         if name.startswith("clip."):
