@@ -36,6 +36,8 @@ SAME_MODULE = {  # distributions that bring the same module
     "opencv-python-headless": ("opencv-python", "opencv-contrib-python", "opencv-contrib-python-headless"),
 }
 
+DOWNLOAD, DISK = 3, 6  # GB of requirements.txt, rounded: torch with CUDA is 5 of the 6
+
 Row = namedtuple("Row", "what ok detail remedy")  # one line of the table; same fields as util.run.preflight.Finding
 
 
@@ -134,7 +136,9 @@ def prepare() -> None:
             uv_venv = uv and run(uv, "venv", "--quiet", "--clear", "--python", sys.executable, ".venv")
             if not uv_venv and not run(sys.executable, "-m", "venv", "--clear", ".venv"):
                 raise EnvError("could not create .venv (on Debian and Ubuntu: apt install python3-venv; or install uv)")
-        say(f"[2/2] installing requirements.txt with {'uv' if uv else 'pip'}: some GB, minutes the first time")
+        room()
+        say(f"[2/2] installing requirements.txt with {'uv' if uv else 'pip'}: about {DOWNLOAD} GB to download the first time, "
+            f"{DISK} GB of disk")
         if not (uv and run(uv, "pip", "install", "--python", python, "-r", "requirements.txt")):
             if uv:
                 say("uv could not install them, trying pip")
@@ -143,6 +147,16 @@ def prepare() -> None:
                 raise EnvError("installing requirements.txt failed, the reason is above; the same command continues")
         stamp().write_text(fingerprint())
         say(f"ready: {python}")
+
+
+def room() -> None:
+    """Says what most of the download is, before it. Raises EnvError where the disk has no room."""
+    free = shutil.disk_usage(ROOT).free / 1e9
+    if free < DISK:
+        raise EnvError(f"{ROOT} has {free:.1f} GB free, .venv needs {DISK}: make room, or use a Python that has torch")
+    if not works("nvidia-smi", "-L"):
+        say("no GPU here, and most of it is CUDA all the same: torch's default build brings it, and torchvision does not import "
+            "beside torch's CPU build")
 
 
 def interpreter(*groups: str) -> str:

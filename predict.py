@@ -1,4 +1,4 @@
-"""Segment your own images: what the supports show, and the text names, is found in every query.
+"""Segment your own images: what the supports show, and the text names, is found in every query. Or label every pixel.
 
     python predict.py --support a.jpg --mask a.png --query photos/ --out DIR
 
@@ -8,19 +8,24 @@
     --clip demo/clip --text star            the same with the demo's CLIP, for the drawn world
     --query FOLDER 'more/*.png' clip.mp4    files, folders, patterns, videos (--every N: every N-th frame)
 
-DIR gets masks/NAME.png (0 background, 255 object), overlays/NAME.jpg, supports/N.jpg (how they were understood), scores.json,
-overview.jpg, and with --polygons coco.json or labelme/NAME.json. docs/predict.md tells what counts as the object in a mask, and
-the rest.
+    python predict.py --weights weclip.safetensors --query photos/                                 all classes of the model
+    python predict.py --weights clip_rc.safetensors --classes "cat, dog, sofa" --query photos/     or names of yours, or a file
+
+DIR gets masks/NAME.png (0 background, 255 object; of a system that labels every pixel: class numbers with VOC's colours),
+overlays/NAME.jpg, supports/N.jpg (how they were understood), scores.json, overview.jpg, and with --polygons coco.json or
+labelme/NAME.json. docs/predict.md tells what counts as the object in a mask, and the rest.
 """
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from model.predict.options import asked_config, check_model, model_options
+from model.predict.arguments import asked_config, check_model, model_options, use_threads
+from model.predict.dense_predictor import DensePredictor, Labelling, load_predictor, read_classes
 from model.predict.predictor import Predictor, annotated, find_weights
-from model.predict.text_predictor import TextPredictor
+from model.predict.text_predictor import Segmentation, TextPredictor
 from util import cli
 from util.errors import UserError
 from util.photos.reading import Photo, find, frames, others, read_photo
@@ -33,6 +38,7 @@ WEAK = ("an example is hardly found even in its own photo: expect nothing of oth
 
 def main() -> None:
     given = parse()
+    use_threads(given.threads)
     # 1. what is to be done
     if any(given.out.resolve() == Path(query).resolve() for query in given.query):
         raise UserError(f"--out {given.out}: that folder is searched; give another, results would be found as photos next time")
@@ -43,15 +49,18 @@ def main() -> None:
 
     # 2. the model, and what it looks for
     predictor, what = open_predictor(given, weights)
-    predictor.set_support(photos, masks, given.text, boxes)
-    ious, left_out = predictor.check(), [str(path) for path in others(given.query)]
+    dense, left_out = isinstance(predictor, DensePredictor), [str(path) for path in others(given.query)]
+    record = {"weights": weights and str(weights), "clip": given.clip}
+    if dense:
+        ious, names, record = [], [name for number, name in predictor.classes.items() if number], record | {
+            "classes": predictor.classes}  # fmt: skip
+    else:
+        predictor.set_support(photos, masks, given.text, boxes)
+        ious, names = predictor.check(), [given.text or "object"]
+        record |= {"text": given.text, "supports": given.support, "found_in_supports": [round(iou, 4) for iou in ious]}
     notes = [*predictor.notes, *([WEAK] if min(ious, default=1) < POOR else [])]
-    record = {
-        "weights": weights and str(weights), "clip": given.clip, "text": given.text, "supports": given.support,
-        "found_in_supports": [round(iou, 4) for iou in ious], "device": str(predictor.device),
-        "precision": predictor.precision, "notes": notes, "left_out": left_out,
-    }  # fmt: skip
-    results = Results(given.out, given.polygons, given.text or "object", record)
+    record |= {"device": str(predictor.device), "precision": predictor.precision, "notes": notes, "left_out": left_out}
+    results = Results(given.out, given.polygons, names, record)
     for i, (photo, mask) in enumerate(examples, start=1):
         results.support(i, photo, mask)
     print(f"{what}, on {predictor.device} in {predictor.precision}")
@@ -66,10 +75,12 @@ def main() -> None:
     # 3. one image (on a GPU: eight) after the other
     try:
         for some in chunks(readable(paths, given.every, results), 8 if predictor.device.type == "cuda" else 1):
-            for (stem, photo), found in zip(some, predictor.predict_batch([photo for _, photo in some]), strict=True):
-                row = results.add(stem, photo, found.mask, found.score, found.seconds)
-                share = f"{100 * row['fraction']:.1f} % of the image" if found.mask.any() else "nothing found"
-                print(f"{photo.name}: {share}  ({found.seconds:.2f} s)")
+            for stem, photo, found in predictions(predictor, some, results):
+                if isinstance(found, Labelling):
+                    row = results.add_labels(stem, photo, found.label, found.score, predictor.classes, found.seconds)
+                else:
+                    row = results.add(stem, photo, found.mask, found.score, found.seconds)
+                print(f"{photo.name}: {shares(row)}  ({found.seconds:.2f} s)")
     except BaseException:
         results.finish()
         print(f"stopped; the results so far are in {results.out}, those of an earlier run are as they were", file=sys.stderr)
@@ -83,12 +94,29 @@ def main() -> None:
         raise UserError(f"{len(unread)} of the queries could not be read: {', '.join(item['image'] for item in unread)}")
 
 
-def open_predictor(given: argparse.Namespace, weights: Path | None) -> tuple[Predictor | TextPredictor, str]:
-    """The predictor of a checkpoint, or that of a CLIP alone, and what to call it."""
+def open_predictor(given: argparse.Namespace, weights: Path | None) -> tuple[Predictor | DensePredictor | TextPredictor, str]:
+    """The predictor of a checkpoint, or that of a CLIP alone, and what to call it.
+
+    Raises:
+        UserError: options of another kind of system.
+    """
     if weights is not None:
         config = asked_config(given, weights)
-        predictor = Predictor.from_checkpoint(weights, given.device, given.precision, config, given.arch)
-        return predictor, f"{weights}, {predictor.system.shot}-shot"
+        predictor = load_predictor(weights, given.device, given.precision, config, given.arch)
+        if isinstance(predictor, Predictor):
+            if given.classes is not None:
+                raise UserError(f"--classes: {weights} finds one thing, what --support shows or --text names; classes are for "
+                                "systems that label every pixel (--weights of a zero-shot system)")
+            return predictor, f"{weights}, {predictor.system.shot}-shot"
+        if given.support or given.text:
+            option = "--support" if given.support else "--text"
+            raise UserError(f"{option}: {weights} labels every pixel with its own classes and looks for no example; leave it out")
+        if given.classes is not None:
+            try:
+                predictor.set_classes(read_classes(given.classes))
+            except UserError as error:
+                raise UserError(f"--classes with {weights}: {error}") from error
+        return predictor, f"{weights}, {len(predictor.classes)} classes"
     if not Path(given.clip).exists():
         print(f"CLIP {given.clip} is downloaded, unless it was before", flush=True)
     return TextPredictor.from_clip(given.clip, given.device, given.precision), given.clip
@@ -102,6 +130,30 @@ def readable(paths: Sequence[Path], every: int, results: Results) -> Iterator[tu
         except UserError as error:
             print(f"skipped: {error}")
             results.unread(str(path), str(error))
+
+
+def predictions(predictor: Predictor | DensePredictor | TextPredictor, some: Sequence[tuple[str, Photo]], results: Results
+                ) -> Iterator[tuple[str, Photo, Segmentation | Labelling]]:  # fmt: skip
+    """Yield stem, photo and result of each; a photo that a dense system cannot label is reported as one that cannot be read."""
+    if not isinstance(predictor, DensePredictor):
+        for (stem, photo), found in zip(some, predictor.predict_batch([photo for _, photo in some]), strict=True):
+            yield stem, photo, found
+        return
+    for stem, photo in some:
+        try:
+            found = predictor.predict(photo)
+        except UserError as error:
+            print(f"skipped: {error}")
+            results.unread(photo.name, str(error))
+        else:
+            yield stem, photo, found
+
+
+def shares(row: Mapping[str, Any]) -> str:
+    """Say what an entry of scores.json found, and how much of the image it is."""
+    if "classes" in row:
+        return ", ".join(f"{found['class']} {100 * found['fraction']:.1f} %" for found in row["classes"])
+    return f"{100 * row['fraction']:.1f} % of the image" if row["score"] is not None else "nothing found"
 
 
 def chunks(items: Iterator, size: int) -> Iterator[list]:
@@ -122,19 +174,34 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--mask", action=AddSupport, metavar="PNG", help="where the object is: 0 background, the rest object")
     parser.add_argument("--box", action=AddSupport, metavar="X0,Y0,X1,Y1", help="or a box around it")
     parser.add_argument("--text", help="what it is, in any words; systems with CLIP's text prior need it")
+    parser.add_argument("--classes", metavar="NAMES", help="of a zero-shot system: other classes than those of its training, as "
+                        "names separated by commas, or as a file with a name a line (NAME | text for CLIP)")
     parser.add_argument("--query", nargs="+", required=True, help="images, folders, patterns, videos")
     parser.add_argument("--out", type=Path, default=Path("found"), help="folder for the results (default found)")
     parser.add_argument("--polygons", choices=("coco", "labelme"), help="also write the masks as polygons")
     parser.add_argument("--every", type=int, default=1, metavar="N", help="of a video, every N-th frame")
     parser.add_argument("--precision", choices=("fp32", "bf16"), help="default: bf16 on a GPU that has it")
     model_options(parser)
-    given = parser.parse_intermixed_args()
+    given = parser.parse_intermixed_args(joined(sys.argv[1:]))
     if given.every < 1:
         raise UserError(f"--every {given.every}: must be at least 1")
     check_model(given)
+    if given.classes is not None and not given.weights:
+        raise UserError("--classes: name the weights of a system that labels every pixel, too (--weights FILE)")
     if given.clip is not None and (given.support or not given.text):  # checked before a CLIP is downloaded
         raise UserError("--clip finds what --text names: give a text, and no --support; examples need a trained system")
     return given
+
+
+def joined(words: Sequence[str]) -> list[str]:
+    """Join --box with a value that begins with a minus sign: argparse takes it for an option."""
+    found: list[str] = []
+    for word in words:
+        if found and found[-1] == "--box" and word.startswith("-") and "," in word:
+            found[-1] += f"={word}"
+        else:
+            found.append(word)
+    return found
 
 
 class AddSupport(argparse.Action):

@@ -7,6 +7,14 @@ Prints the table and writes exp/DATASET/ARCH/EXP/NET/result/: report.json, repor
 runs the episodes of a file. Where the protocol leaks, the same episodes are also run without the leak.
 """
 
+# ruff: noqa: E402 (what is wrong on the command line is said before torch is imported)
+
+from model import early
+
+AFTER = "an earlier result is unharmed; the same command starts over, faster where Runtime.cache_dir keeps features"
+if __name__ == "__main__":
+    early.answer(__doc__, AFTER, episodes=True)
+
 import dataclasses
 import functools
 import time
@@ -19,17 +27,18 @@ from util import cli, protocol
 from util.cache import TensorCache, open_cache
 from util.config import Config
 from util.report.gallery import gallery
-from util.report.summary import label, summarise
+from util.report.summary import label, prior_quality, summarise
 from util.report.viz import Card
 from util.report.write import choose, text_table, write_report
 from util.run import curves, distributed, preflight
 from util.run.checkpoint import EXPORT, check_identity, read_meta
 from util.run.distributed import Context
 from util.run.identity import environment, fingerprint, identity
-from util.run.log import RunLog
+from util.run.log import Ahead, RunLog
 from util.run.place import Experiment, before_file, owned
 from util.score import causes, crf
 from util.score import statistics as stats
+from util.score.priors import THRESHOLDS, title
 from util.score.task import How, Scores, Task
 
 FIRST = 6  # pictures of samples that every run has
@@ -108,7 +117,10 @@ def score(config: Config, place: Experiment, context: Context, log: RunLog, cach
     predict = functools.partial(system.predict, baselines=config.Test_Finetune.baselines)
     asked, scores = config.Test_Finetune, {}
     how = replace(How.of(config, context, log), crf=asked.crf, maps=Path(asked.maps) if asked.maps else None)
-    for seed, test in task.tests().items():
+    tests = task.tests()
+    for seed, test in tests.items():
+        later = sum(how.steps(other) for other in [*tests.values()][len(scores) + 1 :])
+        log.ahead = Ahead("all seeds", later) if later else None
         scores[seed] = task.evaluate(predict, test, how)
         shown = "  ".join(f"{label(key)} {100 * scores[seed].record[key]:.2f}" for key in ("miou", "fb_iou", "hiou")
                           if key in scores[seed].record)  # fmt: skip
@@ -179,7 +191,7 @@ def summary(config: Config, place: Experiment, context: Context, scored: Scored,
         "backbone": f"{config.Method.backbone}" + (f" (width {config.Method.width})" if config.Method.width != 64 else ""),
         "priors": system.prior_names, "checkpoint": str(scored.weight),
         "protocol": used.describe(system.reads_text, task.says) | trained_with(scored.weight),
-        "protocol_hash": used.hash, "warnings": [*system.warnings, *skipped(seeds)], "mark": system.mark,
+        "protocol_hash": used.hash, "warnings": [*system.warnings, *skipped(seeds, task.unit)], "mark": system.mark,
         "environment": environment(context.device) | provenance(config, scored),
         "classes": {c: task.names.names[c - 1] if c else "background" for c in task.classes},
         "other_classes": {c: name for c, name in enumerate(task.names.names, start=1) if c not in task.classes},
@@ -199,10 +211,16 @@ def provenance(config: Config, scored: Scored) -> dict[str, str]:
     return found | {"weights": content_hash(scored.system.trained)}
 
 
-def skipped(seeds: list[dict]) -> list[str]:
+def skipped(seeds: list[dict], unit: str) -> list[str]:
     """A warning where broken files were left out (Data.on_error=skip)."""
-    count = sum(len(seed.get("skipped", [])) for seed in seeds)
-    return [f"{count} of the protocol's episodes could not be read and were left out; report.json names them."] if count else []
+    messages = [message for seed in seeds for message in seed.get("skipped", [])]
+    if not messages:
+        return []
+    files = sorted({message.partition(": ")[2] for message in messages})
+    count = len(messages) + sum(seed["episodes"] for seed in seeds)
+    more = f" (and {len(files) - 1} more)" if len(files) > 1 else ""
+    return [f"{len(messages):,} of the {count:,} {unit} of the protocol could not be read and were left out "
+            f"(Data.on_error=skip): {files[0]}{more}. report.json names them. The scores are of the others."]
 
 
 def learning_curves(config: Config, place: Experiment, weight: Path) -> dict[str, dict]:
@@ -235,11 +253,15 @@ def pictures(context: Context, scored: Scored) -> list[Card]:
 
 
 def baselines(seeds: list[dict]) -> dict[str, dict[str, float]]:
-    """Means over seeds of the trivial predictions' scores."""
+    """Means over seeds of the trivial predictions' scores; with them each prior at the best of its thresholds."""
     found = [seed["baselines"] for seed in seeds if "baselines" in seed]
     names = found[0] if found else {}
-    return {name: {key: sum(f[name][key] for f in found) / len(found) for key in names[name]} for name in names}
+    means = {name: {key: sum(f[name][key] for f in found) / len(found) for key in names[name]} for name in names}
+    for name, values in prior_quality({"seeds": seeds}).items() if means else ():
+        best = max(range(len(values)), key=values.__getitem__)
+        means[f"{title(name)} > {THRESHOLDS[best]:.1f}, chosen on this test"] = {"miou": values[best]}
+    return means
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, AFTER)

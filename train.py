@@ -6,10 +6,18 @@ Output goes to exp/DATASET/ARCH/EXP/NET/: config.yaml, train.log, curves.jsonl, 
 command again continues where the last run stopped, bit for bit: at a signal to terminate, at the latest checkpoint otherwise.
 """
 
+# ruff: noqa: E402 (what is wrong on the command line is said before torch is imported)
+
+from model import early
+
+AFTER = "training continues at its last resume point when the same command runs again"
+if __name__ == "__main__":
+    early.answer(__doc__, AFTER, plan=True)
+
 import dataclasses
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -34,7 +42,7 @@ from util.run import checkpoint, distributed, plan, preflight
 from util.run.checkpoint import Progress
 from util.run.distributed import Context, Termination
 from util.run.identity import CODE, fingerprint, identity, sources
-from util.run.log import RunLog, tracking
+from util.run.log import Ahead, RunLog, tracking
 from util.run.place import Experiment, before_file, missing_before, owned
 from util.run.schedule import Guard, Schedule, Stop, stops
 from util.score.task import How, Task, Test
@@ -58,10 +66,34 @@ def main() -> None:
         run = dry_run if arguments.dry_run else train
         before = system_class(place.arch).facts.before
         if before:
-            ready_before(run, config, configure(arguments.config, before), place.of(before), place, context, arguments.quiet)
+            recipe = recipe_of(before, config, arguments.config)
+            trained_first = config.Train.before == "run" and config.Method.pre_weight == "auto"
+            if context.main and trained_first and (alone := only_second(arguments.overrides, config, recipe)):
+                print(f"{before} comes first, by its own recipe. For {place.arch} alone: {', '.join(alone)}", flush=True)
+            ready_before(run, config, recipe, place.of(before), place, context, arguments.quiet)
         run(config, place, context, arguments.quiet)
     finally:
         distributed.stop()
+
+
+def recipe_of(before: str, config: Config, path: str) -> Config:
+    """The config of the run that must come first: its own recipe, with the data, the machine and the network of the second."""
+    recipe = configure(path, before)
+    recipe.Data, recipe.Runtime = config.Data, config.Runtime
+    shared = {f.name: getattr(config.Method, f.name) for f in dataclasses.fields(Method)}
+    recipe.Method = dataclasses.replace(recipe.Method, **shared)
+    recipe.Train.workers, recipe.Train.selection = config.Train.workers, config.Train.selection
+    return recipe
+
+
+def only_second(overrides: Sequence[str], config: Config, recipe: Config) -> list[str]:
+    """Those overrides of the training that do not reach the run before it."""
+    found = {}
+    for text in overrides:
+        section, _, key = text.partition("=")[0].partition(".")
+        if section == "Train" and getattr(config.Train, key) != getattr(recipe.Train, key):
+            found[text] = f"{text} (there {getattr(recipe.Train, key)})"
+    return list(found.values())
 
 
 def ready_before(
@@ -70,10 +102,6 @@ def ready_before(
     """Trains the run that must come first on the way (to its end), where `Train.before` says so; asks for it otherwise."""
     if config.Train.before == "run" and config.Method.pre_weight == "auto":
         if not checkpoint.finished(own.snapshot):
-            recipe.Data, recipe.Runtime = config.Data, config.Runtime
-            shared = {f.name: getattr(config.Method, f.name) for f in dataclasses.fields(Method)}
-            recipe.Method = dataclasses.replace(recipe.Method, **shared)
-            recipe.Train.workers, recipe.Train.selection = config.Train.workers, config.Train.selection
             run(recipe, own, context, quiet)
     elif not before_file(config, place, own.arch).is_file():
         raise UserError(missing_before(config, place, own.arch))
@@ -106,6 +134,8 @@ class Run:
     log: RunLog
     meta: dict[str, Any]  # what the checkpoints are for
     validation: Test | None  # what is validated; it chooses the checkpoint, unless Train.selection says that the last step is it
+    step_seconds: float = 0.0  # as measured last; 0: not yet
+    validation_seconds: float = 0.0
 
     @property
     def per_epoch(self) -> int:
@@ -116,6 +146,16 @@ class Run:
     def chooses(self) -> bool:
         """Whether the validation chooses the checkpoint."""
         return self.config.Train.selection != "last"
+
+    def validations(self) -> int:
+        """How many are still to come."""
+        return sum(stop.validate and stop.step > self.progress.closed for stop in self.stops) * (self.validation is not None)
+
+    def ahead(self, steps: int) -> Ahead:
+        """What follows an epoch's progress line: steps of training, and the validations."""
+        left = self.validations()
+        unknown = left > 0 and not self.validation_seconds
+        return Ahead(f"training of {self.place.arch}", steps, left * self.validation_seconds, unknown)
 
 
 def train(config: Config, place: Experiment, context: Context, quiet: bool) -> None:
@@ -150,7 +190,9 @@ def iterate(run: Run, stop: Stop, termination: Termination) -> None:
     batches = Loader(run.data, sampler, train.workers, context.device, run.log.warning, on_error=on_error, training=True)
     first = stop.epoch * run.per_epoch  # of the epoch that the bar shows
     guard = Guard(context)
-    with run.log.progress(min(run.per_epoch, run.schedule.total - first), stop.label, progress.step - first) as bar:
+    steps = min(run.per_epoch, run.schedule.total - first)
+    run.log.ahead = run.ahead(run.schedule.total - first - steps)
+    with run.log.progress(steps, stop.label, progress.step - first) as bar:
         for batch in batches:
             rate = run.schedule.set(run.optimizer, progress.step)
             batch = batch.to(context.device, non_blocking=True)
@@ -175,6 +217,7 @@ def iterate(run: Run, stop: Stop, termination: Termination) -> None:
                 saved = time.monotonic()
             if stopping:
                 raise termination.ended(progress.step)
+        run.step_seconds = bar.pace
 
 
 def close(run: Run, stop: Stop) -> None:
@@ -336,10 +379,14 @@ def poisoned(run: Run, step: int, losses: dict[str, Tensor]) -> str:
 def validate(run: Run) -> float:
     """The headline score on the validation data; the first three samples go to TensorBoard as pictures."""
     system, task, context, test = run.system.eval(), run.task, run.context, run.validation
-    started = time.monotonic()
-    record = task.evaluate(system.predict, test, How.of(run.config, context, run.log)).record
+    started, how = time.monotonic(), How.of(run.config, context, run.log)
+    run.log.ahead = Ahead(f"training of {run.place.arch}", (run.validations() - 1) * how.steps(test),
+                          (run.schedule.total - run.progress.step) * run.step_seconds, more=not run.step_seconds)  # fmt: skip
+    found = task.evaluate(system.predict, test, how)
+    run.validation_seconds, record = time.monotonic() - started, found.record
     if context.main:
-        cards = gallery(system.predict, test.data, {"": range(min(3, test.count))}, task.names.names, context)
+        first = list(dict.fromkeys(row.number for row in found.rows))[:3]  # of those that could be read
+        cards = gallery(system.predict, test.data, {"": first}, task.names.names, context)
         sheet = contact_sheet([card.panels for card in cards], [f"{card.title} {system.mark}" for card in cards])
         run.log.image(task.unit, sheet, run.progress.step)
     shown = {key: value for key, value in record.items() if key.endswith("iou")}
@@ -350,4 +397,4 @@ def validate(run: Run) -> float:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, AFTER)

@@ -5,6 +5,7 @@ narrow ResNet-50 learns to name the things of fresh scenes (none of the train or
 a quarter of an hour on one core. The weights are stored under timm's names and loaded like any ImageNet weights.
 """
 
+import argparse
 import math
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -70,6 +71,7 @@ def accuracy(net: ResNet, scenes: list[Scene]) -> float:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     torch.manual_seed(0)
     cv2.setNumThreads(1)
     rng = np.random.default_rng(0)

@@ -13,7 +13,7 @@ from model.backbone.pspnet import PSPNet
 from model.clip import CamSource, Clip, ClipTrunk, ResNetCam, ViTCam, load_clip
 from model.clip.text import BACKGROUND, FOREGROUND
 from model.few_shot.bam import BAM
-from model.few_shot.cam import TEMPLATE, CamPrior
+from model.few_shot.cam_prior import TEMPLATE, CamPrior
 from model.few_shot.hdmnet import PICLIP, HDMNet
 from model.few_shot.hsnet import HSNet
 from model.few_shot.imr_hsnet import IMRHSNet
@@ -174,7 +174,7 @@ def open_tested(arch: str, config: Config, place: Experiment, weight: Path) -> t
     load_weights(system, config, place, weight)
     if config.Test_Finetune.classes:
         names = read_class_names(config.Test_Finetune.classes, "Test_Finetune.classes")
-        system.use_classes(names.names, names.texts, CACHE)
+        system.use_classes(names, CACHE)
         task.use_classes(names)
     return system, task
 

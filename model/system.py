@@ -12,12 +12,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 from util.cache import TensorCache
 from util.config import Method, Train
+from util.data.folds import ClassNames
 from util.data.transforms import Placed
 from util.errors import UserError
 from util.run.identity import Facts
 from util.score.crf import Crf
 from util.score.metrics import vote
 from util.score.task import Task
+
+AT_ONCE = 2**26  # scores at file size: 256 MiB
 
 
 @dataclass
@@ -33,12 +36,28 @@ class Prediction:
     variants: dict[str, Tensor] = field(default_factory=dict)  # name -> B classes h w, other scores: more rows of one result
     crf: Crf | None = None  # the paper's CRF on top of `final`, for those who ask for it
     votes: Tensor | None = None  # B K 2 h w, logits of each shot where shots vote; `final` is near the vote
+    logits: bool = True  # a softmax makes probabilities of `final`; else its scores lie in 0..1 already
 
     def decide(self, i: int, placed: Placed) -> Tensor:
-        """Return the labels of sample i at file size, H W int64: the class of the best score, or the vote of the shots."""
-        if self.votes is None:
-            return placed.restore(self.final[i]).argmax(0)
-        return vote(placed.restore(self.votes[i]).argmax(1))
+        """Return the labels of sample i at file size, H W int64: the class of the best score (the first of equal ones), or the
+        vote of the shots. Classes are taken some at a time, so that a large image of many classes fits into memory."""
+        if self.votes is not None:
+            return vote(placed.restore(self.votes[i]).argmax(1))
+        at_once = max(1, AT_ONCE // (placed.canvas[0] * placed.canvas[1]))
+        best = label = None
+        for first in range(0, self.final.shape[1], at_once):
+            score, which = placed.restore(self.final[i, first : first + at_once]).max(0)
+            if best is None:
+                best, label = score, which
+            else:
+                better = score > best
+                best, label = torch.where(better, score, best), torch.where(better, which + first, label)
+        return label
+
+    def confidence(self, i: int, placed: Placed) -> Tensor:
+        """Return the probability of the best class of sample i, as the network's grid has it, at file size: H W in 0..1."""
+        scores = self.final[i].float()
+        return placed.restore((scores.softmax(0) if self.logits else scores.clamp(0, 1)).amax(0, keepdim=True))[0]
 
 
 class Frozen(nn.Module):
@@ -94,24 +113,23 @@ class System(nn.Module):
         """Predict without gradient; with `baselines` also give the trivial predictions."""
         raise NotImplementedError
 
-    def use_classes(self, names: Sequence[str], texts: Sequence[str] | None = None, cache: Path | None = None) -> None:
-        """Predict these classes from now on, whatever was trained; channel c is names[c]. `warnings` say so.
-
-        Args:
-            names: any, each once. Those that had labels in training stay seen classes, all others are unseen ones.
-            texts: what CLIP reads for each; None: the names.
-            cache: folder for text banks.
-        Raises:
-            UserError: the system predicts its own classes alone; no name, a name twice; a text that CLIP cannot read.
-        """
-        raise UserError(f"{type(self).__name__} predicts the classes that it was trained on; CLIP_RC and ZegCLIP take any names")
-
     def remember(self, cache: TensorCache, fixed_head: bool) -> None:
         """Let evaluation keep results that depend on one image in a cache; a system without such results ignores it.
 
         Args:
             fixed_head: the trained part does not change any more (testing), so its results for one image are kept too.
         """
+
+    def use_classes(self, given: ClassNames, cache: Path | None = None) -> None:
+        """Predict these classes from now on, channel c the c-th; `warnings` say so.
+
+        Args:
+            cache: folder for text banks.
+        Raises:
+            UserError: the trained part is bound to its own classes; no class, a name twice, a text that CLIP cannot read.
+        """
+        raise UserError("it knows the classes that it was trained with and no others; other classes are for systems that read "
+                        "names (zero-shot)")
 
     def check_batch(self, size: int, processes: int, device: torch.device) -> str:
         """Return a warning about training with `size` samples in each process, or "". Raises UserError where that cannot work."""

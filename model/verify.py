@@ -20,7 +20,7 @@ from util import cli
 from util.cache import TensorCache
 from util.config import Config, config_of
 from util.data.episodes import Batch, content_key
-from util.errors import UserError
+from util.errors import BrokenFile, UserError
 from util.run import distributed
 from util.run.identity import environment, fingerprint
 from util.run.place import Experiment
@@ -82,9 +82,18 @@ def verify(result: dict, config: Config, context: distributed.Context) -> bool:
 
 @torch.no_grad()
 def trace_all(system: System, data: Dataset, count: int, context: distributed.Context) -> list[Trace]:
-    """Trace samples 0..count-1, on the device of the system and in the precision of its evaluation."""
-    with context.autocast():
-        return [trace(system, data[i].to(context.device)) for i in range(count)]
+    """Trace samples 0..count-1, on the device of the system and in the precision of its evaluation; {} for one that cannot be
+    read."""
+    found: list[Trace] = []
+    for i in range(count):
+        try:
+            sample = data[i].to(context.device)
+        except BrokenFile:  # an evaluation that came this far left it out (Data.on_error=skip)
+            found.append({})
+            continue
+        with context.autocast():
+            found.append(trace(system, sample))
+    return found
 
 
 def trace(system: System, sample: Batch) -> Trace:

@@ -10,10 +10,11 @@ from model.clip import Clip
 from model.clip.load import clip_from_state
 from model.few_shot.bam import BAM
 from model.few_shot.hdmnet import HDMNet
+from model.few_shot.memo import Memo
 from model.few_shot.pfenet import PFENet
 from model.few_shot.system import FewShot
 from tests.make import clip_episode, keyed, only, pi_clip, small_clip, small_system
-from util.cache import TensorCache, nbytes, open_cache
+from util.cache import TensorCache, digest, nbytes, open_cache
 from util.errors import UserError
 
 CPU = torch.device("cpu")
@@ -66,6 +67,20 @@ def test_content_is_the_key() -> None:
     other = fresh.predict(made).final
     fresh.remember(system.memo.cache, fixed_head=True)  # another head, too
     assert not torch.equal(fresh.predict(made).final, other)
+
+
+def test_precision_is_part_of_the_key(tmp_path: Path) -> None:
+    """What bf16 computed is no answer in fp32; bits of another type are another content."""
+    memo = Memo(TensorCache(2**20, tmp_path), "weights")
+
+    def rows() -> torch.Tensor:
+        return memo.rows("part", ["a"], CPU, lambda _: {"x": torch.ones(1, 2, 2) @ torch.full((1, 2, 2), 1.001)})["x"]
+
+    with torch.autocast("cpu", torch.bfloat16):
+        low = rows()
+    assert low.dtype == torch.bfloat16 and rows().dtype == torch.float32
+    x = torch.arange(4, dtype=torch.float32)
+    assert digest({"x": x}) != digest({"x": x.view(torch.int32)})
 
 
 def test_training_keeps_nothing() -> None:

@@ -112,6 +112,13 @@ def test_one_histogram_serves_all_thresholds(squash):
     assert len(set(found["a new prior"])) == 9
 
 
+def test_a_threshold_is_exceeded_not_reached():
+    meter, truth = PriorMeter([1]), torch.tensor([[1, 1, 0, 0]], dtype=torch.uint8)
+    meter.update({"vvp": torch.tensor([[0.5, 0.51, 0.5, 0.0]])}, truth, 1, placed((1, 4), True))
+    (found,) = meter.result(Context(torch.device("cpu"))).values()
+    assert found == pytest.approx([2 / 3] * 4 + [1 / 2] + [0] * 4)
+
+
 def test_priors_that_are_not_numbers_or_leave_the_range():
     meter, truth = PriorMeter([1]), torch.ones(4, 4, dtype=torch.uint8)
     with pytest.raises(UserError, match="not finite"):

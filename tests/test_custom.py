@@ -39,7 +39,7 @@ def test_a_folder_becomes_a_data_set(own: Path, capsys: pytest.CaptureFixture) -
     prepare(own)
     shown = capsys.readouterr().out
     assert re.search(r"3  tree +\d+ +\d+ +\d+ +\d+ +split2", shown) and "split3: " in shown, shown
-    assert following("mine", False).endswith("ARCH=HDMNet NET=efficientnet_lite0 sh test.sh split0 mine 0")
+    assert following("mine", 0, False).endswith("ARCH=HDMNet NET=efficientnet_lite0 sh test.sh split0 mine 0")
     for split in range(4):
         data = source(split)
         assert data.fold.novel == (split + 1,) and len(data.fold.base) == 3 and data.names.texts[2] == "tall tree"
@@ -119,6 +119,23 @@ def test_a_rare_class_is_in_both_parts() -> None:
     assert check.parted(seen[::-1], 200, {})[::-1] == parts
     turned = {s.record.image: "val" if s.part == "train" else "train" for s in parts}
     assert {s.record.image: s.part for s in check.parted(seen, 200, turned)} == turned
+
+
+@pytest.mark.parametrize(("alone", "said"), [(12, "sh train.sh split1 mine"), (0, "No fold can run yet")])
+def test_what_comes_next_can_run(own: Path, capsys: pytest.CaptureFixture, alone: int, said: str) -> None:
+    """Class 2 is never without class 1, so split0 has nothing to train on; if 1 is never alone, split1 neither."""
+    shutil.rmtree(own)
+    for part in ("images", "masks"):
+        (own / part).mkdir(parents=True)
+    (own / "classes.txt").write_text("crane\ntruck\n")
+    for i in range(24):
+        mask = np.zeros((120, 160), np.uint8)
+        mask[10:80, 10:60], mask[10:80, 80:140] = 1, 2 * (i >= alone)
+        Image.fromarray(np.full((120, 160, 3), 9 * i, np.uint8)).save(own / f"images/p{i:02}.jpg")
+        Image.fromarray(mask).save(own / f"masks/p{i:02}.png")
+    main(["mine", "--from", str(own), "--folds", "2"])
+    printed = capsys.readouterr().out
+    assert "split0 cannot run yet" in printed and said in printed.split("written to")[-1] and "train.sh split0" not in printed
 
 
 def test_voc_layout(own: Path) -> None:

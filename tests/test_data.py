@@ -14,9 +14,9 @@ from util.config import Config
 from util.data import index as index_module
 from util.data.__main__ import main
 from util.data.episodes import EpisodeList, check_novel, episodes_per_class
+from util.data.fold_counts import COUNTS, verdict
 from util.data.folds import fold, fold_of, read_class_names
 from util.data.index import Record, build_index, read_list, scan, table
-from util.data.published import COUNTS, verdict
 from util.data.transforms import (
     IMAGENET_MEAN,
     TrainTransform,

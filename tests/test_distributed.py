@@ -12,16 +12,18 @@ from model.few_shot.hdmnet import HDMNet
 from model.few_shot.pfenet import PFENet
 from model.few_shot.system import FewShot
 from model.ops import Dropout
+from model.predict.text_predictor import choose_precision
 from model.system import Prediction
 from tests.make import only, random_episode, small_system
 from tests.make.runs import CPU, in_processes
-from util.config import Train
+from util.config import Runtime, Train
 from util.data.episodes import Episode, EpisodeDataset, EpisodeList
 from util.data.folds import fold, read_class_names
 from util.data.index import Record, build_index, scan
 from util.data.loading import RangeSampler
 from util.data.transforms import ValTransform
 from util.errors import UserError
+from util.run import distributed
 from util.run.distributed import Context, Termination
 from util.run.log import RunLog
 from util.score.episodes import evaluate_episodes
@@ -141,3 +143,19 @@ def test_labels_are_read_in_parallel_after_a_handler_was_set(tmp_path: Path, blo
 def test_a_batch_that_cannot_be_divided() -> None:
     with pytest.raises(UserError, match="global batch of 8 .* 3 processes"):
         RangeSampler(0, 10, 8, Context(CPU, 0, 3), drop_last=True)
+
+
+@pytest.mark.parametrize("has", [True, False])
+def test_bf16_needs_a_processor_that_has_it(has: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without AVX-512 a convolution in bf16 takes some 100 times as long as in fp32."""
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: has)
+    threads = torch.get_num_threads()
+    asked = Runtime(precision="bf16", threads=threads)
+    if has:
+        assert distributed.start(0, asked).precision == choose_precision("bf16", torch.device("cpu")) == "bf16"
+        return
+    with pytest.raises(UserError, match="Runtime.precision=bf16: this processor has no fast bfloat16.*use fp32"):
+        distributed.start(0, asked)
+    with pytest.raises(UserError, match="precision bf16: this processor has no fast bfloat16"):
+        choose_precision("bf16", torch.device("cpu"))
+    assert choose_precision(None, torch.device("cpu")) == "fp32"

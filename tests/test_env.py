@@ -104,6 +104,18 @@ def test_an_interrupted_preparation_continues(fresh):
     assert env.prepared() and not any("venv --clear" in line for line in fresh.commands)
 
 
+def test_the_size_is_said_before_the_download(fresh, monkeypatch, capsys):
+    env.prepare()
+    said = capsys.readouterr().err
+    assert "3 GB to download" in said and "6 GB of disk" in said
+    env.stamp().unlink()
+    monkeypatch.setattr(env.shutil, "disk_usage", lambda _: types.SimpleNamespace(free=2e9))
+    fresh.commands.clear()
+    with pytest.raises(env.EnvError, match="2.0 GB free, .venv needs 6"):
+        env.prepare()
+    assert not fresh.commands
+
+
 def test_uv_is_used_when_there_and_pip_when_it_fails(fresh, monkeypatch):
     monkeypatch.setattr(env.shutil, "which", lambda name: name)
     env.prepare()
@@ -254,8 +266,8 @@ def test_test_sh_takes_the_same_arguments(scripts):
         ([], "usage: "),
         (["--help"], "usage: "),
         (["split0"], "usage: "),
-        (["split7", "demo", "0"], "demo_split0_resnet50.yaml"),  # what exists instead
-        (["split0", "dmeo", "0"], "unknown data set 'dmeo'; there are: demo/"),
+        (["split7", "demo", "0"], "no experiment 'split7', did you mean split0? There are: split0"),
+        (["split0", "dmeo", "0"], "unknown data set 'dmeo', did you mean demo? There are: demo"),
         (["split0", "demo", "two"], "GPUS must be a number, not 'two'"),
         (["split0", "demo", "-1"], "GPUS must be a number, not '-1'"),
         (["split0", "demo", "0", "1"], "'1' is not of the form Section.key=value"),

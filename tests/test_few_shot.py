@@ -101,6 +101,16 @@ def test_losses_of_ignored_and_empty_targets() -> None:
     assert torch.isfinite(loss) and all(torch.isfinite(m.grad).all() for m in maps)
 
 
+def test_a_level_that_teaches_does_not_learn() -> None:
+    """The coarse level's gradient is that of its own term: the finer one, which it teaches, pulls at nothing."""
+    torch.manual_seed(0)
+    coarse, fine = torch.randn(2, 3, 3, requires_grad=True), torch.randn(2, 5, 5, requires_grad=True)
+    target = torch.rand(2, 9, 9) > 0.5
+    (both,) = torch.autograd.grad(2 * distillation_loss([coarse, fine], target), coarse)
+    (alone,) = torch.autograd.grad(distillation_loss([coarse], target), coarse)
+    torch.testing.assert_close(both, alone)
+
+
 @pytest.mark.parametrize("backbone", ["vgg16_bn", "timm:tf_efficientnet_lite0"])
 def test_other_backbones(backbone: str) -> None:
     """What test_systems.py holds of resnet50, odd sides and two shots; the weights of shots are in no group, as published."""

@@ -131,7 +131,7 @@ def test_page_has_the_new_parts(tmp_path: Path) -> None:
     assert self_contained(page) and page.count("<svg") == 4
     for text in ("Why episodes fail", "cat &amp; dog <b>", "Training: base learner.", "95 %</th>", ">Failures<", "best 20.0"):
         assert text in page, text
-    assert page.index(">Episodes<") < page.index("<h3>best") < page.index(">Failures<") < page.index("<h3>missed")
+    assert page.index("<h2>Episodes") < page.index("<h3>best") < page.index("<h2>Failures") < page.index("<h3>missed")
     ids = [set(re.findall(r'id="([mp][0-9a-f]{9,})"', svg)) for svg in re.findall(r"<svg.*?</svg>", page, re.S)]
     assert all(ids) and sum(map(len, ids)) == len(set.union(*ids))  # what figures refer to by name is their own
     assert all(colour not in page.split("<main>")[1] for colour in figures.VARIABLES)  # colours follow the page
@@ -170,10 +170,41 @@ def test_pictures_of_another_run_are_not_shown(tmp_path: Path, monkeypatch, caps
         write_report(tmp_path / name, full(40), shown)
     foreign = json.loads((tmp_path / "a/gallery.json").read_text()) | {"of": "0" * 16}
     files = [tmp_path / name / "report.json" for name in "ab"]
-    for content in (json.dumps(foreign), "{"):
+    (tmp_path / "b/gallery.json").write_text(json.dumps(foreign))
+    assert command(monkeypatch, capsys, "compare", *files, "--html", tmp_path / "both.html")[0] == 0
+    assert "<article" not in (tmp_path / "both.html").read_text()
+
+
+def test_foreign_reports(tmp_path: Path, monkeypatch, capsys) -> None:
+    """Names of curves become file names, titles become attributes, galleries become pictures: of this folder, text, embedded."""
+    curves_of = full()["curves"]["base learner"]
+    names = {name: curves_of for name in ('../../../../paper', 'a" onload="alert(1)', "\\1")}
+    write_report(tmp_path / "deep/in/a", full(curves=names), [])
+    code, text = command(monkeypatch, capsys, "figures", tmp_path / "deep/in/a")
+    written = {path.relative_to(tmp_path / "deep/in/a").parts[0] for path in tmp_path.rglob("*.pdf")}
+    assert code == 0 and written == {"figures"} and "curves-paper.pdf" in text
+    page = (tmp_path / "deep/in/a/report.html").read_text()
+    assert 'onload="' not in page and "a&#34; onload" in page.replace("&quot;", "&#34;")
+    write_report(tmp_path / "deep/in/a", full(curves={"a/b": curves_of, "a:b": curves_of}), [])
+    code, text = command(monkeypatch, capsys, "figures", tmp_path / "deep/in/a")
+    assert code == 2 and "rename its curves" in text
+
+    shown = [card("best")]
+    shown[0].number = 3
+    for name in "ab":
+        write_report(tmp_path / name, full(40), shown)
+    files = [tmp_path / name / "report.json" for name in "ab"]
+    whole = json.loads((tmp_path / "b/gallery.json").read_text())
+    picture = whole["cards"][0]["panels"][0]["uri"]
+    for source in ("http://example.org/a.png", "data:image/svg+xml;base64,AAAA", "data:text/html;base64,AAAA", picture + "\n", 5):
+        whole["cards"][0]["panels"][0]["uri"] = source
+        (tmp_path / "b/gallery.json").write_text(json.dumps(whole))
+        code, text = command(monkeypatch, capsys, "compare", *files, "--html", tmp_path / "c.html")
+        assert code == 2 and "gallery.json: malformed" in text and "no embedded PNG or JPEG" in text, source
+    for content in ("{", "5", json.dumps(whole | {"cards": [5]}), json.dumps(whole | {"cards": None})):
         (tmp_path / "b/gallery.json").write_text(content)
-        assert command(monkeypatch, capsys, "compare", *files, "--html", tmp_path / "both.html")[0] == 0
-        assert "<article" not in (tmp_path / "both.html").read_text()
+        code, text = command(monkeypatch, capsys, "compare", *files, "--html", tmp_path / "c.html")
+        assert code == 2 and "gallery.json: malformed" in text and not (tmp_path / "c.html").exists(), content
 
 
 def test_wrong_input_of_the_commands(tmp_path: Path, monkeypatch, capsys) -> None:
@@ -210,3 +241,14 @@ def test_malformed_spread(row: str, says: str) -> None:
     episodes = {"hash": "a", "columns": " ".join([*COLUMNS, QUERY, *SPREAD]), "rows": [row]}
     with pytest.raises(stats.UserError, match=says):
         read_episodes({"episodes": episodes})
+
+
+def test_curves_of_one_point() -> None:
+    """One validation and one step: axes begin at 0, points are drawn as points, and no label lies over a curve."""
+    figure = figures.learning_curves({"train": {"step": [10], "main": [0.5], "rate": [1e-4]},
+                                      "validation": {"step": [200], "miou": [0.2]}})  # fmt: skip
+    loss, miou, rate = figure.axes
+    assert rate.get_xlim() == (0, 206) and miou.get_ylim() == (0, 26) and loss.lines[0].get_marker() == "o"
+    assert "best 20.0 at iteration 200" in [text.get_text() for text in miou.get_legend().get_texts()] and not miou.texts
+    priors = figures.prior_curves({"vtp": [0.1 * k for k in range(9)]}, 0.5)
+    assert not priors.axes[0].texts and "final mask 50.0" in [text.get_text() for text in priors.legends[0].get_texts()]

@@ -14,7 +14,7 @@ from model.build import open_system
 from model.clip import ResNetTower, load_clip
 from model.clip.cam import ResNetCam, ViTCam, published_map
 from model.clip.load import clip_from_state
-from model.few_shot.cam import CamPrior
+from model.few_shot.cam_prior import CamPrior
 from model.few_shot.conv4d import keep, unit
 from model.few_shot.imr_hsnet import Head, IMRHSNet, Options
 from model.system import Frozen

@@ -8,7 +8,7 @@ from torch import Tensor
 from model.backbone import PatchEncoder
 from model.few_shot import insid3 as I
 from model.few_shot.contrast import contrast, stage_features
-from util.data.control import wrong_supports
+from util.data.wrong_supports import wrong_supports
 from util.errors import UserError
 
 

@@ -8,6 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+import test as tester
+from model import configure
+from model.system import Prediction
+from model.verify import trace_all
 from util.data.episodes import EpisodeDataset, EpisodeList
 from util.data.folds import fold
 from util.data.index import Record, build_index
@@ -16,7 +20,7 @@ from util.data.transforms import ValTransform
 from util.errors import UserError
 from util.run.distributed import Context
 from util.run.log import RunLog
-from util.score.episodes import evaluate_episodes
+from util.score.episodes import FewShotTask, evaluate_episodes
 from util.score.task import How
 
 CPU = torch.device("cpu")
@@ -70,8 +74,6 @@ def test_skipped_episodes_are_counted(data: EpisodeDataset, tmp_path: Path) -> N
     lost = broken(data, "im3")
 
     def predict(episode):
-        from model.system import Prediction
-
         guess = (episode.query[:, 0] > 128).float()
         return Prediction(torch.stack([1 - guess, guess], 1))
 
@@ -105,3 +107,42 @@ def test_a_dead_worker_ends_the_run(data: EpisodeDataset, tmp_path: Path, capsys
     assert code.value.code == 1 and time.monotonic() - started < 60
     said = capsys.readouterr().err
     assert "worker process was killed" in said and "Train.workers=0" in said and "Traceback" not in said
+
+
+def test_a_missing_image_moves_no_episode(block, write_voc, tmp_path: Path, monkeypatch, caplog) -> None:
+    """Missing before the lists are read: episodes are drawn over the full list, and those with the image are left out."""
+    monkeypatch.chdir(Path(__file__).parents[1])
+    root, file = write_voc({f"im{c}_{i}": block((60, 50), (c, 2500)) for c in range(1, 21) for i in range(3)})
+
+    def task() -> FewShotTask:
+        lists = [f"Data.{key}={file}" for key in ("train_list", "val_list")]
+        sizes = ["Train.val_episodes=40", "Train.val_size=65", "Train.train_h=65", "Data.on_error=skip"]
+        config = configure("config/pascal/pascal_split0_resnet50.yaml", "PFENet", [f"Data.data_root={root}", *lists, *sizes])
+        return FewShotTask(config, tmp_path / "cache")
+
+    def drawn(test) -> list[list[str]]:
+        records = test.data.episodes.index.records
+        specs = [test.data.episodes.spec(i) for i in range(test.count)]
+        return [[records[p].image for p in (spec.query, *spec.supports)] for spec in specs]
+
+    before, lost = drawn(task().validation()), "JPEGImages/im1_0.jpg"
+    (root / lost).unlink()
+    (root / "JPEGImages/im20_1.jpg").write_bytes(b"half")  # of a base class
+    test = task().validation()
+    assert drawn(test) == before and caplog.text.count("left out: ") == 2
+    with RunLog(tmp_path, "log", quiet=True) as log:
+        how = How(Context(CPU), log, on_error="skip")
+        found = task().evaluate(lambda e: Prediction(torch.rand(len(e), 2, 65, 65)), test, how)
+    missed = [i for i, names in enumerate(before) if lost in names]
+    assert missed and [row.number for row in found.rows] == [i for i in range(40) if i not in missed]
+    assert [int(text.partition(":")[0]) for text in found.record["skipped"]] == missed
+    (said,) = tester.skipped([{"seed": 1} | found.record], "episodes")
+    assert said.startswith(f"{len(missed)} of the 40 episodes") and lost in said and "more" not in said
+    assert missed[0] == 0 and trace_all(None, test.data, 1, Context(CPU)) == [{}]
+    trained = {record.image for record in task().training().episodes.index.records}
+    assert len(trained) == 44 and "JPEGImages/im20_1.jpg" not in trained  # of 15 base classes
+
+    (root / "SegmentationClassAug/im1_1.png").unlink()
+    assert len(task().training().episodes.index.records) == 44
+    with pytest.raises(UserError, match=r"(?s)im1_1\.png.*cannot be drawn.*take the lines out"):
+        task().validation()

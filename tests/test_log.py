@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from util.errors import UserError
-from util.run.log import RunLog, tracking
+from util.run.log import Ahead, RunLog, tracking
 
 
 def test_weights_and_biases_gets_the_curves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -24,6 +24,26 @@ def test_weights_and_biases_gets_the_curves(tmp_path: Path, monkeypatch: pytest.
     first = asked["id"]
     with tracking("wandb", "another", tmp_path / "b", {}):
         assert asked["id"] != first
+
+
+def test_ends_in_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the epoch, and of all that follows it; a part of unknown length is not hidden."""
+    clock = iter(range(0, 10**6, 10))  # ten seconds a step
+    monkeypatch.setattr("time.monotonic", lambda: next(clock))
+    with RunLog(tmp_path, quiet=True) as log:
+        log.ahead = Ahead("training", 1000, 3600)
+        with log.progress(40, "epoch 1/26") as bar:
+            bar.step(8)
+            assert str(bar).endswith("epoch ends in 6 min, training in 3 h 53 min")
+        log.ahead = Ahead("training", 30_000, more=True)
+        assert "base classes ends in" not in str(log.progress(3, "base classes"))
+        with log.progress(3, "base classes") as bar:
+            bar.step()
+            assert str(bar).endswith("base classes ends in 20 s, training in more than 3 days 11 h")
+        log.ahead = None
+        with log.progress(3, "seed 321") as bar:
+            bar.step()
+            assert str(bar).endswith("img/s  seed ends in 20 s")
 
 
 def test_nobody_else_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from util.data.index import Record, build_index, scan
 from util.data.manifest import episode_hash, read_manifest, write_manifest
 from util.data.transforms import ValTransform
 from util.errors import UserError
+from util.score.metrics import FewShotMeter
 
 NOVEL = (1, 2)
 
@@ -86,6 +87,16 @@ def test_files_of_others(tmp_path):
     found = read_manifest(tmp_path / "m.txt", RECORDS, NOVEL, 1)
     assert list(found) == [5, 4] and [len(e) for e in found.values()] == [2, 1]
     assert named(found[5], 2) == [(1, "images/0.jpg", ["images/4.jpg"]), (2, "images/5.jpg", ["images/9.jpg"])]
+
+
+def test_messages_name_the_classes(tmp_path):
+    (tmp_path / "m.txt").write_text("321 3 images/4.jpg images/8.jpg")
+    with pytest.raises(UserError, match=r"class 3 \(car\) is not one of .* 1 \(bird\), 2 \(boat\)"):
+        read_manifest(tmp_path / "m.txt", RECORDS, NOVEL, 1, names=("bird", "boat", "car"))
+    meter = FewShotMeter([1, 2], names=("bird", "boat"))
+    meter.update(torch.tensor([[1]]), torch.tensor([[1]]), 1)
+    with pytest.raises(UserError, match=r"class 2 \(boat\): its IoU"):
+        meter.result()
 
 
 @pytest.mark.parametrize(

@@ -131,8 +131,8 @@ def test_polygons_give_the_mask_back() -> None:
     ring = np.ones((9, 9), bool)
     ring[2:7, 2:7], ring[4, 4] = False, True
     for mask in [*masks, ring]:
-        data = Coco("star")
-        data.add("a.jpg", mask, 0.5)
+        data = Coco(["star"])
+        data.add("a.jpg", mask.shape, [("star", mask, 0.5)])
         record = data.content()
         assert bool(record["annotations"]) == mask.any()
         for made in record["annotations"]:

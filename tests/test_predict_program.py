@@ -1,5 +1,6 @@
 """predict.py: its command line from end to end, what it says of wrong input, and where it finds what it needs."""
 
+import functools
 import json
 import re
 import subprocess
@@ -16,7 +17,7 @@ from PIL import Image
 import predict
 from model.predict.predictor import NAMED, Predictor
 from tests.make import ROOT, star
-from util import cli
+from tests.make.runs import run_program
 from util.errors import UserError
 from util.files import load_tensors
 from util.run.checkpoint import read_meta, save_weights
@@ -30,17 +31,12 @@ def at_root(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def program(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable[..., tuple[int, str]]:
     """Runs predict.py as its command line does; exit code and everything printed."""
-    def run(*arguments: object) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["predict.py", *map(str, arguments)])
-        code = 0
-        try:
-            cli.run(predict.main)
-        except SystemExit as end:
-            code = end.code
-        printed = capsys.readouterr()
-        return code, printed.out + printed.err
+    return functools.partial(run_program, predict.main, monkeypatch, capsys)
 
-    return run
+
+def test_boxes_that_begin_with_a_minus_sign() -> None:
+    assert predict.joined(["--box", "-5,1,9,9", "--box", "1,2,3,4", "--query", "-"]) == [
+        "--box=-5,1,9,9", "--box", "1,2,3,4", "--query", "-"]
 
 
 def test_command_line(piclip: Path, scenes: Path, tmp_path: Path, program: Callable) -> None:
@@ -87,7 +83,7 @@ def test_command_line(piclip: Path, scenes: Path, tmp_path: Path, program: Calla
     assert not [f for f in out.rglob(".*")] and Image.open(out / "overview.jpg").width > 300
 
     code, said = program("--text", "star", "--query", folder / "a.png", "--weights", piclip, "--out", tmp_path / "text",
-                         "--polygons", "labelme", "--precision", "bf16")  # fmt: skip
+                         "--polygons", "labelme", "--precision", "fp32")  # fmt: skip
     assert code == 0 and "text alone" in said, said
     record = json.loads((tmp_path / "text/labelme/a.json").read_text())
     mask = np.asarray(Image.open(tmp_path / "text/masks/a.png")) > 0

@@ -49,7 +49,7 @@ def test_everything_at_once(voc: list[str], tmp_path: Path) -> None:
     assert bad(wrong, "PI_CLIP").keys() == {"data", "val_list", "CLIP", "base learner"}
     with pytest.raises(UserError) as error:
         require(start(wrong, "PI_CLIP", ("val_list",)))
-    for text in ("nowhere", "none.txt", "clip.pt", "base.pth", "ARCH=PSPNet"):
+    for text in ("nowhere: no such folder", "none.txt", "clip.pt", "base.pth", "ARCH=PSPNet"):
         assert text in str(error.value)
 
 
@@ -66,7 +66,7 @@ def test_files_are_opened(voc: list[str]) -> None:
 
 def test_too_few_images_of_a_class(voc: list[str]) -> None:
     found = bad([*voc, "Train.shot=3"])
-    assert "class 1 has 3 images" in found["val_list: classes"].detail
+    assert "class 1 (aeroplane) has 3 images" in found["val_list: classes"].detail
     assert "Train.shot" in found["train_list: classes"].detail
 
 

@@ -66,6 +66,16 @@ def test_disqualified_scores_are_marked_everywhere(tmp_path, seeds):
     assert "[random" not in text_table(result())
 
 
+def test_contents_and_parts(tmp_path):
+    """Every entry of the contents leads to a part that folds; below its own baselines a result says so."""
+    given = result(baselines={"everything foreground": {"miou": 0.6, "fb_iou": 0.4}})
+    page = write_report(tmp_path, given, [card("best")]).read_text()
+    assert re.findall(r'<a href="#([^"]+)"', page) == re.findall(r'<details class="part" id="([^"]+)"', page)
+    assert "below its own baselines" in page and "everything foreground (60.0)" in page
+    assert text_table(given).startswith("WARNING: with mIoU 51.0 this system")
+    assert "below its own" not in text_table(result(baselines={"a": {"miou": 0.4}}))
+
+
 def leak_free_result(**extra) -> dict:
     return result(
         protocol={"name": "pi-clip", "resize": "squash"}, protocol_hash="c0ffee", interval={"miou": [0.481, 0.533]},

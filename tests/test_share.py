@@ -13,8 +13,9 @@ import torch
 
 from model import configure, load_weights, open_system, open_tested
 from model.predict.predictor import Predictor
-from model.predict.share import export, main
+from model.predict.share import export, main, scrubbed
 from tests.make import CONFIG, ROOT, make, star
+from tests.make.scenes import make_dense
 from util.errors import UserError
 from util.files import load_tensors, save_json, save_tensors
 from util.run.checkpoint import read_meta
@@ -63,6 +64,17 @@ def test_one_file_to_share(piclip: Path, scenes: Path, tmp_path: Path, monkeypat
         export(piclip, tmp_path / "taken/model.safetensors")
 
 
+def test_texts_name_no_folder_of_this_machine() -> None:
+    own = ["/data/home of me/exp"]
+    for text, expected in [
+        (f"{ROOT}/lists/demo/val.txt", "lists/demo/val.txt"), ("no file /data/home of me/exp/a.pt, or", "no file exp/a.pt, or"),
+        ("weights (/mnt/x/b.pth) and ~/y/c.pt: see", "weights (b.pth) and c.pt: see"), (r"C:\Users\me\d.pt", "d.pt"),
+        ("ViT-B-16/openai, 1/2 and and/or, of https://a.org/b/c", "ViT-B-16/openai, 1/2 and and/or, of https://a.org/b/c"),
+        ({"a": ["/x/y/z", 5, None]}, {"a": ["z", 5, None]}),
+    ]:
+        assert scrubbed(text, own) == expected
+
+
 def test_half_the_size(piclip: Path, scenes: Path, tmp_path: Path) -> None:
     for name, half in (("whole", False), ("half", True)):
         export(piclip, tmp_path / f"{name}.safetensors", half, "knows stars only" * half)
@@ -80,7 +92,7 @@ def test_half_the_size(piclip: Path, scenes: Path, tmp_path: Path) -> None:
 
 def test_what_a_zero_shot_system_trained(tmp_path: Path) -> None:
     """The slim file has the trained parts alone, and is tested as the run's own; another CLIP, K or setting is refused."""
-    config, weight = make(tmp_path, "CLIP_RC", file="config/demo/demo_inductive_vit8.yaml")
+    config, weight = make_dense(tmp_path, "CLIP_RC", "inductive_vit8")
     file = tmp_path / "slim.safetensors"
     export(weight, file, note="drawings only")
     meta, tensors = read_meta(file), load_tensors(file)
@@ -88,7 +100,7 @@ def test_what_a_zero_shot_system_trained(tmp_path: Path) -> None:
     assert file.stat().st_size < 4.1 * sum(t.numel() for t in tensors.values()) + 2e5
     assert meta["classes"][0][0] == "star" and len(meta["classes"][2]) == 5 and meta["config"]["Method"]["prompts"] == 10
     card = file.with_suffix(".md").read_text()
-    for part in ("CLIP_RC, demo, inductive", "without labels: star, fish", '--classes "cat, dog"', "drawings only"):
+    for part in ("without labels in training: star, fish", '--classes "cat, dog', "drawings only"):
         assert part in card
     assert meta["frozen"]["clip"] in card
 
@@ -136,11 +148,14 @@ def test_the_result_in_a_shared_file_is_about_it(piclip: Path, tmp_path: Path) -
     scores = {"miou": 0.4321, "fb_iou": 0.6}
     seed = scores | {"seed": 1, "episodes": 5, "per_class": {"1": 0.4}, "episodes_per_class": {"1": 5}}
     report = {"system": "PI_CLIP", "data_set": "demo", "split": 0, "shot": 1, "backbone": "resnet50", "protocol_hash": "47a2",
-              "protocol": {"name": "strict", "hash": "47a2"}, "checkpoint": "exp/run/snapshot/best.safetensors", "mean": scores,
+              "protocol": {"name": f"strict with {tmp_path}/e.txt", "hash": "47a2"}, "warnings": [f"no {run}/a.jpg"],
+              "checkpoint": "exp/run/snapshot/best.safetensors", "mean": scores,
               "sd": scores, "seeds": [seed], "classes": {"1": "star"}, "environment": {}}  # fmt: skip
     save_json(file, report)
     out = tmp_path / "shared.safetensors"
-    assert len(export(snapshot, out)) == 1
+    assert len(export(snapshot, out, note=f"made from {run}/photos")) == 1
+    told = json.dumps(read_meta(out)) + out.with_suffix(".md").read_text()
+    assert str(tmp_path) not in told and str(ROOT) not in told and told.count("made from photos") == 3 and "with e.txt" in told
     assert read_meta(out)["result"]["mean"] == scores and read_meta(out)["result"]["protocol_hash"] == "47a2"
     assert "43.21" in out.with_suffix(".md").read_text()
     os.utime(file, (0, 0))

@@ -102,6 +102,29 @@ def test_comparison():
     assert [line.endswith("[random CLIP]") for line in marked.splitlines()] == [False, True, False]
 
 
+def test_significant_where_the_interval_leaves_out_zero():
+    """Both are two-sided, so they agree; a one-sided p value would be half as large."""
+    rng, close = np.random.default_rng(8), 0
+    table = rows(300, rng)
+    noise = rng.normal(0, 60, 300)
+    for shift in np.linspace(-12, 12, 25):
+        other = table.copy()
+        other[:, 3] = np.clip(table[:, 3] + noise + shift, 0, table[:, 4])
+        found = compare(result(table), result(other), resamples=1000)
+        if abs(found.p_value - 0.05) > 0.01:
+            assert found.significant == (found.interval[0] * found.interval[1] > 0)
+            close += 0.05 < found.p_value < 0.1
+    assert close > 1
+
+
+def test_without_any_background():
+    """Where no pixel is background in truth or prediction, its IoU is 1, as in the meter."""
+    table = rows(20, np.random.default_rng(9), classes=1)
+    table[:, 5:7] = 0
+    found = read_episodes(result(table))
+    assert pooled(found)["fb_iou"] == pytest.approx((1 + pooled(found)["miou"]) / 2)
+
+
 def test_no_false_alarms():
     """Two systems of equal worth differ significantly in about 1 of 20 runs."""
     rng = np.random.default_rng(6)

@@ -21,6 +21,7 @@ from tests.make import small_clip
 from tests.make.runs import CPU, in_processes
 from tests.make.zero_shot import published
 from util.config import Train
+from util.data.folds import ClassNames
 from util.data.loading import RangeSampler
 from util.errors import UserError
 from util.run.distributed import Context
@@ -185,19 +186,20 @@ def test_who_depends_on_the_vocabulary() -> None:
 
 def test_any_classes_after_training() -> None:
     """Names decide who is seen; the bank is that of the names; the warning is there as long as the classes are other ones."""
+    named = lambda *names: ClassNames(names, names)  # noqa: E731
     system = small(setting="inductive").eval()
-    system.use_classes(("sofa", "dog", "cat"), ("a red sofa", "dog", "cat"))
+    system.use_classes(ClassNames(("sofa", "dog", "cat"), ("a red sofa", "dog", "cat")))
     assert system.names == ("sofa", "dog", "cat") and system.seen.tolist() == [1, 2] and system.unseen.tolist() == [0]
     assert torch.equal(system.texts, text_bank(system.clip, ["a red sofa", "dog", "cat"], "one"))
     assert system.predict(random_images(1)).final.shape[1] == 3
-    system.use_classes(("lamp",))
+    system.use_classes(named("lamp"))
     assert len(system.warnings) == 1 and "1 of a list, 1 of them new, instead of the 5" in system.warnings[0]
-    system.use_classes(NAMES)
+    system.use_classes(named(*NAMES))
     assert not system.warnings and set(system.seen.tolist()) == set(SEEN)
-    small(setting="transductive").use_classes([NAMES[0]])  # nothing unseen among what is asked for: fine in prediction
+    small(setting="transductive").use_classes(named(NAMES[0]))  # nothing unseen among what is asked for: fine in prediction
     for names, message in (((), "0 class names"), (("a", " "), "class 2 of 2 has no name"), (("a", "b", "a"), "the name 'a'")):
         with pytest.raises(UserError, match=message):
-            system.use_classes(names)
+            system.use_classes(named(*names))
     assert system.names == NAMES
 
 
@@ -332,9 +334,8 @@ def test_wrong_input() -> None:
     ):  # fmt: skip
         with pytest.raises(UserError, match=message):
             system.use(names, rows, seen)
-    options = CLIP_RC.Options(prompts=3, setting="transductive")
     with pytest.raises(UserError, match="every class is seen"):
-        CLIP_RC(system.clip, NAMES[:2], texts[:2], (0, 1), options)
+        CLIP_RC(system.clip, NAMES[:2], texts[:2], (0, 1), CLIP_RC.Options(setting="transductive"))
     for wrong in ({"prompts": 0}, {"stride": 65}, {"dropout": 1.0}, {"recovery": -1.0}, {"offset": 2.0}):
         with pytest.raises(UserError, match=next(iter(wrong))):
             small(**wrong)

@@ -28,8 +28,12 @@ def parse(description: str, episodes: bool = False, plan: bool = False) -> argpa
     return found
 
 
-def run(main: Callable[[], None]) -> None:
-    """Run a program. A user's mistake ends in one message and code 2, Ctrl-C in code 130, SIGTERM in 143. Files stay valid."""
+def run(main: Callable[[], None], after: str = "") -> None:
+    """Run a program. A user's mistake ends in one message and code 2, Ctrl-C in code 130, SIGTERM in 143. Files stay valid.
+
+    after: what to know when it was stopped, or a worker died.
+    """
+    more = f"; {after}" * bool(after)
     try:
         main()
     except UserError as error:
@@ -40,7 +44,7 @@ def run(main: Callable[[], None]) -> None:
             raise
         reason = str(error).strip().splitlines()[0]
         print(f"error: reading the data failed: {reason}\nA worker process was killed (out of memory?)"
-              " or hangs (a slow disk?); try Train.workers=0. The last resume point is valid", file=sys.stderr)
+              f" or hangs (a slow disk?); try Train.workers=0{more}", file=sys.stderr)
         sys.exit(1)
     except BrokenPipeError:
         try:
@@ -50,7 +54,7 @@ def run(main: Callable[[], None]) -> None:
             sys.exit(1)
         raise  # of a worker's pipe, or the like
     except KeyboardInterrupt:
-        print("\ninterrupted; training continues at its last resume point when the same command runs again", file=sys.stderr)
+        print(f"\ninterrupted{more}", file=sys.stderr)
         sys.exit(130)
     except Terminated as ended:
         print(ended, file=sys.stderr)

@@ -127,7 +127,7 @@ class Test_Finetune:
 
 @dataclass
 class Runtime:
-    precision: Literal["fp32", "bf16"] = "fp32"  # autocast; Grad-CAM, losses and metrics stay fp32
+    precision: Literal["fp32", "bf16"] = "fp32"  # autocast; Grad-CAM, losses and metrics stay fp32. bf16 on a CPU needs AVX-512
     # Testing and validation: memory of each process (the GPU's on a GPU) for what depends on one image; PASCAL at 473 fills 8.
     cache_gb: float = 8.0
     cache_dir: str = ""  # folder that keeps it for later runs too (some 10 MB an image at 473)
@@ -175,6 +175,20 @@ def load_config(path: str | Path, arch: str | None = None, overrides: list[str] 
     config.Test_Finetune.protocol = name
     _validate(config)
     return config
+
+
+def _nearest(path: Path) -> str:
+    """Say what there is in place of a config file that is missing."""
+    known = {folder.name: sorted(folder.glob(f"{folder.name}_*_*.yaml")) for folder in path.parent.parent.glob("*")}
+    files, sets = known.get(path.parent.name), sorted(name for name, files in known.items() if files)
+    if not files:
+        return _meant(path.parent.name, sets) or f"; there are the data sets {', '.join(sets)}" * bool(sets)
+    experiments = ", ".join(sorted({names_of(file)[1] for file in files}))
+    return f"{_meant(path.stem, [file.stem for file in files])}; {files[0].parent.name} has {experiments}"
+
+
+def _meant(name: str, known: list[str]) -> str:
+    return "".join(f"; did you mean {near}?" for near in difflib.get_close_matches(name, known, n=1))
 
 
 def config_of(content: dict, source: str, overrides: list[str] | None = None, options: type[Method] = Method) -> Config:
@@ -277,7 +291,7 @@ def _read(path: Path) -> dict:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
-        raise UserError(f"no config file {path}") from error
+        raise UserError(f"no config file {path}{_nearest(path)}") from error
     except (OSError, ValueError) as error:  # a folder, no UTF-8, a name that cannot be one
         raise UserError(f"config file {path} cannot be read ({error})") from error
     return _mapping(parse_yaml(text, str(path)), str(path))

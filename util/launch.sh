@@ -29,11 +29,23 @@ exp=$1 dataset=$2; shift 2
 config=config/$dataset/${dataset}_${exp}_$net.yaml
 only() { if [ $# -eq 1 ] && [ -f "$1" ]; then config=$1; fi; }  # an experiment with one network alone needs no NET
 [ -n "${NET:-}" ] || [ -f "$config" ] || only "config/$dataset/${dataset}_${exp}_"*.yaml
+near() { # WORD NAME...: ", did you mean NAME?" by edit distance
+    word=$1; shift
+    printf '%s\n' "$@" | awk -v w="$word" 'function least(a, b) { return a < b ? a : b }
+        { n = length($0); for (j = 0; j <= n; j++) row[j] = j
+          for (i = 1; i <= length(w); i++) { left = row[0]; row[0] = i; for (j = 1; j <= n; j++) { up = row[j]
+              row[j] = least(least(up, row[j - 1]) + 1, left + (substr(w, i, 1) != substr($0, j, 1))); left = up } }
+          if (best == "" || row[n] < d) { d = row[n]; best = $0 } }
+        END { if (d <= length(w) / 2) print ", did you mean " best "?" }'
+}
 if [ ! -f "$config" ]; then
-    [ -d "config/$dataset" ] || fail "unknown data set '$dataset'; there are:" $(cd config && ls -d -- */ | grep -vx -e protocol/ -e system/ -e template/)
-    echo "$stage.sh: no $config (EXP=$exp, NET=$net); for $dataset there are:" >&2
-    ls "config/$dataset" >&2
-    exit 2
+    sets=$(for file in config/*/*_*_*.yaml; do d=${file%/*}; d=${d#config/}; case ${file##*/} in "$d"_*) echo "$d" ;; esac; done | sort -u)
+    [ -d "config/$dataset" ] || fail "unknown data set '$dataset'$(near "$dataset" $sets) There are:" $sets
+    pairs=$(for file in "config/$dataset/${dataset}_"*_*.yaml; do s=${file##*/"${dataset}"_}; echo "${s%.yaml}"; done)
+    exps=$(for pair in $pairs; do echo "${pair%%_*}"; done | sort -u)
+    nets=$(for pair in $pairs; do case $pair in "${exp}"_*) echo "${pair#*_}" ;; esac; done)
+    [ -n "$nets" ] || fail "$dataset has no experiment '$exp'$(near "$exp" $exps) There are:" $exps
+    fail "no $config: for $dataset $exp there is NET =" $nets
 fi
 
 # 2. where: the third argument is the number of GPUs unless it is an override

@@ -20,7 +20,7 @@ from demo.shapes import NAMES
 from demo.web.session import Model, demo_examples
 from demo.world import NOVEL
 from model import SYSTEMS
-from model.predict.options import asked_config, check_model, model_options
+from model.predict.arguments import asked_config, check_model, model_options, use_threads
 from model.predict.predictor import NAMED, Predictor, find_weights
 from model.predict.text_predictor import TextPredictor
 from util import cli
@@ -33,6 +33,7 @@ OFFLINE = {"GRADIO_ANALYTICS_ENABLED": "False", "NO_PROXY": "*", "no_proxy": "*"
 
 def main() -> None:
     given = parse()
+    use_threads(given.threads)
     check_gradio()
     model, classes = clip_alone(given) if given.clip is not None else trained(given)
 

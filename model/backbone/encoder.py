@@ -17,6 +17,8 @@ from util.errors import UserError
 Statistic = tuple[float, float, float]
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+OTHERS = ("Those that work are CNNs of five levels that timm can dilate, as resnet18, resnext50_32x4d, tf_efficientnet_lite0; "
+          "docs/extending.md (An encoder) says why, and which interface to write for others, as ViTs")
 TRIED = 65  # side of the image that a network of timm is tried with: 8 n + 1, as all sides of training
 
 
@@ -215,10 +217,10 @@ class TimmEncoder(Encoder):
         except Exception as error:  # timm raises many kinds: unknown name, no features, no dilation
             near = timm.list_models(f"*{name.split('_')[0]}*")[:5]
             raise UserError(f"Method.backbone = 'timm:{name}': timm cannot build it with features at stride 8 ({error}); "
-                            f"near names: {', '.join(near) or 'none'}") from error
+                            f"near names: {', '.join(near) or 'none'}. {OTHERS}") from error
         channels = tuple(body.feature_info.channels())
         if len(channels) != 5:
-            raise UserError(f"Method.backbone = 'timm:{name}' has {len(channels)} feature levels, five are needed")
+            raise UserError(f"Method.backbone = 'timm:{name}' has {len(channels)} feature levels, five are needed. {OTHERS}")
         super().__init__(channels, name, body.pretrained_cfg["mean"], body.pretrained_cfg["std"])
         self.body = body
         self._try(name)
@@ -233,7 +235,7 @@ class TimmEncoder(Encoder):
                 last = self.last_stage(maps[3])
         except Exception as error:  # fixed sizes, levels that end within a block: every network fails in its own way
             raise UserError(f"Method.backbone = 'timm:{name}' cannot run on {TRIED} x {TRIED} pixels with features at stride 8 "
-                            f"({type(error).__name__}: {error}); choose another network") from error
+                            f"({type(error).__name__}: {error}). {OTHERS}") from error
         finally:
             self.train(mode)
         sizes = [tuple(x.shape[-2:]) for x in maps]
@@ -243,7 +245,7 @@ class TimmEncoder(Encoder):
         elif last.shape != maps[4].shape or not torch.allclose(last, maps[4], rtol=1e-3, atol=1e-5):
             wrong = "its level 4 is not what follows from level 3"
         if wrong:
-            raise UserError(f"Method.backbone = 'timm:{name}': {wrong}; choose another network")
+            raise UserError(f"Method.backbone = 'timm:{name}': {wrong}. {OTHERS}")
 
     def maps(self, x: Tensor, last: int) -> list[Tensor]:
         return self.body(x)[: last + 1]

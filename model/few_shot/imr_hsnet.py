@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.few_shot.cam import CamPrior
+from model.few_shot.cam_prior import CamPrior
 from model.few_shot.conv4d import Pair, Products, keep, shrink, unit
 from model.few_shot.hsnet import WIDTHS, Decoder, Encoder4d, HSNet, vote_scores
 from model.few_shot.parts import binary_mask

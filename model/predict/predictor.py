@@ -12,12 +12,14 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import cv2
 import numpy as np
 import torch
 from torch import Tensor
 
+from model.backbone.pspnet import PSPNet
 from model.build import build_system, load_weights, recorded, system_class, text_bank
 from model.few_shot.hsnet import HSNet
 from model.few_shot.prior import TextPrior
@@ -26,7 +28,7 @@ from model.predict.text_predictor import Segmentation, TextPredictor, as_list, c
 from util.cache import TensorCache
 from util.config import Config
 from util.data.episodes import Episode, EpisodeMaker, Shot, collate
-from util.data.folds import ClassNames, Fold, fold_of, read_class_names
+from util.data.folds import ClassNames, Fold, read_class_names
 from util.data.transforms import IGNORE, ValTransform
 from util.errors import UserError
 from util.files import ROOT
@@ -82,20 +84,15 @@ class Predictor:
         Raises:
             UserError: no such checkpoint, one of another kind, or frozen parts of its training are missing.
         """
-        path, chosen = find_weights(path), choose_device(device)
-        meta = read_meta(path) if path.suffix == ".safetensors" else {}
-        arch = arch or meta.get("system")
-        if arch is None or (not meta and config is None):
-            raise UserError(f"{path} does not say what it is: a published checkpoint needs the config and the system that it is "
-                            "of (--config config/pascal/pascal_split0_resnet50.yaml --arch PI_CLIP)")
-        if not issubclass(system_class(arch), FewShot):
-            raise UserError(f"{path} is a base learner (ARCH={arch}); give the checkpoint of a few-shot system")
-        config = config or recorded(path)
-        config = replace(config, CLIP=replace(config.CLIP, vocabulary="target"))  # other classes in the image are unknown
-        fold, names = trained_on(config, meta)
-        system = build_system(arch, config, fold, NO_NAMES)
-        load_weights(system, config, Experiment.of_checkpoint(path, arch, config), path)
-        return cls(system, config, fold, names, chosen, choose_precision(precision, chosen), meta.get("note", ""))
+        found, chosen = checkpoint(path, config, arch), choose_device(device)
+        if not issubclass(system_class(found.arch), FewShot):
+            raise UserError(f"{found.path} (ARCH={found.arch}) labels every pixel with its own classes and looks for no example: "
+                            f"`python predict.py --weights {found.path} --query PHOTOS`, model.predict.dense_predictor")
+        config = replace(found.config, CLIP=replace(found.config.CLIP, vocabulary="target"))  # other classes are unknown
+        fold, names = trained_on(found)
+        system = build_system(found.arch, config, fold, NO_NAMES)
+        load_weights(system, config, Experiment.of_checkpoint(found.path, found.arch, config), found.path)
+        return cls(system, config, fold, names, chosen, choose_precision(precision, chosen), found.meta.get("note", ""))
 
     def set_support(self, images: Source | Sequence[Source] | None = None, masks: Source | Sequence[Source | None] | None = None,
                     text: str | None = None, boxes: Box | Sequence[Box | Sequence[Box] | None] | None = None) -> None:
@@ -245,13 +242,36 @@ def find_weights(given: str | Path) -> Path:
     return found
 
 
-def trained_on(config: Config, meta: dict) -> tuple[Fold, ClassNames]:
+class Checkpoint(NamedTuple):
+    """A file of weights, and what it is."""
+
+    path: Path
+    meta: dict
+    arch: str
+    config: Config
+
+
+def checkpoint(path: str | Path, config: Config | None = None, arch: str | None = None) -> Checkpoint:
+    """Find a checkpoint and what it is. Arguments and errors as `Predictor.from_checkpoint`; a base learner is an error, too."""
+    path = find_weights(path)
+    meta = read_meta(path) if path.suffix == ".safetensors" else {}
+    arch = arch or meta.get("system")
+    if arch is None or (not meta and config is None):
+        raise UserError(f"{path} does not say what it is: a published checkpoint needs the config and the system that it is "
+                        "of (--config config/pascal/pascal_split0_resnet50.yaml --arch PI_CLIP)")
+    if issubclass(system_class(arch), PSPNet):
+        raise UserError(f"{path} is a base learner (ARCH={arch}); give the checkpoint of a system")
+    return Checkpoint(path, meta, arch, config or recorded(path))
+
+
+def trained_on(found: Checkpoint) -> tuple[Fold, ClassNames]:
     """Return fold and class names of the training, from an exported file or from the config's files (names may be missing)."""
+    config, meta = found.config, found.meta
     if EXPORT in meta:
         names, texts, novel, base = map(tuple, meta["classes"])
         return Fold(config.Train.data_set, config.Train.split, novel, base), ClassNames(names, texts)
     file = Path(config.Data.class_names)
-    return fold_of(config), read_class_names(file) if file.is_file() else NO_NAMES
+    return system_class(found.arch).task.folds(config), read_class_names(file) if file.is_file() else NO_NAMES
 
 
 def box_around(mask: np.ndarray) -> np.ndarray:

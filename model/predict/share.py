@@ -6,92 +6,69 @@
 
 The file holds the trained head and the base learner (or backbone) that it was trained with; its metadata the config, the names of
 the classes, the hashes of all frozen parts (CLIP stays in its own file, CLIP.clip_path) and the result of test.py where there is
-one. `Predictor.from_checkpoint`, predict.py --weights and Test_Finetune.weight take it.
+one. `load_predictor`, predict.py --weights and Test_Finetune.weight take it.
 """
 
 import argparse
 import dataclasses
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 
-from model.backbone.pspnet import PSPNet
-from model.build import build_system, load_weights, recorded, system_class
-from model.few_shot.system import FewShot
-from model.predict.predictor import trained_on
+from model.build import recorded
+from model.predict.dense_predictor import DensePredictor, load_predictor
+from model.predict.predictor import Predictor
 from util import cli
 from util.config import Config
 from util.errors import UserError
 from util.files import ROOT, atomic, load_tensors
 from util.report.write import check_keys, text_table
 from util.run.checkpoint import EXPORT, read_meta, save_weights
-from util.run.place import Experiment
 from util.score.statistics import read_result
 
 RESULT = ("date", "protocol", "protocol_hash", "mean", "sd", "interval", "leak_free", "baselines", "warnings", "environment")
 CARD = """---
 library_name: pytorch
 pipeline_tag: image-segmentation
-tags: [few-shot-segmentation]
+tags: [{tag}]
 ---
 
-# {system}, {data_set} fold {split}, {shot}-shot
+# {system}, {data_set} {setting}
 
-Segments a class from one or a few annotated examples.
+{does}
 
-- backbone {backbone} (width {width}), images at {size} pixels, {count:.1f} M parameters
-- priors: {priors}
-- trained on the base classes of fold {split} of {data_set}; checkpoint chosen by: {selection}
-{more}
+{facts}
 
 ## Use
 
 ```sh
-python predict.py --weights {file} --support a.jpg --mask a.png{option} --query photos/ --out found
+python predict.py --weights {file}{options} --query photos/ --out found
 ```
 
 ```python
-from model.build import recorded
-from model.predict.predictor import Predictor
+{code}
+```
+
+## Result
+
+{table}
+"""
+# An absolute path of two names or more, of any system, within a text; a URL is none.
+NAME = r"""[^\s,;:'"()\[\]{}<>|\\/]+"""
+ABSOLUTE = re.compile(rf"(?<![\w:/.~\\])(?:~[\w.-]*|[A-Za-z]:)?[\\/](?:{NAME}[\\/])+({NAME})")
+FEW_SHOT = """from model.predict.predictor import Predictor
 
 predictor = Predictor.from_checkpoint("{file}")
 predictor.set_support("a.jpg", "a.png"{argument})
-mask = predictor.predict("b.jpg").mask
-```
+mask = predictor.predict("b.jpg").mask"""
+DENSE = """from model.predict.dense_predictor import DensePredictor
 
-## Result
-
-{table}
-"""
-DENSE = """---
-library_name: pytorch
-pipeline_tag: image-segmentation
-tags: [semantic-segmentation]
----
-
-# {system}, {data_set}, {setting}
-
-Gives each pixel one of the named classes. The file holds what was trained, {count:.1f} M parameters, and not CLIP.
-
-- backbone {backbone}, images at {size} pixels
-- labels in training: {seen}
-- without labels: {unseen}
-- checkpoint chosen by: {selection}
-{more}
-
-## Use
-
-```sh
-python predict.py --weights {file}{option} --query photos/ --out found
-sh test.sh EXP DATASET GPUS Test_Finetune.weight={file}     # ARCH={system}, with the config of its training
-```
-
-## Result
-
-{table}
-"""
+predictor = DensePredictor.from_checkpoint("{file}"){argument}
+label = predictor.predict("b.jpg").label  # numbers of predictor.classes"""
 HALF = "weights rounded to half precision; the result is of those before"
 LATER = 60.0  # seconds by which a report may be older than its checkpoint: a copied folder has the times of the copying
 
@@ -131,23 +108,20 @@ def export(snapshot: Path, out: Path, half: bool = False, note: str = "") -> lis
         raise UserError(f"--out {out}: the file is a safetensors one, call it {out.with_suffix('.safetensors')}")
     if snapshot.suffix != ".safetensors":
         raise UserError(f"{snapshot}: give the .safetensors file of a run; published checkpoints are handed on as they are")
-    if not snapshot.is_file():
-        raise UserError(f"no such checkpoint: {snapshot}")
-    meta = read_meta(snapshot)
+    predictor = load_predictor(snapshot, device="cpu")  # checks that all frozen parts are those of the training
+    names, fold, system, meta = predictor.names, predictor.fold, predictor.system, read_meta(snapshot)
     if EXPORT in meta:
         raise UserError(f"{snapshot} is an exported file already")
-    config, arch = recorded(snapshot), meta["system"]
-    if issubclass(system_class(arch), PSPNet):
-        raise UserError(f"{snapshot} is a base learner (ARCH={arch}); give a few-shot system, which has it inside")
-    fold, names = trained_on(config, meta)
-    system = build_system(arch, config, fold, names)
-    load_weights(system, config, Experiment.of_checkpoint(snapshot, arch, config), snapshot)  # checks all frozen parts, too
     report, told = result_of(snapshot)
+    config = recorded(snapshot)
+    own = [str(snapshot.absolute().parent), *_absolute(dataclasses.asdict(config))]  # their names may hold spaces
+    report = scrubbed(report, own)
     meta |= {
         EXPORT: 1, "config": portable(config), "classes": [names.names, names.texts, fold.novel, fold.base],
         "result": {key: report[key] for key in RESULT if key in report},
         "notes": [*system.warnings, *([note] if note else [])], "note": note,
     }  # fmt: skip
+    meta = scrubbed(meta, own)
     tensors = {name: tensor for name, tensor in system.state_dict().items() if not name.startswith("clip.")}
     if half:
         tensors = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
@@ -156,7 +130,8 @@ def export(snapshot: Path, out: Path, half: bool = False, note: str = "") -> lis
     save_weights(out, tensors, meta)
     card = out.with_suffix(".md")
     with atomic(card) as temporary:
-        temporary.write_text(model_card(out.name, meta, report, sum(t.numel() for t in tensors.values())), encoding="utf-8")
+        count = sum(tensor.numel() for tensor in tensors.values())
+        temporary.write_text(model_card(out.name, predictor, meta, report, count), encoding="utf-8")
     return [*told, f"{out}: {out.stat().st_size / 2**20:.1f} MiB; model card {card}"]
 
 
@@ -165,11 +140,35 @@ def portable(config: Config) -> dict[str, Any]:
     content = dataclasses.asdict(config)
     content["Data"] = {"min_pixels": config.Data.min_pixels, "images": config.Data.images}
     content["Method"] |= {"pre_weight": "auto", "backbone_weight": "none"}
-    clip = Path(config.CLIP.clip_path)
-    if clip.is_absolute() and clip.is_relative_to(ROOT):
-        content["CLIP"]["clip_path"] = str(clip.relative_to(ROOT))
+    clip = Path(config.CLIP.clip_path).expanduser()
+    if clip.is_absolute():
+        content["CLIP"]["clip_path"] = str(clip.relative_to(ROOT) if clip.is_relative_to(ROOT) else Path("initmodel", clip.name))
     del content["Runtime"]
     return content
+
+
+def scrubbed(value: Any, own: Sequence[str] = ()) -> Any:
+    """Return JSON values whose texts name no folder of this machine: of an absolute path the last name stays.
+
+    own: absolute paths that may occur in a text; others are found by their form.
+    """
+    if isinstance(value, dict):
+        return {key: scrubbed(item, own) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [scrubbed(item, own) for item in value]
+    if not isinstance(value, str):
+        return value
+    value = value.replace(f"{ROOT}/", "")
+    for path in sorted(own, key=len, reverse=True):
+        value = value.replace(path, Path(path).name)
+    return ABSOLUTE.sub(r"\1", value)
+
+
+def _absolute(value: Any) -> list[str]:
+    """Return all absolute paths among the texts of nested values."""
+    if isinstance(value, dict | list | tuple):
+        return [path for item in (value.values() if isinstance(value, dict) else value) for path in _absolute(item)]
+    return [value] if isinstance(value, str) and len(Path(value).parts) > 1 and Path(value).is_absolute() else []
 
 
 def result_of(snapshot: Path) -> tuple[dict[str, Any], list[str]]:
@@ -195,28 +194,45 @@ def same_tensors(a: Path, b: Path) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-def model_card(file: str, meta: dict[str, Any], report: dict[str, Any], count: int) -> str:
+def model_card(file: str, predictor: Predictor | DensePredictor, meta: dict[str, Any], report: dict[str, Any], count: int) -> str:
     """Write the model card: Markdown with the header that hubs read."""
-    config = meta["config"]
-    frozen = [f"- frozen {name}: `{digest}`" for name, digest in meta["frozen"].items()]
+    says = few_shot_card(file, meta) if isinstance(predictor, Predictor) else dense_card(file, meta, predictor.system.reads_text)
+    facts = [f"- backbone {meta['backbone']} (width {meta['width']}), {count / 1e6:.1f} M parameters", *says.pop("facts"),
+             *(f"- frozen {name}: `{digest}`" for name, digest in meta["frozen"].items())]  # fmt: skip
     if "clip" in meta["frozen"]:
-        frozen.append(f"- CLIP is not inside: it comes from `{config['CLIP']['clip_path']}`, checked by that hash")
-    common = {
-        "file": file, "size": config["Train"]["val_size"], "count": count / 1e6,
-        "more": "\n".join([*frozen, *(f"- {note}" for note in meta["notes"])]),
-        "table": f"```\n{text_table(report)}\n```" if report else "Not tested yet.",
+        facts.append(f"- CLIP is not inside: it comes from `{meta['config']['CLIP']['clip_path']}`, checked by that hash")
+    table = f"```\n{text_table(report)}\n```" if report else "Not tested yet."
+    return CARD.format_map(meta | says | {"file": file, "facts": "\n".join([*facts, *(f"- {note}" for note in meta["notes"])]),
+                                          "table": table})  # fmt: skip
+
+
+def few_shot_card(file: str, meta: dict[str, Any]) -> dict[str, Any]:
+    """Return what the card says of a system that looks for what examples show."""
+    train, text = meta["config"]["Train"], "vtp" in meta["priors"]
+    return {
+        "tag": "few-shot-segmentation", "setting": f"fold {meta['split']}, {train['shot']}-shot",
+        "does": "Segments a class from one or a few annotated examples.",
+        "facts": [f"- images at {train['val_size']} pixels; priors: {', '.join(meta['priors']) or 'none'}",
+                  f"- trained on the base classes of fold {meta['split']} of {meta['data_set']}; checkpoint chosen by: "
+                  f"{meta['selection']}"],
+        "options": " --support a.jpg --mask a.png" + ' --text "what it is"' * text,
+        "code": FEW_SHOT.format(file=file, argument=', text="what it is"' * text),
     }  # fmt: skip
-    if not issubclass(system_class(meta["system"]), FewShot):
-        names, _, novel, base = meta["classes"]
-        return DENSE.format_map({"selection": config["Train"]["selection"], "setting": "image-level labels"} | meta | common | {
-            "seen": ", ".join(names[c - 1] for c in base), "unseen": ", ".join(names[c - 1] for c in novel) or "none",
-            "option": ' --classes "cat, dog"' if "setting" in meta else "",
-        })  # fmt: skip
-    says = "vtp" in meta["priors"]
-    return CARD.format_map(meta | common | {
-        "shot": config["Train"]["shot"], "priors": ", ".join(meta["priors"]) or "none",
-        "option": ' --text "what it is"' if says else "", "argument": ', text="what it is"' if says else "",
-    })  # fmt: skip
+
+
+def dense_card(file: str, meta: dict[str, Any], reads_text: bool) -> dict[str, Any]:
+    """Return what the card says of a system that labels every pixel. reads_text: it takes other classes, too."""
+    names, *_, base = meta["classes"]
+    new = [name for c, name in enumerate(names, start=1) if c not in base]
+    chosen = '\npredictor.set_classes(["cat", "dog", "sofa"])  # or leave it out' * reads_text
+    return {
+        "tag": "semantic-segmentation", "setting": f"{len(names)} classes",
+        "does": "Labels every pixel with one of its classes" + (", or of other names." if reads_text else "."),
+        "facts": [f"- trained on {meta['data_set']}; checkpoint chosen by: {meta['selection']}", f"- classes: {', '.join(names)}",
+                  *([f"- without labels in training: {', '.join(new)}"] if new else [])],
+        "options": ' --classes "cat, dog, sofa"' * reads_text,
+        "code": DENSE.format(file=file, argument=chosen),
+    }  # fmt: skip
 
 
 def push(hub: ModuleType, file: Path, repository: str) -> str:

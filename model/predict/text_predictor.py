@@ -23,7 +23,7 @@ from model.system import Frozen
 from util.data.transforms import clip_input
 from util.errors import UserError
 from util.photos.reading import MAX_SIDE, Source, read_photo, shrink
-from util.run.distributed import Context
+from util.run.distributed import Context, no_bf16
 
 
 @dataclass(frozen=True)
@@ -136,11 +136,13 @@ def choose_precision(name: str | None, device: torch.device) -> str:
     """Return the named precision, or bf16 on a GPU that has it, else fp32.
 
     Raises:
-        UserError: no such precision.
+        UserError: no such precision, or bf16 where it is of no use (`no_bf16`).
     """
     if name not in (None, "fp32", "bf16"):
         raise UserError(f"precision {name!r}: choose fp32 or bf16")
-    return name or ("bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32")
+    if name == "bf16" and (reason := no_bf16(device)):
+        raise UserError(f"precision bf16: {reason}; choose fp32")
+    return name or ("bf16" if device.type == "cuda" and not no_bf16(device) else "fp32")
 
 
 def as_list(value: Source | Sequence | None) -> list:

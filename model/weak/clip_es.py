@@ -58,7 +58,7 @@ class CLIPES(Weak):
         o = self.options
         maps = refined_maps(self.vision, self.bank, see(self.vision.visual, images, o.layers), pairs, o.box, o.layers)
         refined, cam = (class_scores(with_background(m, size, o.power), pairs, self.classes) for m in (maps.spread, maps.cam))
-        return Prediction(refined, variants={"CAM": cam}, crf=crf.CLIP_ES)
+        return Prediction(refined, variants={"CAM": cam}, crf=crf.CLIP_ES, logits=False)
 
 
 def whole_patches(images: Tensor, patch: int) -> Tensor:

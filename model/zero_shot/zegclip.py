@@ -24,6 +24,7 @@ from model.zero_shot.losses import IGNORE, focal_and_dice, pseudo_labels
 from model.zero_shot.texts import text_bank
 from model.zero_shot.tower import Prompts
 from util.config import Method, Train
+from util.data.folds import ClassNames
 from util.errors import UserError
 from util.run.identity import Facts
 from util.score.zero_shot import ZeroShotTask
@@ -170,11 +171,11 @@ class ZegCLIP(System):
         for name in ("texts", "seen", "unseen", "table"):
             self.register_buffer(name, None, persistent=False)
         self.use(names, texts, seen)
-        if options.setting.startswith("transductive") and not len(self.unseen):
+        self.first = (self.names, frozenset(names[c].casefold() for c in seen))  # all names, and those with labels
+        if options.setting.startswith("transductive") and len(seen) == len(names):
             raise UserError(f"Method.setting = {options.setting}: every class is seen; choose full")
         if options.start == "clip":
             self.head.start_as_clip(self.texts[self.seen] if options.setting == "inductive" else self.texts)
-        self.first = (self.names, tuple(names[c] for c in seen))  # all names and those with labels
         self.vocabulary = "seen classes" if options.setting == "inductive" else "all classes"
         if clip.module.random:
             self.mark = "[random CLIP]"
@@ -215,12 +216,13 @@ class ZegCLIP(System):
         self.texts, self.table = texts.to(device), table.to(device)
         self.seen, self.unseen = (torch.tensor(x, dtype=torch.int64, device=device) for x in (seen, unseen))
 
-    def use_classes(self, names: Sequence[str], texts: Sequence[str] | None = None, cache: Path | None = None) -> None:
-        names = tuple(names)
+    def use_classes(self, given: ClassNames, cache: Path | None = None) -> None:
+        """Classes with the name of one that training saw stay seen."""
+        names = given.names
         if blank := [c for c, name in enumerate(names, start=1) if not name.strip()]:
             raise UserError(f"class {blank[0]} of {len(names)} has no name; give every class one")
-        bank = text_bank(self.clip, names if texts is None else texts, self.options.templates, cache)
-        self.use(names, bank, [c for c, name in enumerate(names) if name in self.first[1]])
+        bank = text_bank(self.clip, given.texts, self.options.templates, cache)
+        self.use(names, bank, [c for c, name in enumerate(names) if name.casefold() in self.first[1]])
         kept = tuple(warning for warning in self.warnings if not warning.startswith(OTHER_CLASSES))
         new = len(set(names) - set(self.first[0]))
         other = (f"{OTHER_CLASSES} {len(names)} of a list, {new} of them new, instead of the {len(self.first[0])} of training. "
@@ -267,7 +269,7 @@ class ZegCLIP(System):
             found = {name: look(batch.image) for name, look in looks.items()}
         else:
             found = {name: slide(look, batch.image, self.options.crop, self.options.stride) for name, look in looks.items()}
-        return Prediction(found.pop("final"), variants=found)
+        return Prediction(found.pop("final"), variants=found, logits=False)
 
     def cosines(self, images: Tensor) -> Tensor:
         """B 3 h w RGB 0..255 -> B C h w, the cosine of each patch of the frozen CLIP to each text, in CLIP's own statistics."""

@@ -13,7 +13,7 @@ from bench.oracle import whole
 from bench.world import GivenCam
 from model.clip.cam import published_map, resnet_grad_cam
 from model.clip.load import clip_from_state
-from model.few_shot.cam import TEMPLATE
+from model.few_shot.cam_prior import TEMPLATE
 from model.few_shot.imr_hsnet import IMRHSNet
 from model.ops import resize
 from tests.golden.check_hsnet import (

@@ -16,7 +16,7 @@ from model.few_shot import insid3 as I
 from model.few_shot.contrast import contrast
 from model.ops import resize
 from tests.golden.rows import Row, compare
-from util.data.control import wrong_supports
+from util.data.wrong_supports import wrong_supports
 
 Arrays = dict[str, np.ndarray]
 NETWORKS = {384: "small", 768: "base", 1024: "large"}

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from demo import world
-from model import build_system, configure, load_frozen
+from model import build_system, configure, load_frozen, system_class
 from util.config import Config
 from util.data.episodes import mask_table
 from util.data.folds import fold_of, read_class_names
@@ -36,12 +36,12 @@ def draw(root: Path) -> Path:
     return root
 
 
-def make(root: Path, arch: str, *overrides: str, file: str = CONFIG) -> tuple[Config, Path]:
-    """An untrained system's checkpoint as train.py writes it, with its base learner where it has one; its config and file."""
-    few = [*(["Train.val_size=65"] if file == CONFIG else []), f"Runtime.output={root}/exp", *overrides]
-    for name in ("PSPNet", arch) if file == CONFIG else (arch,):
-        config = configure(file, name, few)
-        place = Experiment.from_config_path(name, file, config.Runtime.output)
+def make(root: Path, arch: str, *overrides: str) -> tuple[Config, Path]:
+    """An untrained system's checkpoint as train.py writes it, with its base learner; its config and file."""
+    few = ["Train.val_size=65", f"Runtime.output={root}/exp", *overrides]
+    for name in ("PSPNet", arch):
+        config = configure(CONFIG, name, few)
+        place = Experiment.from_config_path(name, CONFIG, config.Runtime.output)
         torch.manual_seed(5)
         system = build_system(name, config, fold_of(config), read_class_names(config.Data.class_names))
         load_frozen(system, config, place, training=True)
@@ -52,6 +52,22 @@ def make(root: Path, arch: str, *overrides: str, file: str = CONFIG) -> tuple[Co
                 system.trained.ensemble.cls_merge.weight.fill_(1)  # so far the base learner has no say
         meta = identity(name, system.facts, config) | {"frozen": system.frozen_hashes()}
         save_weights(place.best, system.trained_state(), meta | {"config": asdict(config)})
+    return config, place.best
+
+
+def make_dense(root: Path, arch: str, name: str, *overrides: str) -> tuple[Config, Path]:
+    """An untrained dense system's checkpoint on the demo, as train.py writes it; its config and file. name: demo_NAME.yaml."""
+    file = f"config/demo/demo_{name}.yaml"
+    config = configure(file, arch, [f"Runtime.output={root}/exp", *overrides])
+    place = Experiment.from_config_path(arch, file, config.Runtime.output)
+    fold, names = system_class(arch).task.folds(config), read_class_names(config.Data.class_names)
+    torch.manual_seed(5)
+    system = build_system(arch, config, fold, names)
+    with torch.no_grad():
+        for parameter in system.trained.parameters():
+            parameter.mul_(1.5)  # labels that differ
+    meta = identity(arch, system.facts, config) | {"frozen": system.frozen_hashes(), "selection": "last"}
+    save_weights(place.best, system.trained_state(), meta | {"config": asdict(config)})
     return config, place.best
 
 

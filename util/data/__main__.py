@@ -13,9 +13,9 @@ from util import cli, protocol
 from util.cache import CACHE
 from util.config import Config, load_config, names_of
 from util.data.episodes import EpisodeList, check_novel, episodes_per_class
+from util.data.fold_counts import store, verdict
 from util.data.index import Index, table
 from util.data.manifest import episode_hash, manifest_text, write_manifest
-from util.data.published import store, verdict
 from util.data.source import EpisodeSource
 
 

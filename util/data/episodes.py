@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from util.data.folds import ClassNames, Fold
+from util.data.folds import ClassNames, Fold, shown
 from util.data.index import Index, Record
 from util.data.transforms import IGNORE, Augmented, Placed, ValTransform, bbox_mask, clip_crop, clip_input, read_pair, to_tensor
 from util.errors import UserError
@@ -94,7 +94,7 @@ class EpisodeList:
         needed = 2 if self.repeats else shot + 1
         short = {c: len(index.by_class[c]) for c in sorted(drawable) if len(index.by_class[c]) < needed}
         if short:
-            counts = ", ".join(f"class {c} has {n} image{'s' * (n != 1)}" for c, n in short.items())
+            counts = ", ".join(f"class {shown([c], index.names)} has {n} image{'s' * (n != 1)}" for c, n in short.items())
             raise UserError(
                 f"{shot}-shot episodes need at least {needed} images of a class with enough labelled pixels; "
                 f"{counts}. Use fewer shots (Train.shot) or a list with more images"
@@ -148,17 +148,16 @@ def check_novel(episodes: EpisodeList, fold: Fold, names: ClassNames, count: int
     meter. Training needs only some of the base classes.
     """
 
-    def show(classes: Sequence[int]) -> str:
-        return ", ".join(f"{c} ({names.names[c - 1]})" for c in classes)
-
     if empty := [c for c in fold.novel if not episodes.index.by_class.get(c)]:
-        raise UserError(f"fold {fold.split} of {fold.data_set}: no image is filed under the novel classes {show(empty)}; "
+        empty = shown(empty, names.names)
+        raise UserError(f"fold {fold.split} of {fold.data_set}: no image is filed under the novel classes {empty}; "
                         "Data.val_list must have images with at least Data.min_pixels labelled pixels of every one")
     if count is None:
         return
     found = episodes_per_class(episodes, count)
     if empty := [c for c in fold.novel if not found[c]]:
-        raise UserError(f"none of the {count:,} episodes of seed {episodes.seed} is of the novel classes {show(empty)}; "
+        empty = shown(empty, names.names)
+        raise UserError(f"none of the {count:,} episodes of seed {episodes.seed} is of the novel classes {empty}; "
                         "evaluate more episodes (Test_Finetune.test_num, Train.val_episodes)")
 
 

@@ -4,6 +4,7 @@ Classes are the values of the label PNGs: 1..C, with 0 background and 255 ignore
 published data sets follow from rules; your own are in a file (docs/custom-data.md).
 """
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -42,6 +43,11 @@ class ClassNames:
 
     names: tuple[str, ...]
     texts: tuple[str, ...]
+
+
+def shown(classes: Iterable[int], names: Sequence[str] = ()) -> str:
+    """Return classes for a message: "3 (bird), 4 (boat)"; without names the numbers."""
+    return ", ".join(f"{c} ({names[c - 1]})" if c <= len(names) else str(c) for c in classes)
 
 
 def fold_of(config: Config) -> Fold:

@@ -40,6 +40,12 @@ class Record:
     width: int
     pixels: dict[int, int]  # class -> labelled pixels; 0 and 255 left out
     annotated: tuple[int, ...]  # classes of the VOC XML where there is one, else those of the label
+    broken: str = ""  # why the image or the label cannot be read (Data.on_error=skip)
+
+    @property
+    def known(self) -> bool:
+        """Whether the label could be read, so that the classes are known; the image may be broken all the same."""
+        return self.height > 0
 
 
 @dataclass(frozen=True)
@@ -49,6 +55,7 @@ class Index:
     records: list[Record]
     by_class: dict[int, list[int]]  # class -> ascending positions of the images it counts in
     present: list[tuple[int, ...]]  # the fold's classes in each label, any size
+    names: tuple[str, ...] = ()  # of all classes, for messages
 
 
 def scan(
@@ -67,7 +74,8 @@ def scan(
     Cached under `cache_dir` by the list, the class names and name, size and time of every label and XML.
     `given`: image-level labels, which come before those of an XML. `masks`: False where image-level labels are enough: a line may
     have no label, a label is only opened where nothing else tells the classes, and records have no `pixels`.
-    `workers`: processes, by default one a core. `skip`: leave out lines whose files are missing or damaged, with a warning.
+    `workers`: processes, by default one a core. `skip`: keep lines whose files are missing or damaged as `broken` records, with a
+    warning, so that every other line keeps its place: episodes are drawn over the full list.
     `values`: 256 uint8, label value -> class; None: values are classes.
     Raises UserError for any other fault in the list or the files; it names the first files and counts the rest.
     """
@@ -90,15 +98,14 @@ def scan(
         records = list(progress(map(read, pairs)))
     else:
         records = list(progress(parallel(read, pairs, workers, chunk=32)))
-    wrong = [record for record in records if isinstance(record, UserError)]
-    left_out = [error for error in wrong if skip and isinstance(error, BrokenFile)]
-    if len(left_out) < len(wrong):
+    broken = [record.broken for record in records if isinstance(record, Record) and record.broken]
+    wrong = [str(record) for record in records if isinstance(record, UserError)] or ([] if skip else broken)
+    if wrong:
         more = "".join(f"\n{error}" for error in wrong[1:4]) + (f"\n... {len(wrong)} files in all" if len(wrong) > 4 else "")
         raise UserError(f"{wrong[0]}{more}")
-    for error in left_out:
-        logging.getLogger(__name__).warning("left out: %s", error)
-    records = [record for record in records if isinstance(record, Record)]
-    if not wrong:
+    for error in broken:
+        logging.getLogger(__name__).warning("%s: left out: %s", list_file.name, error)
+    if not broken:
         save_json(cache, [asdict(record) for record in records])
     return records
 
@@ -145,7 +152,9 @@ def read_list(list_file: str | Path, labelled: bool = True) -> list[tuple[str, s
     return pairs
 
 
-def build_index(records: Sequence[Record], classes: Sequence[int], only: bool, min_pixels: int = MIN_PIXELS) -> Index:
+def build_index(
+    records: Sequence[Record], classes: Sequence[int], only: bool, min_pixels: int = MIN_PIXELS, names: tuple[str, ...] = ()
+) -> Index:
     """Keep the images in which at least one of `classes` counts (has `min_pixels` labelled pixels), and list them by class.
 
     `classes`: the fold's base (training) or novel (evaluation) classes.
@@ -153,7 +162,7 @@ def build_index(records: Sequence[Record], classes: Sequence[int], only: bool, m
     falls from 67.8 to 64.7, so it belongs to the protocol.
     """
     wanted = set(classes)
-    index = Index([], {c: [] for c in sorted(wanted)}, [])
+    index = Index([], {c: [] for c in sorted(wanted)}, [], names)
     for record in records:
         present = tuple(sorted(wanted.intersection(record.pixels)))
         counting = [c for c in present if record.pixels[c] >= min_pixels]
@@ -199,7 +208,10 @@ class _Reader:
     masks: bool
 
     def record(self, image: str, label: str) -> Record:
-        array = read_label(self.root / label)
+        try:
+            array = read_label(self.root / label)
+        except BrokenFile as error:
+            return Record(image, label, 0, 0, {}, (), str(error))
         array = array if self.values is None else self.values[array]
         counts = np.bincount(array.ravel(), minlength=IGNORE + 1)
         values = [int(v) for v in np.flatnonzero(counts) if v not in (0, IGNORE)]
@@ -209,17 +221,24 @@ class _Reader:
                 f"{self.root / label}: label values {strange} are no class; expected 0..{len(self.names)} and 255 (ignore). "
                 "Is it the label of this data set (Train.data_set, Data.data_root), with contiguous class ids?"
             )
-        check_sizes(self.root / image, image_hw(self.root / image), self.root / label, array.shape)
+        broken = ""
+        try:
+            check_sizes(self.root / image, image_hw(self.root / image), self.root / label, array.shape)
+        except BrokenFile as error:
+            broken = str(error)
         annotated = self._annotated(image)
         if annotated is None:
             annotated = tuple(values)
-        return Record(image, label, *array.shape, {v: int(counts[v]) for v in values}, annotated)
+        return Record(image, label, *array.shape, {v: int(counts[v]) for v in values}, annotated, broken)
 
     def image_record(self, image: str, label: str) -> Record:
         """Without `pixels`; the label is opened where nothing else tells the classes."""
         annotated = self._annotated(image)
         if annotated is not None:
-            return Record(image, label, *image_hw(self.root / image), {}, annotated)
+            try:
+                return Record(image, label, *image_hw(self.root / image), {}, annotated)
+            except BrokenFile as error:
+                return Record(image, label, 0, 0, {}, annotated, str(error))
         if not label or not (self.root / label).is_file():
             raise UserError(f"{self.root / image}: nothing tells which classes it shows; needed is a line in Data.image_labels, "
                             f"{_xml_path(self.root, image)}, or a label")

@@ -14,6 +14,7 @@ from hashlib import blake2b
 from pathlib import Path
 
 from util.data.episodes import EpisodeList, EpisodeSpec
+from util.data.folds import shown
 from util.data.index import Index, Record, build_index
 from util.errors import UserError
 from util.files import atomic
@@ -67,11 +68,11 @@ def manifest_text(header: Mapping[str, str], lists: Mapping[int, AnyEpisodes], c
 
 
 def read_manifest(path: str | Path, records: Sequence[Record], classes: Sequence[int], shot: int,
-                  repeats: bool = False) -> dict[int, ManifestEpisodes]:  # fmt: skip
+                  repeats: bool = False, names: tuple[str, ...] = ()) -> dict[int, ManifestEpisodes]:  # fmt: skip
     """Read the episodes of each seed, seeds in order of appearance.
 
     records: of Data.val_list (`util.data.index.scan`); classes: the fold's novel ones; shot: Train.shot;
-    repeats: a support may occur twice.
+    repeats: a support may occur twice; names: of all classes, for messages.
     Raises UserError, naming file and line, for an episode that cannot be evaluated or would silently count as zero.
     """
     path, places = Path(path), {record.image: i for i, record in enumerate(records)}
@@ -82,7 +83,7 @@ def read_manifest(path: str | Path, records: Sequence[Record], classes: Sequence
             if line.startswith("#"):
                 _read_header(line, header, shot, bool(seeds))
             elif line.strip():
-                seed, cls, images = _read_episode(line, records, places, classes, shot, repeats)
+                seed, cls, images = _read_episode(line, records, places, classes, shot, repeats, names)
                 seeds.setdefault(seed, []).append((cls, images))
         except UserError as error:
             raise UserError(f"{path}:{number}: {error}") from error
@@ -90,7 +91,7 @@ def read_manifest(path: str | Path, records: Sequence[Record], classes: Sequence
         raise UserError(f"{path}: no episode in it; expected lines `seed class query support [support ...]`")
 
     named = sorted({i for episodes in seeds.values() for _, images in episodes for i in images})
-    index = build_index([records[i] for i in named], classes, only=False, min_pixels=1)  # keeps all: each shows its class
+    index = build_index([records[i] for i in named], classes, False, 1, names)  # keeps all: each shows its class
     at = {i: position for position, i in enumerate(named)}
     lists = {
         seed: ManifestEpisodes(index, shot, seed, [
@@ -138,7 +139,8 @@ def _read_header(line: str, header: dict[str, str], shot: int, late: bool) -> No
 
 
 def _read_episode(
-    line: str, records: Sequence[Record], places: Mapping[str, int], classes: Sequence[int], shot: int, repeats: bool
+    line: str, records: Sequence[Record], places: Mapping[str, int], classes: Sequence[int], shot: int, repeats: bool,
+    names: Sequence[str],
 ) -> tuple[int, int, list[int]]:
     """Parse seed, class, and the positions of query and supports in `records`."""
     try:
@@ -149,7 +151,8 @@ def _read_episode(
     if len(images) != shot + 1:
         raise UserError(f"expected a query and {shot} support{'s' * (shot != 1)} (Train.shot = {shot}), got {len(images)} images")
     if cls not in classes:
-        raise UserError(f"class {cls} is not one of the fold's novel classes, {', '.join(map(str, classes))} (Train.split)")
+        raise UserError(f"class {shown([cls], names)} is not one of the fold's novel classes, {shown(classes, names)} "
+                        "(Train.split)")
     for i, image in enumerate(images):
         if image not in places:
             raise UserError(f"the image {image} is not in Data.val_list")
@@ -157,5 +160,6 @@ def _read_episode(
             raise UserError(f"the image {image} is there twice; query and supports must be different images")
         if cls not in records[places[image]].pixels:
             role = "support" if i else "query"
-            raise UserError(f"the label of the {role} {image} has no pixel of class {cls}: the episode would count nothing")
+            raise UserError(f"the label of the {role} {image} has no pixel of class {shown([cls], names)}: "
+                            "the episode would count nothing")
     return seed, cls, [places[image] for image in images]

@@ -4,7 +4,7 @@ Every image of the list is used, not the filtered index of a fold.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -78,28 +78,32 @@ class SemanticDataset(Dataset):
         number = i % n if self.evaluation else shuffled(n, self.seed, i)
         record = self.records[number]
         image, label = self._read(record)
-        original = self._table[label]
-        shown = np.zeros_like(original)
-        image, _, (label, shown) = self.transform(generator(self.seed, i, "semantic"), image, [original, shown])
         present = torch.zeros(self.num_classes, dtype=torch.bool)
         present[[c - 1 for c in record.annotated]] = True
-        return Images(
-            image=to_tensor(image)[None],
-            label=to_tensor(label)[None],
-            present=present[None],
-            valid=torch.tensor([box_of(shown != IGNORE)]),
-            number=torch.tensor([number]),
-            original_label=[to_tensor(original)] if self.evaluation else [],
-            placed=[self.transform.placed(original.shape)] if self.evaluation else [],
-            name=[record.image],
-            key=[content_key(image)] if self.evaluation else [],
-        )
+        found = images_of(image, self._table[label], self.transform, present, record.image, generator(self.seed, i, "semantic"))
+        found.number[0] = number
+        return found if self.evaluation else replace(found, original_label=[], placed=[], key=[])
 
     def _read(self, record: Record) -> tuple[np.ndarray, np.ndarray]:
         if self.labelled:
             return read_pair(self.root / record.image, self.root / record.label, self.values)
         image = read_image(self.root / record.image)
         return image, np.full(image.shape[:2], IGNORE, np.uint8)
+
+
+def images_of(image: np.ndarray, label: np.ndarray, transform: Transform, present: Tensor, name: str,
+              rng: np.random.Generator | None = None) -> Images:  # fmt: skip
+    """Build a batch of one image, as evaluation needs it.
+
+    Args:
+        image: H W 3 float32 RGB 0..255; label: H W uint8, channels or 255; present: C bool; rng: of transforms that draw.
+    """
+    moved, _, (small, shown) = transform(rng, image, [label, np.zeros_like(label)])
+    return Images(
+        image=to_tensor(moved)[None], label=to_tensor(small)[None], present=present[None],
+        valid=torch.tensor([box_of(shown != IGNORE)]), number=torch.zeros(1, dtype=torch.int64),
+        original_label=[to_tensor(label)], placed=[transform.placed(label.shape)], name=[name], key=[content_key(moved)],
+    )  # fmt: skip
 
 
 def box_of(shown: np.ndarray) -> tuple[int, int, int, int]:

@@ -47,18 +47,27 @@ class Source:
         """Score predictions of other classes; only tasks whose systems take any names can."""
         raise UserError("Test_Finetune.classes: this system predicts the classes of its data set; leave it out")
 
-    def folds(self, config: Config) -> Fold:
+    @classmethod
+    def folds(cls, config: Config) -> Fold:
         """Which classes it has labels of, and which it has not."""
         return fold_of(config)
 
     def records(self, key: str) -> list[Record]:
-        """Return the scanned lines of Data.train_list or Data.val_list; they are read once."""
+        """Return the scanned lines of Data.train_list or Data.val_list, broken ones included; they are read once."""
         if key not in self._records:
             data = self.config.Data
             given = read_image_labels(data.image_labels, self.names) if data.image_labels else None
             self._records[key] = scan(data.data_root, getattr(data, key), self.names, self.cache, skip=data.on_error == "skip",
                                       values=self.values, given=given, masks=self.labelled(key))  # fmt: skip
         return self._records[key]
+
+    def readable(self, key: str) -> list[Record]:
+        """Return the records of a list without the broken ones: training learns from what is there."""
+        found = [record for record in self.records(key) if not record.broken]
+        if not found:
+            raise UserError(f"{getattr(self.config.Data, key)}: none of its files can be read; the first: "
+                            f"{self.records(key)[0].broken}")
+        return found
 
     @classmethod
     def labelled(cls, key: str) -> bool:
@@ -69,9 +78,10 @@ class Source:
         """Return the endless training data: sample i is a pure function of i."""
         raise NotImplementedError
 
-    def transform(self, training: bool) -> Transform:
+    @classmethod
+    def transform(cls, config: Config, training: bool) -> Transform:
         """Return the resize and the augmentation of images."""
-        train = self.config.Train
+        train = config.Train
         if training and train.augment:
             return TrainTransform(train.train_h, train.scale_min, train.scale_max, train.crop)
         if training:
@@ -92,12 +102,18 @@ class EpisodeSource(Source):
         """Index the images of the fold: base classes (with Train.filter_novel) in training, novel classes in validation.
 
         `base`: index the base classes of the validation list instead, in images without any novel object.
+        Raises UserError for a label of the validation list that cannot be read: which episodes it belongs to is unknown.
         """
-        train, minimum = self.config.Train, self.config.Data.min_pixels
+        train, minimum, names = self.config.Train, self.config.Data.min_pixels, self.names.names
         if training:
-            return build_index(self.records("train_list"), self.fold.base, only=train.filter_novel, min_pixels=minimum)
+            return build_index(self.readable("train_list"), self.fold.base, train.filter_novel, minimum, names)
+        unknown = [record.broken for record in self.records("val_list") if not record.known]
+        if unknown:
+            raise UserError(f"{unknown[0]}. Which classes {len(unknown)} image(s) of {self.config.Data.val_list} show is unknown "
+                            "without their labels, so the episodes of the protocol cannot be drawn, with Data.on_error=skip "
+                            "neither; bring the labels back, or take the lines out of the list: that is then another list")
         classes = self.fold.base if base else self.fold.novel
-        return build_index(self.records("val_list"), classes, only=base, min_pixels=minimum)
+        return build_index(self.records("val_list"), classes, base, minimum, names)
 
     def listed(self, index: Index, seed: int, shuffle: bool = False) -> EpisodeList:
         """Return the protocol's endless list of episodes over an index."""
@@ -115,7 +131,7 @@ class EpisodeSource(Source):
 
     def training(self) -> EpisodeDataset:
         episodes = self.listed(self.index(training=True), self.config.Train.manual_seed, shuffle=True)
-        return self._dataset(episodes, self.transform(training=True), "mask", evaluation=False)
+        return self._dataset(episodes, self.transform(self.config, training=True), "mask", evaluation=False)
 
     def validation_episodes(self) -> EpisodeList:
         """Return the episodes that choose the checkpoint, of the classes that Train.selection names."""
@@ -130,14 +146,15 @@ class EpisodeSource(Source):
         if not test.episodes:
             return {seed: self.drawn(seed, test.test_num) for seed in test.seeds}
         found = read_manifest(test.episodes, self.records("val_list"), self.fold.novel, self.config.Train.shot,
-                              repeats=self.config.Train.draw != "image")  # fmt: skip
+                              repeats=self.config.Train.draw != "image", names=self.names.names)  # fmt: skip
         for episodes in found.values():
             check_novel(episodes, self.fold, self.names, len(episodes))
         return found
 
     def episodes(self, episodes: AnyEpisodes) -> EpisodeDataset:
         """Return the data set of these episodes for evaluation."""
-        return self._dataset(episodes, self.transform(training=False), self.config.Test_Finetune.ann_type, evaluation=True)
+        return self._dataset(episodes, self.transform(self.config, training=False), self.config.Test_Finetune.ann_type,
+                             evaluation=True)  # fmt: skip
 
     def _dataset(self, episodes: AnyEpisodes, transform: Transform, ann_type: str, evaluation: bool) -> EpisodeDataset:
         return EpisodeDataset(
@@ -158,7 +175,12 @@ class ImageSource(Source):
 
     @property
     def channels(self) -> tuple[int, ...]:
-        return (0, *self.fold.base)
+        return self.channels_of(self.fold)
+
+    @classmethod
+    def channels_of(cls, fold: Fold) -> tuple[int, ...]:
+        """Return the channels of a system for these classes."""
+        return (0, *fold.base)
 
     def target(self, training: bool) -> dict[int, int]:
         """Map each class to its channel, or to 255 where it does not count; classes without an entry are background."""
@@ -169,7 +191,9 @@ class ImageSource(Source):
 
     def images(self, key: str, training: bool) -> SemanticDataset:
         """Every image of Data.train_list or Data.val_list."""
+        records = self.readable(key) if training else self.records(key)
         return SemanticDataset(
-            self.records(key), self.target(training), self.fold.num_classes, self.config.Data.data_root, self.transform(training),
-            self.config.Train.manual_seed, evaluation=not training, values=self.values, labelled=self.labelled(key),
+            records, self.target(training), self.fold.num_classes, self.config.Data.data_root,
+            self.transform(self.config, training), self.config.Train.manual_seed, evaluation=not training, values=self.values,
+            labelled=self.labelled(key),
         )  # fmt: skip

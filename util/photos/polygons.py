@@ -5,7 +5,7 @@ the hole. Filled polygons therefore give exactly the mask.
 """
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +13,7 @@ import cv2
 import numpy as np
 
 Polygon = list[tuple[int, int]]  # corners x, y
+Object = tuple[str, np.ndarray, float | None]  # name, mask H W bool, mean score (None without a pixel)
 
 
 def polygons(mask: np.ndarray) -> list[Polygon]:
@@ -63,33 +64,36 @@ def _outline(part: np.ndarray) -> Polygon:
 
 @dataclass
 class Coco:
-    """Build a COCO data set of one class, with one annotation for each image that shows it."""
+    """Build a COCO data set, with one annotation for each class that an image shows."""
 
-    name: str
+    names: Sequence[str]
     images: list[dict[str, Any]] = field(default_factory=list)
     annotations: list[dict[str, Any]] = field(default_factory=list)
 
-    def add(self, file: str, mask: np.ndarray, score: float | None) -> None:
-        """Add an image. mask: H W bool; score: the object's mean score, None without an object."""
-        self.images.append({"id": len(self.images) + 1, "file_name": file, "height": mask.shape[0], "width": mask.shape[1]})
-        if not mask.any():
-            return
-        rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-        x, y = int(columns[0]), int(rows[0])
-        self.annotations.append({
-            "id": len(self.annotations) + 1, "image_id": len(self.images), "category_id": 1, "iscrowd": 0, "score": score,
-            "area": int(mask.sum()), "bbox": [x, y, int(columns[-1]) + 1 - x, int(rows[-1]) + 1 - y],
-            "segmentation": [[value for corner in polygon for value in corner] for polygon in polygons(mask)],
-        })  # fmt: skip
+    def add(self, file: str, hw: tuple[int, int], objects: Iterable[Object]) -> None:
+        """Add an image; of its objects those with a pixel."""
+        self.images.append({"id": len(self.images) + 1, "file_name": file, "height": hw[0], "width": hw[1]})
+        for name, mask, score in objects:
+            if not mask.any():
+                continue
+            rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+            x, y = int(columns[0]), int(rows[0])
+            self.annotations.append({
+                "id": len(self.annotations) + 1, "image_id": len(self.images), "category_id": 1 + self.names.index(name),
+                "iscrowd": 0, "score": score, "area": int(mask.sum()),
+                "bbox": [x, y, int(columns[-1]) + 1 - x, int(rows[-1]) + 1 - y],
+                "segmentation": [[value for corner in polygon for value in corner] for polygon in polygons(mask)],
+            })  # fmt: skip
 
     def content(self) -> dict[str, Any]:
         """Return the content of the JSON file."""
-        categories = [{"id": 1, "name": self.name, "supercategory": ""}]
+        categories = [{"id": i, "name": name, "supercategory": ""} for i, name in enumerate(self.names, start=1)]
         return {"images": self.images, "categories": categories, "annotations": self.annotations}
 
 
-def labelme(file: str, mask: np.ndarray, name: str) -> dict[str, Any]:
+def labelme(file: str, hw: tuple[int, int], objects: Iterable[Object]) -> dict[str, Any]:
     """Return LabelMe's JSON of an image; file: path of the image relative to the JSON."""
-    common = {"label": name, "group_id": 1, "shape_type": "polygon", "flags": {}}
-    return {"version": "5.5.0", "flags": {}, "shapes": [common | {"points": polygon} for polygon in polygons(mask)],
-            "imagePath": file, "imageData": None, "imageHeight": mask.shape[0], "imageWidth": mask.shape[1]}
+    shapes = [{"label": name, "group_id": i, "shape_type": "polygon", "flags": {}, "points": polygon}
+              for i, (name, mask, _) in enumerate(objects, start=1) for polygon in polygons(mask)]  # fmt: skip
+    return {"version": "5.5.0", "flags": {}, "shapes": shapes, "imagePath": file, "imageData": None,
+            "imageHeight": hw[0], "imageWidth": hw[1]}

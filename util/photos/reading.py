@@ -173,6 +173,10 @@ def box_mask(boxes: Sequence[Box], photo: Photo) -> np.ndarray:
     for box in boxes:
         if len(box) != 4 or not np.isfinite(box).all():
             raise UserError(f"box {box} of {photo.name}: give x0, y0, x1, y1 in pixels")
+        if max(box) <= 1 and any(value % 1 for value in box):
+            pixels = ",".join(str(round(value * side)) for value, side in zip(box, photo.hw[::-1] * 2, strict=True))
+            raise UserError(f"box {','.join(map(str, box))} of {photo.name}: these are fractions of its sides; give pixels, here "
+                            f"{pixels}")
         x0, y0, x1, y1 = (round(float(value)) for value in box)
         part = mask[max(y0, 0) : max(y1, 0), max(x0, 0) : max(x1, 0)]
         if x0 >= x1 or y0 >= y1 or not part.size:

@@ -3,7 +3,7 @@
 import contextlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,20 +29,20 @@ class Results:
 
     Args:
         kind: kind of polygons: "coco", "labelme" or None.
-        name: the object's, for the polygons.
+        names: of the objects, for the polygons.
         record: entries of scores.json about the run.
     Raises:
         UserError: the folder cannot be written.
     """
 
-    def __init__(self, out: Path, kind: str | None, name: str, record: dict[str, Any]) -> None:
-        self.out, self.kind, self.name = out / UNFINISHED, kind, name
+    def __init__(self, out: Path, kind: str | None, names: Sequence[str], record: dict[str, Any]) -> None:
+        self.out, self.kind, self.names = out / UNFINISHED, kind, names
         with _writing(out):
             shutil.rmtree(self.out, ignore_errors=True)
             self.out.mkdir(parents=True)
         self.record = record | {"images": [], "unread": []}
-        self._names: set[str] = set()
-        self._coco = polygons.Coco(name)
+        self._taken: set[str] = set()
+        self._coco = polygons.Coco(names)
         self._panels: list[viz.Panel] = []
 
     def support(self, number: int, photo: Photo, mask: np.ndarray) -> None:
@@ -58,20 +58,41 @@ class Results:
         """
         name = self._free(stem)
         mean = round(float(score[mask].mean()), 4) if mask.any() else None
-        self._save(f"masks/{name}.png", mask.astype(np.uint8) * 255, "PNG")
+        self._save(f"masks/{name}.png", Image.fromarray(mask.astype(np.uint8) * 255), "PNG")
         self._save_overlay(f"overlays/{name}.jpg", name, photo.image, mask.astype(np.uint8), "prediction")
-        if self.kind == "labelme":
-            with _writing(self.out):
-                save_json(self.out / f"labelme/{name}.json", polygons.labelme(self._from_labelme(photo), mask, self.name))
-        if self.kind == "coco":
-            self._coco.add(Path(photo.name).name, mask, mean)
-        found = {
-            "image": photo.name, "mask": f"masks/{name}.png", "overlay": f"overlays/{name}.jpg",
-            "height": photo.hw[0], "width": photo.hw[1], "fraction": round(float(mask.mean()), 4), "score": mean,
-            "highest": round(float(score.max()), 4), "seconds": round(seconds, 3),
-        }  # fmt: skip
-        self.record["images"].append(found)
-        return found
+        self._save_polygons(name, photo, [(self.names[0], mask, mean)])
+        return self._add(name, photo, seconds, {
+            "fraction": round(float(mask.mean()), 4), "score": mean, "highest": round(float(score.max()), 4),
+        })  # fmt: skip
+
+    def add_labels(self, stem: str, photo: Photo, label: np.ndarray, score: np.ndarray, classes: Mapping[int, str],
+                   seconds: float) -> dict[str, Any]:  # fmt: skip
+        """Write the files of one labelled image and return its entry of scores.json, its classes by size.
+
+        Args:
+            stem: as `add`; label: H W uint8, class numbers; score: H W in 0..1; classes: number -> name, 0 the background.
+        """
+        name, masks = self._free(stem), {number: label == number for number in np.unique(label).tolist()}
+        rows = [{"class": classes[number], "value": number, "fraction": round(float(mask.mean()), 4),
+                 "score": round(float(score[mask].mean()), 4)} for number, mask in masks.items()]  # fmt: skip
+        rows.sort(key=lambda row: -row["fraction"])
+        painted = Image.fromarray(label)
+        painted.putpalette(viz.palette().tobytes())
+        self._save(f"masks/{name}.png", painted, "PNG")
+        image, small = shrink(photo.image, OVERLAY_SIDE), shrink(label, OVERLAY_SIDE, cv2.INTER_NEAREST)
+        legend = [(row["value"], f"{row['class']} {100 * row['fraction']:.1f} %") for row in rows]
+        shown = viz.tinted(image, small)
+        self._save_jpeg(f"overlays/{name}.jpg", viz.with_legend(shown, legend))
+        self._show(name, viz.with_legend(viz.fit(shown, TILE), legend))
+        objects = [(row["class"], masks[row["value"]], row["score"]) for row in rows if row["value"]]
+        self._save_polygons(name, photo, objects)
+        return self._add(name, photo, seconds, {"classes": rows})
+
+    def _add(self, name: str, photo: Photo, seconds: float, found: dict[str, Any]) -> dict[str, Any]:
+        entry = {"image": photo.name, "mask": f"masks/{name}.png", "overlay": f"overlays/{name}.jpg", "height": photo.hw[0],
+                 "width": photo.hw[1], **found, "seconds": round(seconds, 3)}  # fmt: skip
+        self.record["images"].append(entry)
+        return entry
 
     def unread(self, source: str, reason: str) -> None:
         """Record an image that could not be read."""
@@ -98,30 +119,40 @@ class Results:
             rows = [self._panels[i : i + ROW] for i in range(0, len(self._panels), ROW)]
             self._save_jpeg("overview.jpg", viz.contact_sheet(rows, height=TILE))
 
+    def _save_polygons(self, name: str, photo: Photo, objects: Sequence[polygons.Object]) -> None:
+        if self.kind == "labelme":
+            with _writing(self.out):
+                save_json(self.out / f"labelme/{name}.json", polygons.labelme(self._from_labelme(photo), photo.hw, objects))
+        if self.kind == "coco":
+            self._coco.add(Path(photo.name).name, photo.hw, objects)
+
     def _from_labelme(self, photo: Photo) -> str:
         """Path of a photo as seen from OUT/labelme: both folders can move together."""
         return os.path.relpath(Path(photo.name).resolve(), (self.out.parent / "labelme").resolve())
 
     def _free(self, stem: str) -> str:
         name, count = stem, 2
-        while name in self._names:
+        while name in self._taken:
             name, count = f"{stem}-{count}", count + 1
-        self._names.add(name)
+        self._taken.add(name)
         return name
 
     def _save_overlay(self, name: str, caption: str, image: np.ndarray, mask: np.ndarray, colour: str) -> None:
         image, mask = shrink(image, OVERLAY_SIDE), shrink(mask, OVERLAY_SIDE, cv2.INTER_NEAREST)
         shown = viz.overlay(image, mask, viz.COLOURS[colour], outline=max(1, round(max(mask.shape) / 300)))
         self._save_jpeg(name, shown)
+        self._show(caption, viz.fit(shown, TILE))
+
+    def _show(self, caption: str, image: np.ndarray) -> None:
         if len(self._panels) < SHEET:
-            self._panels.append((caption, viz.fit(shown, TILE)))
+            self._panels.append((caption, image))
 
     def _save_jpeg(self, name: str, image: np.ndarray) -> None:
-        self._save(name, image, "JPEG", quality=92, subsampling=0)
+        self._save(name, Image.fromarray(image), "JPEG", quality=92, subsampling=0)
 
-    def _save(self, name: str, image: np.ndarray, kind: str, **options: int) -> None:
+    def _save(self, name: str, image: Image.Image, kind: str, **options: int) -> None:
         with _writing(self.out), atomic(self.out / name) as temporary:
-            Image.fromarray(image).save(temporary, kind, **options)
+            image.save(temporary, kind, **options)
 
 
 @contextlib.contextmanager

@@ -59,6 +59,9 @@ def draw(folder: Path) -> None:
     if result.get("episodes") and "per_class" not in (result.get("interval") or {}):  # an older report: computed from the rows
         result["interval"] = bootstrap(read_episodes(result))
     found = figures.of(result)
+    if len({figures.slug(name) for name in found}) < len(found):
+        raise UserError(f"{folder / 'report.json'}: two of its figures have one file name ({', '.join(found)}); "
+                        "rename its curves")
     for name, figure in found.items():
         for path in figures.save(folder / "figures", name, figure):
             print(path)

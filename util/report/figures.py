@@ -7,6 +7,7 @@ only difference: lines differ in dashes or stand apart, bars have gaps.
 from __future__ import annotations
 
 import functools
+import html
 import io
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -96,17 +97,17 @@ def learning_curves(curves: Mapping[str, Mapping[str, Sequence]], mark: str = ""
     train, validation = dict(curves.get("train", {})), curves.get("validation", {})
     rate, steps = train.pop("rate", None), train.pop("step", [])
     parts = [("loss", 1.25, train), ("mIoU (%)", 0.95, validation.get("miou")), ("rate", 0.55, rate)]
-    parts = [part for part in parts if part[2]]
+    parts, alone = [part for part in parts if part[2]], "o" if len(steps) == 1 else ""  # a line needs two points
     figure = Figure((WIDTH, 0.35 + sum(height for _, height, _ in parts)), layout="constrained")
     grid = figure.subplots(len(parts), 1, sharex=True, squeeze=False, height_ratios=[height for _, height, _ in parts])[:, 0]
     for axes, (name, _, values) in zip(grid, parts, strict=True):
         if name == "loss":
             for (term, points), colour, dashes in zip(values.items(), SERIES, DASHES, strict=False):
-                axes.plot(steps, _numbers(points), color=colour, linestyle=dashes, label=term)
+                axes.plot(steps, _numbers(points), color=colour, linestyle=dashes, label=term, marker=alone)
             axes.set_ylim(bottom=0)
             axes.legend(ncols=4, loc="lower right", bbox_to_anchor=(1, 0.98))
         elif name == "rate":
-            axes.plot(steps, _numbers(values), color=SOFT)
+            axes.plot(steps, _numbers(values), color=SOFT, marker=alone)
             axes.set_ylim(bottom=0)
             axes.ticklabel_format(axis="y", scilimits=(0, 0), useMathText=False)
         else:
@@ -114,12 +115,17 @@ def learning_curves(curves: Mapping[str, Mapping[str, Sequence]], mark: str = ""
             axes.plot(x, y, color=SERIES[0], marker="o", markersize=2.5)
             if np.isfinite(y).any():
                 best = int(np.nanargmax(y))
-                axes.annotate(f"best {y[best]:.1f}", (x[best], y[best]), (0, 4), textcoords="offset points", ha="right")
-            axes.margins(y=0.3)
+                axes.plot(x[best], y[best], color=SERIES[0], marker="o", markersize=4, linestyle="none",
+                          label=f"best {y[best]:.1f} at iteration {x[best]:,.0f}")  # fmt: skip
+                axes.legend(loc="lower right", bbox_to_anchor=(1, 0.98))
+            axes.margins(y=0.15)
+            if np.isfinite(y).sum() == 1:
+                axes.set_ylim(0, max(1.3 * np.nanmax(y), 1))
         axes.set_ylabel(name)
         axes.yaxis.set_major_locator(MaxNLocator(4 if name != "rate" else 2))
     figure.align_ylabels(grid)
     grid[-1].set_xlabel("iteration")
+    grid[-1].set_xlim(0, 1.03 * max([*steps, *validation.get("step", []), 1]))
     return _marked(figure, mark)
 
 
@@ -127,8 +133,7 @@ def learning_curves(curves: Mapping[str, Mapping[str, Sequence]], mark: str = ""
 def prior_curves(quality: Mapping[str, Sequence[float]], final: float, mark: str = "") -> Figure:
     """Draw the mIoU of each prior alone, cut at THRESHOLDS, and of the final mask (`final`); fractions."""
     figure, axes = _figure(1.9, mark)
-    axes.axhline(100 * final, color=INK, linewidth=1)
-    axes.text(0.9, 100 * final, f"final mask {100 * final:.1f}", ha="right", va="bottom")
+    axes.axhline(100 * final, color=INK, linewidth=1, label=f"final mask {100 * final:.1f}")
     for (name, values), colour, dashes, marker in zip(quality.items(), SERIES, DASHES, "osD^v<", strict=False):
         best = int(np.argmax(values))
         text = f"{title(name)}, best {100 * values[best]:.1f} at {THRESHOLDS[best]:.1f}"
@@ -179,17 +184,23 @@ def svg(figure: Figure, alt: str) -> str:
     text = buffer.getvalue()
     text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", text[text.index("<svg") :], flags=re.DOTALL)
     view = re.search(r'viewBox="[^"]*"', text).group()
-    text = re.sub(r"<svg[^>]*>", f'<svg role="img" aria-label="{alt}" {view}>', text, count=1)
+    head = f'<svg role="img" aria-label="{html.escape(alt)}" {view}>'
+    text = re.sub(r"<svg[^>]*>", lambda _: head, text, count=1)
     text = re.sub(r"(font: [^;\"]*?px)[^;\"]*", r"\1 system-ui, 'DejaVu Sans', sans-serif", text)
     for colour, name in VARIABLES.items():
         text = text.replace(colour, f"var({name})")
     return re.sub(r"\n\s*", "\n", text)
 
 
+def slug(name: str) -> str:
+    """Return a name that is a file name and nothing else: letters, digits, _ and -. (A report may come from anywhere.)"""
+    return re.sub(r"[^\w-]+", "-", name, flags=re.ASCII).strip("-")[:80] or "figure"
+
+
 @styled
 def save(folder: Path, name: str, figure: Figure) -> list[Path]:
-    """Write NAME.pdf (vectors, fonts embedded) and NAME.png into the folder; return their paths."""
-    paths = [folder / f"{name.replace(' ', '-')}.{kind}" for kind in ("pdf", "png")]
+    """Write NAME.pdf (vectors, fonts embedded) and NAME.png into the folder; return their paths. See `slug` for NAME."""
+    paths = [folder / f"{slug(name)}.{kind}" for kind in ("pdf", "png")]
     for path in paths:
         with atomic(path) as temporary:
             figure.savefig(temporary, format=path.suffix[1:], dpi=DPI)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from util.errors import UserError
 from util.files import atomic
 from util.report import figures, page, summary
 from util.score.causes import CAUSES, NAMES, causes
@@ -16,17 +18,35 @@ from util.score.table import EpisodeTable, read_episodes
 
 LARGEST = 10  # episodes of the table, in each direction
 PICTURES = 8
+PICTURE = re.compile(r"data:image/(png|jpeg);base64,[A-Za-z0-9+/]+={0,2}")  # the only source of a picture
 
 
 def read_gallery(folder: Path, of: str) -> dict[tuple[int, int], dict]:
-    """Read (seed, episode) -> card with embedded pictures from folder/gallery.json; {} where it is missing or of another run."""
+    """Read (seed, episode) -> card with embedded pictures from folder/gallery.json; {} where it is missing or of another run.
+
+    Raises UserError for a malformed file, and for a picture that is not inside it: a foreign one may point anywhere.
+    """
+    file = folder / "gallery.json"
+    if not file.exists():
+        return {}
     try:
-        found = json.loads((folder / "gallery.json").read_text(encoding="utf-8"))
+        found = json.loads(file.read_text(encoding="utf-8"))
         if found["of"] != of:
             return {}
-        return {(found["seed"], card["number"]): card for card in found["cards"]}
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
+        return {(int(found["seed"]), card["number"]): card for card in map(_checked, found["cards"])}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        kind = type(error).__name__
+        raise UserError(f"{file}: malformed ({kind}: {str(error)[:200]}); test again, or delete it: the page then has no "
+                        "pictures") from error
+
+
+def _checked(card: Mapping) -> dict:
+    """Return the parts of a card that a page uses. Raises ValueError or the like for what `write_report` does not write."""
+    panels = [{"caption": str(panel["caption"]), "uri": panel["uri"]} for panel in card["panels"]]
+    for panel in panels:
+        if not isinstance(panel["uri"], str) or not PICTURE.fullmatch(panel["uri"]):
+            raise ValueError(f"the picture {panel['caption']!r} of episode {card['number']} is no embedded PNG or JPEG")
+    return {"number": int(card["number"]), "subtitle": str(card["subtitle"]), "panels": panels}
 
 
 def write(file: Path, a: Mapping, b: Mapping, comparison: Comparison, galleries: Sequence[Mapping]) -> None:

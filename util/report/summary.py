@@ -126,6 +126,16 @@ def baseline_rows(result: Mapping) -> list[dict]:
     return [own, *sorted(others, key=lambda row: -row["miou"])] if others else []
 
 
+def warnings(result: Mapping) -> list[str]:
+    """Return the result's warnings; with them, that it is below one of its own baselines."""
+    found, own = [*result.get("warnings", [])], result["mean"].get("miou")
+    better = [row for row in baseline_rows(result) if not row["own"] and own is not None and row["miou"] > own]
+    if better:
+        names = ", ".join(f"{row['name']} ({100 * row['miou']:.1f})" for row in better)
+        found.append(f"with mIoU {100 * own:.1f} this system is below its own baselines, so it has not learnt enough: {names}")
+    return found
+
+
 def variant_rows(result: Mapping) -> list[dict]:
     """Return other predictions of the same run (seeds' `variants`): name and mean of each score; [] where there are none."""
     found = [seed.get("variants") or {} for seed in result["seeds"]]

@@ -93,11 +93,47 @@ def error_map(pred: np.ndarray, truth: np.ndarray, image: np.ndarray | None = No
     return out
 
 
-def colours(label: np.ndarray) -> np.ndarray:
-    """Colour H W channel numbers (255 = ignore) as VOC does, H W 3 uint8: bit j of channel k is bit 3j + k of the number."""
+def palette() -> np.ndarray:
+    """Return the colour of every class number as VOC has them, 256 3 uint8: bit j of channel k is bit 3j + k of the number."""
     table = np.array([[sum((i >> (3 * j + k) & 1) << (7 - j) for j in range(3)) for k in range(3)] for i in range(256)], np.uint8)
     table[255] = COLOURS["not counted"]
-    return table[label.astype(np.uint8)]
+    return table
+
+
+def colours(label: np.ndarray) -> np.ndarray:
+    """Colour H W channel numbers (255 = ignore) by `palette`, H W 3 uint8."""
+    return palette()[label.astype(np.uint8)]
+
+
+def tinted(image: np.ndarray, label: np.ndarray, alpha: float = 0.55) -> np.ndarray:
+    """Tint an image with the colours of its label H W uint8, and draw the edges between classes; 0 keeps the image."""
+    _check(image, label)
+    paint, (height, width) = colours(label), label.shape
+    edge = np.zeros(label.shape, bool)
+    for dy, dx in ((0, 1), (1, 0)):
+        edge[dy:, dx:] |= label[dy:, dx:] != label[: height - dy, : width - dx]
+    out = np.where((label > 0)[..., None], (1 - alpha) * image + alpha * paint, image).round().astype(np.uint8)
+    out[edge] = 255
+    return out
+
+
+def with_legend(image: np.ndarray, entries: Sequence[tuple[int, str]]) -> np.ndarray:
+    """Put a legend on white at the right of an image: (class number, text) a line, as many as fit; 0 has no colour."""
+    _check(image)
+    height = image.shape[0]
+    size = int(np.clip(height / 22, 9, 26))
+    line, font = round(1.5 * size), ImageFont.load_default(size)
+    fit = max(1, (height - size // 2) // line)
+    shown = list(entries) if len(entries) <= fit else [*entries[: fit - 1], (0, f"and {len(entries) - fit + 1} more")]
+    width = max((round(font.getlength(text)) for _, text in shown), default=0) + 3 * size
+    strip = Image.new("RGB", (width, height), "white")
+    pen, table = ImageDraw.Draw(strip), palette()
+    for i, (number, text) in enumerate(shown):
+        top = size // 2 + i * line
+        pen.rectangle((size // 2, top, size // 2 + size, top + size), tuple(map(int, table[number])) if number else "white",
+                      (128, 128, 128))  # fmt: skip
+        pen.text((2 * size, top), text, (20, 24, 32), font)
+    return np.hstack([image, np.asarray(strip)])
 
 
 def episode_panels(supports: Sequence[tuple[np.ndarray, np.ndarray]], query: np.ndarray, maps: Mapping[str, np.ndarray],

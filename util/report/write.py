@@ -57,7 +57,7 @@ def text_table(result: Mapping) -> str:
     """Format the result for the console: classes, scores, scores without leaks, baselines, in percent. Each line with a score
     ends with the mark."""
     mark = f"  {result['mark']}" if result.get("mark") else ""
-    lines = [f"WARNING: {text}" for text in result.get("warnings", [])]
+    lines = [f"WARNING: {text}" for text in summary.warnings(result)]
     lines.append(f"{summary.title(result)}: {summary.runs(result)}")
     if protocol := summary.protocol(result):
         lines.append(f"  protocol {protocol}")
@@ -128,7 +128,7 @@ def render(result: Mapping, cards: Sequence[Card]) -> str:
     view = {
         "result": result, "title": summary.title(result), "runs": summary.runs(result), "several": several, "tiles": tiles,
         "protocol": summary.protocol(result), "leaks": leaks, "differences": leak_free.get("differences", []),
-        "warnings": result.get("warnings", []), "mark": result.get("mark", ""), "classes": summary.class_rows(result),
+        "warnings": summary.warnings(result), "mark": result.get("mark", ""), "classes": summary.class_rows(result),
         "variants": summary.variant_rows(result), "setting": summary.setting(result), "unit": summary.unit(result),
         "columns": [(k, label(k)) for k, _ in scores(result)], "baselines": summary.baseline_rows(result),
         "facts": {"Protocol": result["protocol"], "Environment": result["environment"], "Time": result.get("time", {})},

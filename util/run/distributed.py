@@ -111,14 +111,26 @@ def start(gpus: int, runtime: Runtime) -> Context:
     device = torch.device("cuda", local) if gpus else torch.device("cpu")
     if gpus:
         torch.cuda.set_device(device)
-        if runtime.precision == "bf16" and not torch.cuda.is_bf16_supported():
-            raise UserError(f"Runtime.precision=bf16: {torch.cuda.get_device_name(device)} has no bfloat16; use fp32")
     else:
         torch.set_num_threads(runtime.threads or max(1, len(os.sched_getaffinity(0)) // local_world))
+    if runtime.precision == "bf16" and (reason := no_bf16(device)):
+        raise UserError(f"Runtime.precision=bf16: {reason}; use fp32")
     if world > 1:
         end_with_parent()
         dist.init_process_group("nccl" if gpus else "gloo", timeout=timedelta(minutes=30))
     return Context(device, rank, world, runtime.precision)
+
+
+def no_bf16(device: torch.device) -> str:
+    """Say why bfloat16 is of no use on a device; "" where it is.
+
+    oneDNN has no bf16 convolution for a processor without AVX-512: torch then runs a plain loop, some 100 times slower than fp32.
+    """
+    if device.type == "cuda":
+        return "" if torch.cuda.is_bf16_supported() else f"{torch.cuda.get_device_name(device)} has no bfloat16"
+    if device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return "this processor has no fast bfloat16 (AVX-512), convolutions would take some 100 times as long as in fp32"
+    return ""
 
 
 def end_with_parent() -> None:

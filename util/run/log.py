@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -51,6 +52,19 @@ def tracking(tracker: str, name: str, folder: Path, config: Mapping) -> Iterator
         yield run
 
 
+@dataclass(frozen=True)
+class Ahead:
+    """What follows a progress line until `name` ends: steps like its own, and seconds of other work.
+
+    more: there is other work, too, of unknown length.
+    """
+
+    name: str
+    steps: int = 0
+    seconds: float = 0.0
+    more: bool = False
+
+
 class _Console(logging.Handler):
     """Write log lines above the live line, which stays last on a terminal."""
 
@@ -83,6 +97,7 @@ class RunLog:
                  stream: TextIO | None = None, tracked: Any = None):
         self.folder, self.main, self.quiet, self.tracked = Path(folder), main, quiet, tracked
         self.writer: SummaryWriter | None = None
+        self.ahead: Ahead | None = None  # of the progress lines to come
         self._logger = logging.Logger(str(self.folder / name))  # not getLogger, so that two runs in one process share nothing
         self._logger.addHandler(logging.NullHandler())  # without any, Python prints warnings to stderr
         if not main:
@@ -127,7 +142,7 @@ class RunLog:
             writer.add_image(name, image, step, dataformats="HWC")
 
     def progress(self, total: int, label: str = "", start: int = 0) -> Progress:
-        """Return a progress line for steps start..total."""
+        """Return a progress line for steps start..total. It also says when all ends that is `ahead`."""
         return Progress(self, total, label, start)
 
     def _events(self) -> SummaryWriter | None:
@@ -153,7 +168,7 @@ class RunLog:
 
 
 class Progress:
-    """`epoch 3/200  120/526  loss 0.532 (main 0.41)  lr 9.9e-05  61.2 img/s  ETA 1:02:11`
+    """`epoch 3/200  120/526  loss 0.532 (main 0.41)  lr 9.9e-05  61.2 img/s  epoch ends in 6 min, training in 20 h 10 min`
 
     On a terminal one live line, drawn at most ten times a second; elsewhere (and in the file) a plain line every 30 s
     and at the end. Tensors are read only when a line is due, so a GPU is not made to wait at every step.
@@ -162,7 +177,7 @@ class Progress:
     LIVE_SECONDS, PLAIN_SECONDS, WINDOW = 0.1, 30.0, 200
 
     def __init__(self, log: RunLog, total: int, label: str, start: int):
-        self.log, self.total, self.label, self.done = log, total, label, start
+        self.log, self.total, self.label, self.done, self.ahead = log, total, label, start, log.ahead
         now = time.monotonic()
         self.history = deque([(now, start, 0)], maxlen=self.WINDOW)  # (time, step, images): speed over the last steps
         self.images, self.drawn, self.written, self.line = 0, 0.0, now, ""
@@ -182,8 +197,6 @@ class Progress:
             self._write(now)
 
     def __str__(self) -> str:
-        (t0, step0, images0), (t1, step1, images1) = self.history[0], self.history[-1]
-        seconds = max(t1 - t0, 1e-9)
         losses, lr = self.fields
         parts = [self.label] if self.label else []
         parts.append(f"{self.done}/{self.total}")
@@ -193,10 +206,21 @@ class Progress:
             parts.append(f"loss {sum(values.values()):.4f}" + (f" ({detail})" if len(values) > 1 else ""))
         if lr is not None:
             parts.append(f"lr {lr:.2e}")
-        if step1 > step0:
-            parts.append(f"{(images1 - images0) / seconds:.1f} img/s")
-            parts.append(f"ETA {duration((self.total - self.done) * seconds / (step1 - step0))}")
+        if pace := self.pace:
+            (t0, _, images0), (t1, _, images1) = self.history[0], self.history[-1]
+            parts.append(f"{(images1 - images0) / max(t1 - t0, 1e-9):.1f} img/s")
+            here = (self.total - self.done) * pace
+            end = f"{self.label.rstrip(' /0123456789') or 'this'} ends in {spelled(here)}"
+            if ahead := self.ahead:
+                end += f", {ahead.name} in {'more than ' * ahead.more}{spelled(here + ahead.steps * pace + ahead.seconds)}"
+            parts.append(end)
         return "  ".join(parts)
+
+    @property
+    def pace(self) -> float:
+        """Seconds a step, over the last steps; 0 before the first."""
+        (t0, step0, _), (t1, step1, _) = self.history[0], self.history[-1]
+        return max(t1 - t0, 1e-9) / (step1 - step0) if step1 > step0 else 0.0
 
     def _write(self, now: float) -> None:
         """Write a plain line to the file, and to the console where there is no live line."""
@@ -221,6 +245,18 @@ class Progress:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def spelled(seconds: float) -> str:
+    """Return a time in words, rounded for people: 40 s, 12 min, 5 h 20 min, 3 days 4 h."""
+    minutes, hours = round(seconds / 60), round(seconds / 3600)
+    if seconds < 90:
+        return f"{round(seconds)} s"
+    if minutes < 90:
+        return f"{minutes} min"
+    if hours < 48:
+        return f"{minutes // 60} h {minutes % 60} min"
+    return f"{hours // 24} days {hours % 24} h"
 
 
 def duration(seconds: float) -> str:

@@ -119,7 +119,10 @@ def data_root(config: Config) -> Finding:
     root = Path(config.Data.data_root)
     if config.Data.maker:
         return Finding("data", True, f"{root} (drawn on first use)")
-    return Finding("data", root.is_dir(), f"Data.data_root = {root}", "docs/getting-started.md says where it comes from")
+    there = root.is_dir()
+    detail = f"Data.data_root = {root}" + ("" if there else ": no such folder" if not root.exists() else ": not a folder")
+    remedy = "docs/getting-started.md says where it comes from; Data.data_root=FOLDER where it is elsewhere"
+    return Finding("data", there, detail, remedy)
 
 
 def before(config: Config, place: Experiment, arch: str) -> Finding:

@@ -54,7 +54,8 @@ def evaluate_episodes(
         `skipped`, messages about episodes that could not be read (`Data.on_error`); and a row for every other episode.
     """
     context, classes = how.context, sorted(episodes_per_class(data.episodes, count))
-    meters: dict[str, FewShotMeter] = defaultdict(lambda: FewShotMeter(classes, context.device))
+    names = data.episodes.index.names
+    meters: dict[str, FewShotMeter] = defaultdict(lambda: FewShotMeter(classes, context.device, names))
     base, priors = SemanticMeter((0, *fold.base), context.device), PriorMeter(classes, context.device)
     rows: list[Row] = []
     loader = how.loader(data, count)
@@ -78,11 +79,11 @@ def evaluate_episodes(
                     scores = torch.stack([~mask[i], mask[i]]).float()
                     meters[f"baseline {name}"].update(placed.restore(scores).argmax(0), truth, cls)
             bar.step(len(episode))
-    names = sorted({name for part in context.gather([sorted(meters)]) for name in part})  # a process may have had no episode
-    for name in names:
+    found = sorted({name for part in context.gather([sorted(meters)]) for name in part})  # a process may have had no episode
+    for name in found:
         context.all_reduce(meters[name].state)
     context.all_reduce(base.state)
-    results = {name: meters[name].result() for name in names}
+    results = {name: meters[name].result() for name in found}
     record = results["final"] | how.skipped(loader)
     if "meta" in results:
         record["meta_miou"] = results["meta"]["miou"]

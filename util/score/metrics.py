@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from util.data.folds import shown
 from util.data.transforms import IGNORE
 from util.errors import UserError
 
@@ -48,25 +49,6 @@ def intersection_union(confusion: Tensor) -> Tensor:
     return torch.stack([hit, confusion.sum(0) + confusion.sum(1) - hit], dim=1)
 
 
-def seen_unseen(state: Tensor, unseen: Sequence[int]) -> dict[str, float]:
-    """Score zero-shot segmentation, fractions 0..1, from counts C C by (truth, prediction) over all classes.
-
-    pixel_accuracy; miou over all, miou_seen, miou_unseen: means over classes that truth or prediction has (nan: none has);
-    hiou: their harmonic mean, 0 where both are 0.
-    """
-    counts = intersection_union(state.cpu()).double()
-    iou, new = counts[:, 0] / counts[:, 1], torch.zeros(len(state), dtype=torch.bool)  # 0 / 0 is nan
-    new[list(unseen)] = True
-    seen, fresh = (float(iou[part].nanmean()) for part in (~new, new))
-    return {
-        "pixel_accuracy": float(state.diagonal().sum().double() / state.sum()),
-        "miou": float(iou.nanmean()),
-        "miou_seen": seen,
-        "miou_unseen": fresh,
-        "hiou": 2 * seen * fresh / (seen + fresh) if seen + fresh else seen + fresh,
-    }
-
-
 class Counts(NamedTuple):
     """Pixels of one episode."""
 
@@ -84,13 +66,14 @@ class Counts(NamedTuple):
 class FewShotMeter:
     """Counts of binary (target class or not) predictions, kept by class.
 
+    names     of all classes, for messages.
     state     int64, flat: all counts. All-reduce (sum) this one tensor; the two below are views of it.
     counts    C 2 2: class (in the order of `classes`), background or foreground, intersection or union, in pixels.
     episodes  C: episodes seen of each class.
     """
 
-    def __init__(self, classes: Sequence[int], device: torch.device | str = "cpu"):
-        self.classes = tuple(classes)
+    def __init__(self, classes: Sequence[int], device: torch.device | str = "cpu", names: Sequence[str] = ()):
+        self.classes, self.names = tuple(classes), names
         n = len(self.classes)
         self.state = torch.zeros(5 * n, dtype=torch.int64, device=device)
         self.counts = self.state[: 4 * n].view(n, 2, 2)
@@ -127,7 +110,7 @@ class FewShotMeter:
         counts, episodes = self.counts.tolist(), self.episodes.tolist()
         empty = [c for c, (_, (_, union)), n in zip(self.classes, counts, episodes, strict=True) if not n or not union]
         if empty:
-            raise UserError(f"no episode with a foreground pixel was evaluated for class {', '.join(map(str, empty))}: "
+            raise UserError(f"no episode with a foreground pixel was evaluated for class {shown(empty, self.names)}: "
                             "its IoU is undefined. Evaluate more episodes, or check that the list has images of it.")
         per_class = {c: fg[0] / fg[1] for c, (_, fg) in zip(self.classes, counts, strict=True)}
         background, foreground = (i / u if u else 1.0 for i, u in self.counts.sum(0).tolist())

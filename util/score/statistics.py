@@ -141,7 +141,8 @@ def _differences(a: Mapping, b: Mapping, first: EpisodeTable, second: EpisodeTab
         runs = [f"{len(e):,} of seeds {', '.join(map(str, np.unique(e.seed)))} ({e.hash})" for e in (first, second)]
         reasons.append(f"episodes: {runs[0]} and {runs[1]}")
     elif not all(np.array_equal(getattr(first, k), getattr(second, k)) for k in ("seed", "number", "cls")):
-        reasons.append("episodes: the hash is the same but the rows tell of other episodes; one file was changed")
+        reasons.append("episodes: the hash is the same but the rows tell of other episodes: one left broken images out "
+                       "(Data.on_error=skip), or a file was changed")
     return reasons
 
 

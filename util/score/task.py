@@ -42,6 +42,10 @@ class How:
         sampler = RangeSampler(0, count, self.batch * self.context.world, self.context, drop_last=False)
         return Loader(data, sampler, self.workers, self.context.device, self.log.warning, on_error=self.on_error)
 
+    def steps(self, test: "Test") -> int:
+        """Return how many batches of all processes a test has."""
+        return -(-test.count // (self.batch * self.context.world))
+
     def skipped(self, loader: Loader) -> dict[str, list[str]]:
         """Return {"skipped": messages of all processes}, empty when nothing was skipped."""
         messages = self.context.gather([f"{failure.number}: {failure.message}" for failure in loader.skipped])
@@ -95,6 +99,9 @@ class Task(Protocol):
     def use_classes(self, names: ClassNames) -> None:
         """Score predictions of these classes instead (`Test_Finetune.classes`). Raises UserError where that cannot be."""
         ...
+
+    @classmethod
+    def folds(cls, config: Config) -> Fold: ...
 
     def records(self, key: str) -> list[Record]: ...
 

@@ -28,7 +28,8 @@ class WeakTask(BaseTask):
         "Data.min_pixels": "", "Test_Finetune.ann_type": "", "Test_Finetune.test_num": "", "Test_Finetune.seeds": "",
     }  # fmt: skip
 
-    def folds(self, config: Config) -> Fold:
+    @classmethod
+    def folds(cls, config: Config) -> Fold:
         count = len(read_class_names(config.Data.class_names).names)
         return Fold(config.Train.data_set, 0, (), tuple(range(1, 1 + count)))
 
@@ -40,8 +41,9 @@ class WeakTask(BaseTask):
     def labelled(cls, key: str) -> bool:
         return key != "train_list"
 
-    def transform(self, training: bool) -> Transform:
-        train = self.config.Train
+    @classmethod
+    def transform(cls, config: Config, training: bool) -> Transform:
+        train = config.Train
         return PaddedCrop(train.train_h, train.scale_min, train.scale_max) if training else KeepTransform()
 
     def validation(self) -> Test:

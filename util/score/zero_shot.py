@@ -9,7 +9,7 @@ from typing import ClassVar
 from util.config import Config
 from util.data.augment import CropTransform
 from util.data.episodes import Transform
-from util.data.folds import ClassNames
+from util.data.folds import ClassNames, Fold
 from util.data.transforms import IGNORE, KeepTransform
 from util.errors import UserError
 from util.score.semantic import BaseTask
@@ -34,7 +34,7 @@ class ZeroShotTask(BaseTask):
 
     def __init__(self, config: Config, cache: Path | None = None) -> None:
         super().__init__(config, cache)
-        self._channels = tuple(range(1, self.fold.num_classes + 1))
+        self._channels = self.channels_of(self.fold)
         if config.Train.batch_size_val != 1:
             raise UserError(f"Train.batch_size_val = {config.Train.batch_size_val}: images differ in size, so a batch holds one")
 
@@ -45,6 +45,10 @@ class ZeroShotTask(BaseTask):
     @property
     def headline(self) -> str:
         return "hiou" if self.fold.novel else "miou"
+
+    @classmethod
+    def channels_of(cls, fold: Fold) -> tuple[int, ...]:
+        return tuple(range(1, fold.num_classes + 1))
 
     @property
     def channels(self) -> tuple[int, ...]:
@@ -73,11 +77,14 @@ class ZeroShotTask(BaseTask):
     def target(self, training: bool) -> dict[int, int]:
         return dict.fromkeys(range(self.fold.num_classes + 1), IGNORE) | super().target(training)
 
-    def transform(self, training: bool) -> Transform:
-        train = self.config.Train
+    @classmethod
+    def transform(cls, config: Config, training: bool) -> Transform:
+        train = config.Train
         if not training:
             return KeepTransform(short=train.val_size)
-        return CropTransform(train.train_h, (train.scale_min, train.scale_max)) if train.augment else super().transform(training)
+        if train.augment:
+            return CropTransform(train.train_h, (train.scale_min, train.scale_max))
+        return super().transform(config, training)
 
     def validation(self) -> Test:
         data = self.images("val_list", training=False)

@@ -67,7 +67,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     folds_text, folds = choose_folds(given, found, places)
     seen = check.parted(check.look(found.pairs, len(found.names.names)), min_pixels, places.earlier_parts())
     check.enough(seen, found.names, folds, min_pixels)
-    print("\n".join([check.table(seen, found.names, folds, min_pixels), *check.remarks(seen)]))
+    stuck = check.stuck(seen, found.names, folds, min_pixels)
+    print("\n".join([check.table(seen, found.names, folds, min_pixels), *stuck.values(), *check.remarks(seen)]))
 
     for link, folder in found.links.items():
         sources.link(folder, places.data / link)
@@ -79,7 +80,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"left alone: {path} is other than would be written now; delete it to have it made anew")
     if not written:
         print("nothing new to write")
-    print(following(name, torch.cuda.is_available()))
+    ready = [split for split in range(len(folds)) if split not in stuck]
+    print(following(name, ready[0], torch.cuda.is_available()) if ready else "No fold can run yet: mend what the warnings say, "
+          "then run this command again")
 
 
 def check_name(name: str) -> None:
@@ -119,9 +122,9 @@ def choose_folds(given: argparse.Namespace, found: sources.Found, places: write.
     return path.read_text(encoding="utf-8-sig"), folds
 
 
-def following(name: str, gpu: bool) -> str:
-    """Return the commands that train on it and test, on this machine; without a GPU they use a small network."""
-    return write.template(f"next_{'gpu' if gpu else 'cpu'}.txt").format(name=name).rstrip()
+def following(name: str, split: int, gpu: bool) -> str:
+    """Return the commands that train a fold and test it, on this machine; without a GPU they use a small network."""
+    return write.template(f"next_commands_{'gpu' if gpu else 'cpu'}.txt").format(name=name, split=split).rstrip()
 
 
 if __name__ == "__main__":

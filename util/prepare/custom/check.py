@@ -12,7 +12,7 @@ import numpy as np
 
 from util.data.episodes import EpisodeList, draw
 from util.data.folds import ClassNames
-from util.data.index import Record, build_index
+from util.data.index import Index, Record, build_index
 from util.data.transforms import IGNORE, open_image, read_image, read_label
 from util.errors import UserError
 from util.prepare.common import absent, check_classes, each
@@ -130,7 +130,7 @@ def remarks(seen: Sequence[Seen]) -> list[str]:
 
 
 def table(seen: Sequence[Seen], names: ClassNames, folds: Sequence[Sequence[int]], min_pixels: int) -> str:
-    """Format images and objects of each class, images of each fold, and warnings about folds that cannot run."""
+    """Format images and objects of each class, and images of each fold."""
     width = max(len(name) for name in (*names.names, "class"))
     split = {c: f"split{i}" for i, fold in enumerate(folds) for c in fold}
     lines = [f"     {'class':<{width}}   train: images  objects   val: images  objects   novel in"]
@@ -142,20 +142,31 @@ def table(seen: Sequence[Seen], names: ClassNames, folds: Sequence[Sequence[int]
     totals = {part: sum(s.part == part for s in seen) for part in ("train", "val")}
     lines.append(f"{totals['train']} images for training, {totals['val']} for validation; a class counts from {min_pixels:,} "
                  "pixels on")
-    warnings = []
     for i, novel in enumerate(folds):
-        base = [c for c in range(1, len(names.names) + 1) if c not in novel]
-        indices = {part: build_index([s.record for s in seen if s.part == part], classes, only, min_pixels)
-                   for part, classes, only in (("train", base, True), ("val", novel, False))}
-        lines.append(f"split{i}: {len(indices['train'].records)} training images (without novel objects), "
-                     f"{len(indices['val'].records)} validation images of {', '.join(names.names[c - 1] for c in novel)}")
-        for index in indices.values():
+        train, val = _indices(seen, names, novel, min_pixels)
+        lines.append(f"split{i}: {len(train.records)} training images (without novel objects), "
+                     f"{len(val.records)} validation images of {', '.join(names.names[c - 1] for c in novel)}")
+    return "\n".join(lines)
+
+
+def stuck(seen: Sequence[Seen], names: ClassNames, folds: Sequence[Sequence[int]], min_pixels: int) -> dict[int, str]:
+    """Return the folds that cannot run, each with a warning."""
+    found = {}
+    for i, novel in enumerate(folds):
+        for index in _indices(seen, names, novel, min_pixels):
             try:
                 EpisodeList(index, shot=NEEDED - 1, seed=0)
             except UserError as error:
-                warnings.append(f"warning: split{i} cannot run yet: {error}; or put classes that appear together into one fold "
-                                "(folds.yaml), or train with Train.filter_novel=false")
-    return "\n".join(lines + warnings)
+                found[i] = (f"warning: split{i} cannot run yet: {error}; or put classes that appear together into one fold "
+                            "(folds.yaml), or train with Train.filter_novel=false")
+    return found
+
+
+def _indices(seen: Sequence[Seen], names: ClassNames, novel: Sequence[int], min_pixels: int) -> list[Index]:
+    """Return the index of training and that of validation."""
+    base = [c for c in range(1, len(names.names) + 1) if c not in novel]
+    return [build_index([s.record for s in seen if s.part == part], classes, only, min_pixels, names.names)
+            for part, classes, only in (("train", base, True), ("val", novel, False))]
 
 
 def _count(seen: Sequence[Seen], part: str, cls: int, min_pixels: int) -> int:

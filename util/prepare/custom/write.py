@@ -15,7 +15,7 @@ from util.files import atomic
 from util.prepare.custom.check import PARTS, Seen
 from util.prepare.custom.sources import Found
 
-TEMPLATE = CONFIGS / "template"  # base.yaml, recipes/ARCH.yaml, folds/NET.yaml, next_{gpu,cpu}.txt; {name}, {split} are filled in
+TEMPLATE = CONFIGS / "template"  # base.yaml, recipes/ARCH.yaml, folds/NET.yaml, next_commands_{gpu,cpu}.txt: {name}, {split} vary
 
 
 @dataclass(frozen=True)

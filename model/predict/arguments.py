@@ -1,7 +1,10 @@
 """Options that name a model, for predict.py and the web page."""
 
 import argparse
+import os
 from pathlib import Path
+
+import torch
 
 from model.build import SYSTEMS, configure, recorded
 from model.clip.load import HUB_NAME
@@ -24,9 +27,22 @@ def model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--clip", nargs="?", const="", metavar="SOURCE", help="no weights, no training, the text alone: a CLIP's "
                         f"file, folder or hub name (default: {CLIP.clip_path} or else {HUB_NAME}, some 600 MB to download)")
     parser.add_argument("--device", help="cpu, cuda, ...; default: the GPU where there is one")
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads; default: as many as there are free cores")
     parser.add_argument("--config", help="of a published .pth: config/DATASET/DATASET_EXP_NET.yaml")
     parser.add_argument("--arch", help=f"of a published .pth: {', '.join(SYSTEMS)}")
     parser.add_argument("overrides", nargs="*", metavar="Section.key=value", help="where files are now, CLIP.clip_path=...")
+
+
+def use_threads(asked: int | None) -> int:
+    """Let torch use that many CPU threads; by default one a core that nothing else keeps busy. Return the number.
+
+    torch's own default is one a core, busy or not: they wait for each other, and a prediction takes ten times as long.
+    """
+    if asked is not None and asked < 1:
+        raise UserError(f"--threads {asked}: must be at least 1")
+    count = asked or max(1, round(len(os.sched_getaffinity(0)) - os.getloadavg()[0]))
+    torch.set_num_threads(count)
+    return count
 
 
 def check_model(given: argparse.Namespace) -> None:
