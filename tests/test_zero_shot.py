@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench import clip_rc as plainly
 from model.clip.load import clip_from_state
 from model.inference import slide
 from model.system import Frozen
@@ -149,6 +150,18 @@ def test_zegclip_scores_are_the_mean_of_the_heads_before_the_softmax() -> None:
         expected = sum(q[:, at] @ k[:, at].T / 8 for at in (slice(0, 64), slice(64, 128))) / 2
         logits = head(system.trunk, images, texts).logits
     torch.testing.assert_close(logits, expected.view(1, 5, 4, 4), rtol=1e-4, atol=1e-5)
+
+
+def test_equals_the_plain_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention, repeated vectors and the mean over regions written out (bench.clip_rc): scores, losses, gradients."""
+    fast = small(dropout=0.0)
+    monkeypatch.setattr(CLIP_RC, "Head", plainly.Plain)
+    plain = small(dropout=0.0)
+    plain.losses = lambda batch: plainly.plain_losses(plain, batch)
+    plain.load_trained(fast.trained_state(), "fast")
+    for call in (plainly.crop, plainly.step):
+        for a, b in zip(call(fast, random_images())(), call(plain, random_images())(), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * float(b.abs().max()))
 
 
 # ---- settings
