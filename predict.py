@@ -4,6 +4,7 @@
 
     --support b.jpg --box 10,20,200,300     a box x0,y0,x1,y1 in pixels instead of a mask; several --box for one support
     --weights W --text "golden retriever"   another system than the small network that comes along; PI-CLIP reads a name, too
+    --weights imr_hsnet.safetensors --text dog --support a.jpg     examples without masks, where the system needs none (IMR-HSNet)
     --clip --text cat                       no training at all: rough masks from OpenAI's CLIP, which is downloaded, and words
     --clip demo/clip --text star            the same with the demo's CLIP, for the drawn world
     --query FOLDER 'more/*.png' clip.mp4    files, folders, patterns, videos (--every N: every N-th frame)
@@ -24,7 +25,7 @@ from typing import Any
 
 from model.predict.arguments import asked_config, check_model, model_options, use_threads
 from model.predict.dense_predictor import DensePredictor, Labelling, load_predictor, read_classes
-from model.predict.predictor import Predictor, annotated, find_weights
+from model.predict.predictor import Predictor, annotated, find_weights, unmarked
 from model.predict.text_predictor import Segmentation, TextPredictor
 from util import cli
 from util.errors import UserError
@@ -45,26 +46,26 @@ def main() -> None:
     paths, weights = find(given.query), None if given.clip is not None else find_weights(given.weights or "photos")
     photos = [read_photo(support["image"]) for support in given.support]
     masks, boxes = ([support[key] for support in given.support] for key in ("mask", "boxes"))
-    examples = annotated(photos, masks, boxes)
+    marked = any(masks) or any(boxes)
+    examples = annotated(photos, masks, boxes) if marked else [(photo, unmarked(photo)) for photo in photos]
 
     # 2. the model, and what it looks for
     predictor, what = open_predictor(given, weights)
-    dense, left_out = isinstance(predictor, DensePredictor), [str(path) for path in others(given.query)]
-    record = {"weights": weights and str(weights), "clip": given.clip}
-    if dense:
-        ious, names, record = [], [name for number, name in predictor.classes.items() if number], record | {
-            "classes": predictor.classes}  # fmt: skip
+    if isinstance(predictor, DensePredictor):
+        names, ious = [name for number, name in predictor.classes.items() if number], []
+        asked = {"classes": predictor.classes}
     else:
         predictor.set_support(photos, masks, given.text, boxes)
-        ious, names = predictor.check(), [given.text or "object"]
-        record |= {"text": given.text, "supports": given.support, "found_in_supports": [round(iou, 4) for iou in ious]}
-    notes = [*predictor.notes, *([WEAK] if min(ious, default=1) < POOR else [])]
-    record |= {"device": str(predictor.device), "precision": predictor.precision, "notes": notes, "left_out": left_out}
+        names, ious = [given.text or "object"], predictor.check()
+        asked = {"text": given.text, "supports": given.support, "found_in_supports": [round(iou, 4) for iou in ious]}
+    notes, left_out = [*predictor.notes, *([WEAK] if min(ious, default=1) < POOR else [])], [str(p) for p in others(given.query)]
+    record = {"weights": weights and str(weights), "clip": given.clip, **asked, "device": str(predictor.device),
+              "precision": predictor.precision, "notes": notes, "left_out": left_out}  # fmt: skip
     results = Results(given.out, given.polygons, names, record)
     for i, (photo, mask) in enumerate(examples, start=1):
         results.support(i, photo, mask)
     print(f"{what}, on {predictor.device} in {predictor.precision}")
-    for iou, photo, boxed in zip(ious, photos, boxes, strict=True):
+    for iou, photo, boxed in zip(ious, photos, boxes, strict=False):  # no overlap where no masks are needed
         around = " (of the boxes around both)" if boxed else ""
         print(f"{photo.name}: an example; its overlap with what is found there is {iou:.2f}{around}")
     if left_out:

@@ -197,7 +197,7 @@ def summary(config: Config, place: Experiment, context: Context, scored: Scored,
         "other_classes": {c: name for c, name in enumerate(task.names.names, start=1) if c not in task.classes},
         "curves": learning_curves(config, place, scored.weight),
         "seeds": seeds, "mean": mean, "sd": sd, "baselines": baselines(seeds),
-        "time": {"seconds": round(seconds, 1), "seconds per episode": round(seconds / samples, 4)},
+        "time": {"seconds": round(seconds, 1), f"seconds per {task.unit.removesuffix('s')}": round(seconds / samples, 4)},
         "config": dataclasses.asdict(config), "place": [place.exp, place.net],
         "traces": {seed: trace_all(system, test.data, min(TRACED, test.count), context) for seed, test in tests.items()},
         "episodes": table.to_json(), "interval": stats.bootstrap(table),
@@ -249,7 +249,7 @@ def pictures(context: Context, scored: Scored) -> list[Card]:
     groups |= causes.examples([row.counts for row in rows], [row.spread for row in rows], without=sum(groups.values(), []))
     groups["first of a class"] = sorted({row.cls: i for i, row in reversed([*enumerate(rows)])}.values())[:FIRST]
     numbers = {group: list(dict.fromkeys(rows[i].number for i in at)) for group, at in groups.items()}
-    return gallery(scored.system.predict, data, numbers, scored.task.names.names, context)
+    return gallery(scored.system, data, numbers, scored.task.names.names, context)
 
 
 def baselines(seeds: list[dict]) -> dict[str, dict[str, float]]:

@@ -210,7 +210,7 @@ def iterate(run: Run, stop: Stop, termination: Termination) -> None:
             progress.step += 1
             bar.step(train.batch_size, losses, rate)
             if shown:
-                run.log.scalars(losses | {"rate": rate}, progress.step, "train")
+                run.log.scalars(losses | run.system.measured() | {"rate": rate}, progress.step, "train")
             stopping = look and termination.asked()
             if stopping or (look and time.monotonic() - saved > 60 * train.save_minutes):
                 save_point(run)
@@ -356,7 +356,7 @@ def check_sources(run: Run, before: dict[str, str]) -> None:
 
 def differences(old: dict, new: dict) -> list[str]:
     """Keys in which two configs differ, but for how fast a run goes and what is tested later."""
-    free = {"Train.workers", "Train.print_freq", "Train.resume", "Runtime.threads", "Runtime.output",
+    free = {"Train.workers", "Train.print_freq", "Train.resume", "Train.watch_labels", "Runtime.threads", "Runtime.output",
             "Data.same_by", "Runtime.cache_gb", "Runtime.cache_dir", "Runtime.processes", "Runtime.tracker", "Train.save_minutes"}
     return [f"{section}.{key} was {old.get(section, {}).get(key)!r}, is {value!r}"
             for section, values in new.items() if section != "Test_Finetune"
@@ -386,7 +386,7 @@ def validate(run: Run) -> float:
     run.validation_seconds, record = time.monotonic() - started, found.record
     if context.main:
         first = list(dict.fromkeys(row.number for row in found.rows))[:3]  # of those that could be read
-        cards = gallery(system.predict, test.data, {"": first}, task.names.names, context)
+        cards = gallery(system, test.data, {"": first}, task.names.names, context)
         sheet = contact_sheet([card.panels for card in cards], [f"{card.title} {system.mark}" for card in cards])
         run.log.image(task.unit, sheet, run.progress.step)
     shown = {key: value for key, value in record.items() if key.endswith("iou")}

@@ -106,7 +106,7 @@ def build_few_shot(cls: type[FewShot], arch: str, config: Config, fold: Fold, na
     if wanted != list(cls.facts.priors):
         check_priors(wanted, bool(cls.facts.before))
     check_clip_size("cam" in cls.facts.priors, config.CLIP.clip_size)
-    clip, shot, vocabulary = None, config.Train.shot, config.CLIP.vocabulary
+    clip, shot, vocabulary, options = None, config.Train.shot, config.CLIP.vocabulary, options_of(config.Method, cls.Options)
     if needs_clip(arch, config):
         clip = Frozen(load_clip(config.CLIP.clip_path, resnet="cam" in wanted, activation=config.CLIP.activation))
     makers: dict[str, Callable[[], Prior]] = {
@@ -115,10 +115,10 @@ def build_few_shot(cls: type[FewShot], arch: str, config: Config, fold: Fold, na
         "vvp": lambda: VisualPrior(clip, shot),
         "vtp": lambda: TextPrior(clip, text_bank(clip, names.texts, cache), vocabulary, fold.base),
         "cam": lambda: CamPrior(cam_source(clip.module), clip.module.text.bank(names.names, [TEMPLATE], cache),
-                                vocabulary, fold.base, config.CLIP.clip_size),
+                                vocabulary, fold.base, config.CLIP.clip_size, names.names, options.cams),
     }
     backbone = Frozen(learner if cls.facts.before else learner.encoder)
-    return cls(backbone, [makers[name]() for name in wanted], shot, options_of(config.Method, cls.Options), clip)
+    return cls(backbone, [makers[name]() for name in wanted], shot, options, clip)
 
 
 def build_weak(cls: type[Weak], arch: str, config: Config, fold: Fold, names: ClassNames, cache: Path | None) -> Weak:

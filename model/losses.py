@@ -10,7 +10,7 @@ from torch import Tensor
 from model.ops import full, processes, resize
 
 
-def segmentation_loss(logits: Tensor, target: Tensor) -> Tensor:
+def segmentation_loss(logits: Tensor, target: Tensor, foreground: float = 1) -> Tensor:
     """Mean cross entropy over the labelled pixels; 0 where every pixel is ignored.
 
     With several processes the mean is over the pixels of all: each gives its sum over the average count, so that the
@@ -19,9 +19,12 @@ def segmentation_loss(logits: Tensor, target: Tensor) -> Tensor:
     Args:
         logits: B C h w, brought to the target's size (bilinear, corners).
         target: B S S int64, 255 is ignored.
+        foreground: how often a pixel of a class other than 0 counts.
     """
-    loss = F.cross_entropy(resize(full(logits), target.shape[1:]), target, ignore_index=255, reduction="sum")
-    count, (_, world) = (target != 255).sum(), processes()
+    logits, (_, world) = resize(full(logits), target.shape[1:]), processes()
+    weight = torch.where(torch.arange(logits.shape[1], device=logits.device) > 0, foreground, 1.0)
+    loss = F.cross_entropy(logits, target, weight, ignore_index=255, reduction="sum")
+    count = (target == 0).sum() + foreground * ((target != 0) & (target != 255)).sum()
     if world > 1:
         dist.all_reduce(count)
     return loss * world / count.clamp(min=1)

@@ -135,6 +135,14 @@ class System(nn.Module):
         """Return a warning about training with `size` samples in each process, or "". Raises UserError where that cannot work."""
         return ""
 
+    def measured(self) -> dict[str, float]:
+        """Return values for the training curves, gathered since the last call, by name; {} where there is nothing new."""
+        return {}
+
+    def panels(self, batch: Any) -> dict[str, Tensor]:
+        """Return further pictures of samples, by name, for a report: B h w float maps, or B H W uint8 labels (channels, 255)."""
+        return {}
+
     def stages(self, batch: Any) -> dict[str, dict[str, Tensor]]:
         """Return named tensors at every stage of a prediction, in order, which `model.verify` compares later."""
         return {"data": batch.tensors(), "scores": {"final": self.predict(batch).final}}

@@ -22,6 +22,7 @@ from tests.make import ROOT, photo, star
 from tests.make.runs import run_program
 from tests.make.scenes import make_dense
 from util.errors import UserError
+from util.files import load_tensors
 from util.report.viz import palette
 from util.run.checkpoint import read_meta
 from util.run.place import Experiment
@@ -146,6 +147,23 @@ def test_wrong_command_lines(made: dict, piclip: Path, scenes: Path, tmp_path: P
         with pytest.raises(UserError, match=message):
             opener.from_checkpoint(weight, "cpu")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_published_checkpoint(made: dict, scenes: Path, tmp_path: Path, program: Callable) -> None:
+    """With --config and --arch; one of COCO's 81 classes does not fit 21."""
+    config, weight = made["WeCLIP"]
+    system, _ = open_system("WeCLIP", config)
+    state = {system.official_name(f"head.{name}"): value for name, value in load_tensors(weight).items()}
+    torch.save(state, tmp_path / "published.pth")
+    wide = {name: torch.zeros(81, *value.shape[1:]) for name, value in state.items() if name.startswith("decoder.linear_pred.")}
+    torch.save(state | wide, tmp_path / "coco.pth")
+    query = photo(scenes, 5003)
+    given = ["--config", "config/demo/demo_weak_vit8.yaml", "--arch", "WeCLIP", "--query", query, "--out", tmp_path / "out"]
+    code, said = program("--weights", tmp_path / "published.pth", *given, "Method.long_side=96")
+    found = np.asarray(Image.open(tmp_path / "out/masks/005003.png"))
+    assert code == 0 and np.array_equal(found, load_predictor(weight, "cpu").predict(query).label), said
+    code, said = program("--weights", tmp_path / "coco.pth", *given)
+    assert code == 2 and re.search(r"linear_pred.weight is \(81, 256, 1, 1\), expected \(21, 256, 1, 1\)", said), said
 
 
 def test_the_web_page_refuses(made: dict, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:

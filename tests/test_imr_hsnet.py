@@ -17,6 +17,7 @@ from model.clip.load import clip_from_state
 from model.few_shot.cam_prior import CamPrior
 from model.few_shot.conv4d import keep, unit
 from model.few_shot.imr_hsnet import Head, IMRHSNet, Options
+from model.ops import resize
 from model.system import Frozen
 from tests.make import random_episode
 from util.cache import TensorCache
@@ -105,7 +106,9 @@ def test_training_reaches_everything_trained_and_masks_only_the_loss(mask_mode: 
 def test_predicts_with_several_shots_and_keeps_its_maps() -> None:
     system, made = imr(2), episode(2)
     plain = system.predict(made, baselines=True)
-    assert plain.votes.shape[:3] == (2, 2, 2) and set(plain.maps) == {"cam", "support cam"}
+    assert plain.votes.shape[:3] == (2, 2, 2) and set(plain.maps) == {"cam", "support cam", "stage 1", "stage 2"}
+    last = plain.votes.softmax(2)[:, :, 1].mean(1)
+    torch.testing.assert_close(plain.maps["stage 2"], last)
     assert "CAM > 0.5" in plain.baselines and 0 < plain.maps["cam"].max() <= 1
     made.query_key, made.support_key = ["a", "b"], [["c", "d"], ["e", "f"]]
     system.remember(cache := TensorCache(2**28), fixed_head=True)
@@ -115,6 +118,47 @@ def test_predicts_with_several_shots_and_keeps_its_maps() -> None:
     made.cls = made.cls.flip(0)  # the same images, other classes: other maps
     other = system.predict(made)
     assert cache.hits > hits and (other.maps["cam"] - plain.maps["cam"]).abs().max() > 0.05
+
+
+@torch.no_grad()
+def test_images_in_which_clip_finds_nothing_are_named_once(caplog: pytest.LogCaptureFixture) -> None:
+    system, made = imr(), episode(1)
+    made.query_key, made.support_key = ["a", "b"], [["c"], ["d"]]
+    made.query_name, made.support_names = ["blank.jpg", "some.jpg"], [["s.jpg"], ["t.jpg"]]
+    cam = system.priors[0]
+    maps, cam.source = cam.source, lambda images, *given: maps(images, *given) * (images.amax((1, 2, 3)) > 0)[:, None, None]
+    made.clip_query[0] = torch.zeros_like(made.clip_query[0])
+    for _ in range(2):
+        system.predict(made)
+    assert [record.getMessage() for record in caplog.records] == [
+        "blank.jpg: CLIP finds no class 1, its activation map is 0 everywhere"]  # fmt: skip
+
+
+@torch.no_grad()
+def test_reads_maps_that_the_published_scripts_stored(tmp_path: Path) -> None:
+    """In fp16 and fp32, under the ids of VOC and of COCO; a missing or broken file is named."""
+    system, made = imr(), episode(1)
+    cam = system.priors[0]
+    given = (cam.source, cam.bank, "all", (2, 3))
+    made.query_name = ["JPEGImages/2007_1.jpg", "val2014/COCO_2.jpg"]
+    made.support_names = [["JPEGImages/3.jpg"], ["val2014/COCO_4.jpg"]]
+    stored = torch.rand(4, 50, 50)
+    (tmp_path / "val2014").mkdir()
+    for name, found in zip(("2007_1--0", "3--0", "val2014/COCO_2.jpg--1", "val2014/COCO_4.jpg--1"), stored, strict=True):
+        torch.save(found.half() if "COCO" in name else found, tmp_path / f"{name}.pt")
+    system.priors = [CamPrior(*given, folders=[str(tmp_path)])]
+    maps = system.predict(made).maps
+    size = maps["cam"].shape[1:]
+    for shown, rows in ((maps["cam"], stored[[0, 2]]), (maps["support cam"], stored[[1, 3]])):
+        torch.testing.assert_close(shown, resize(rows[:, None], size)[:, 0], atol=1e-3, rtol=0)
+    torch.save(stored[0] * 2, tmp_path / "2007_1--0.pt")
+    with pytest.raises(UserError, match=r"2007_1--0\.pt: expected a map H W in 0\.\.1"):
+        system.predict(made)
+    (tmp_path / "2007_1--0.pt").unlink()
+    with pytest.raises(UserError, match=r"Method\.cams: no map of JPEGImages/2007_1\.jpg and class 1 \(2007_1--0\.pt\)"):
+        system.predict(made)
+    with pytest.raises(UserError, match="Method.cams: no such folder"):
+        CamPrior(*given, folders=[str(tmp_path / "none")])
 
 
 def test_maps_of_a_resnet_clip_follow_the_target() -> None:

@@ -5,11 +5,15 @@ import torch
 
 from bench import oracle
 from bench.oracle import plain_scores
+from bench.weak_oracle import plain_losses, plain_predict
 from model.clip import Clip
 from model.clip.load import clip_from_state
 from model.few_shot import conv4d, hsnet, imr_hsnet
 from model.few_shot.hdmnet import HDMNet
+from model.weak.decoder import affinity_of
+from model.weak.maps import see
 from tests.make import clip_episode, keyed, pi_clip, small_clip, small_system
+from tests.make.weak import batch, system
 from util.cache import TensorCache
 
 
@@ -100,3 +104,25 @@ def test_group_norm_keeps_its_digits_far_from_zero() -> None:
     norm, x = conv4d.NormReLU4d(4, 16), 0.5 * torch.randn(1, 20, 20, 9, 9, 16).permute(0, 5, 1, 2, 3, 4) + 30
     wanted = torch.nn.functional.group_norm(x.double(), 4).relu()
     torch.testing.assert_close(norm(x).double(), wanted, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("rfm", [False, True], ids=["static", "rfm"])
+def test_weclip_is_its_plain_computation(rfm: bool) -> None:
+    """Labels, losses and gradients of a batch with ragged labels, and a tested image."""
+    model, given = system(dropout=0, long_side=96).train(), batch(((0, 3), (2, 4, 5), (1,)))
+    plain, label = plain_losses(model, given.image, given.present, rfm)
+    expected = torch.autograd.grad(sum(plain.values()), list(model.head.parameters()))
+    images = model.normalise(given.image)
+    seen = see(model.vision.visual, images, 3, hidden=True)
+    affinity = affinity_of(model.head(seen.hidden, seen.grid)[0]).detach() if rfm else None
+    ours = model.pseudo_label(seen, images, model.pairs(given.present, images.device), affinity)
+    assert (ours == label).float().mean() > 0.998 and len(label.unique()) > 4
+    losses = model.losses(given, 10 if rfm else 0)
+    for name, value in plain.items():
+        torch.testing.assert_close(losses[name], value, rtol=5e-3, atol=0)
+    found = torch.autograd.grad(sum(losses.values()), list(model.head.parameters()))
+    assert all((a - b).norm() <= 0.02 * b.norm() + 1e-6 for a, b in zip(found, expected, strict=True))
+    model.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(model.predict(given.rows(slice(0, 1))).final, plain_predict(model, given.image[:1]),
+                                   rtol=1e-4, atol=1e-5)  # fmt: skip

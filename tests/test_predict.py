@@ -97,6 +97,38 @@ def test_supports_of_hsnet_vote(scenes: Path, tmp_path: Path) -> None:
     assert any(mask.any() for mask in alone)
 
 
+def test_a_name_in_place_of_masks(scenes: Path, tmp_path: Path) -> None:
+    """IMR-HSNet: what evaluation gives, bit for bit; a name that is no class of the training competes with those that are."""
+    given = [f"Data.data_root={scenes}", f"Data.val_list={scenes}/list.txt", "Train.val_size=65"]
+    config, weight = make(tmp_path, "IMR_HSNet", *given)
+    system, source = open_system("IMR_HSNet", config)
+    load_weights(system, config, Experiment.from_config_path("IMR_HSNet", CONFIG, config.Runtime.output), weight)
+    system.eval().remember(TensorCache(0), fixed_head=True)
+    episodes = EpisodeList(source.index(training=False), 1, seed=1, start=config.Train.draw)
+    predictor = Predictor.from_checkpoint(weight, device="cpu")
+    for i in range(2):
+        episode = source.episodes(episodes)[i]
+        spec, records = episodes.spec(i), episodes.index.records
+        support, query = scenes / records[spec.supports[0]].image, scenes / records[spec.query].image
+        predictor.set_support(support, text=source.names.names[spec.cls - 1])
+        ours, theirs = predictor.predict(query), system.predict(episode)
+        assert ours.maps.keys() == theirs.maps.keys() >= {"cam", "stage 1", "stage 2"}
+        assert all(np.array_equal(ours.maps[name], theirs.maps[name][0].numpy()) for name in ours.maps)
+        scores = restore(theirs.final[0], ours.mask.shape, config.Train.resized_val)
+        assert np.array_equal(ours.mask, scores.argmax(0).numpy() == 1)
+    assert not predictor.check() and not predictor.needs_masks
+    before = predictor.predict(query)
+    predictor.set_support(support, np.ones_like(read_photo(support).image[..., 0]), source.names.names[spec.cls - 1])
+    assert any("the masks and boxes change nothing" in note for note in predictor.notes)
+    assert np.array_equal(predictor.predict(query).score, before.score)
+    predictor.set_support(support, text="fish star")
+    assert len(predictor.cam_prior.bank) == 21
+    assert not np.array_equal(predictor.predict(query).maps["cam"], before.maps["cam"])
+    for wrong, says in (({"images": support}, "give a text"), ({"text": "star"}, "at least one support")):
+        with pytest.raises(UserError, match=says):
+            predictor.set_support(**wrong)
+
+
 def counted(module: torch.nn.Module) -> list[int]:
     """How many images each call of a module has seen."""
     seen: list[int] = []

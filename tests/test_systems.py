@@ -307,7 +307,7 @@ def test_verify_and_gallery_see_what_is_scored(world: World, arch: str, tmp_path
         rows = [row for row in task.evaluate(system.eval().predict, test, How(context, log)).rows if row.number == 1]
     first, second = trace_all(system, test.data, 2, context)[1], trace_all(system, test.data, 2, context)[1]
     assert first_difference(first, second) == (None, True) and [*first][0] == "data" and len(first) >= 3
-    pixels, card = first["metric"]["pixels"], gallery(system.predict, test.data, {"": [1]}, task.names.names, context)[0]
+    pixels, card = first["metric"]["pixels"], gallery(system, test.data, {"": [1]}, task.names.names, context)[0]
     if arch in FEW_SHOT:
         assert pixels == [*rows[0].counts] and card.title.endswith(f"IoU {100 * rows[0].counts.iou:.1f}")
         return

@@ -119,6 +119,31 @@ def test_images_without_labels_and_wrong_lines(task) -> None:
         task("a b c").records("train_list")
 
 
+def test_class_names_fewer_than_labels(task, tmp_path: Path) -> None:
+    """In an XML, a line of labels, a mask: what names are missing for is said, before anything is trained."""
+    shown = task(*LINES).records("train_list")[0].annotated[-1]
+    names = (ROOT / "lists/demo/classes.txt").read_text().splitlines()
+    missing, short = names[shown - 1], tmp_path / "names.txt"
+    short.write_text("\n".join(name for name in names if name != missing))
+    with pytest.raises(UserError, match=rf"005001\.xml.*{missing}"):
+        task(*LINES, class_names=short).records("train_list")
+    labels = tmp_path / "labels.txt"
+    labels.write_text(f"005001 {missing}\n005002 1\n")
+    with pytest.raises(UserError, match=f"'{missing}' is no class"):
+        task(*LINES, class_names=short, image_labels=labels).records("train_list")
+
+
+def test_masks_of_training_images_are_opened_to_score_pseudo_labels_alone(task, scenes: Path) -> None:
+    root, line = scenes, "JPEGImages/005001.jpg SegmentationClassAug/005001.png"
+    plain, watched = (task(line, "JPEGImages/005002.jpg gone/005002.png", data_root=root) for _ in range(2))
+    plain.config.Train.watch_labels = False
+    assert watched.config.Train.watch_labels  # as the demo has it
+    for i in range(4):
+        a, b = plain.training()[i], watched.training()[i]
+        assert (a.label == IGNORE).all() and torch.equal(a.image, b.image) and torch.equal(a.present, b.present)
+        assert (b.label != IGNORE).any() == (b.name[0] == "JPEGImages/005001.jpg")
+
+
 def test_all_classes_and_the_background_count(task, scenes: Path) -> None:
     found = task(*LINES)
     assert found.channels == found.classes == tuple(range(21)) and found.fold.novel == ()

@@ -87,15 +87,26 @@ def test_rows_of_one_result(short: list[str], trained: Path) -> None:
     assert run.returncode == 0, run.stdout + run.stderr
     result = json.loads((trained / RUN / "result/report.json").read_text())
     (seed,) = result["seeds"]
-    rows = {"single scale", "CAM of the given labels", "refined CAM of the given labels", "pseudo label of the given labels",
-            "everything background"}  # fmt: skip
+    rows = {"single scale", "everything the largest given class", "CAM of the given labels", "refined CAM of the given labels",
+            "pseudo label of the given labels", "everything background"}  # fmt: skip
     assert seed["variants"].keys() == rows and result["classes"]["0"] == "background" and len(result["classes"]) == 21
     found = [iou for iou in seed["per_class"].values() if iou is not None]
     assert seed["miou"] == pytest.approx(sum(found) / len(found)) and 0 in map(int, seed["per_class"])
     assert seed["variants"]["CAM of the given labels"]["miou"] > 2 * seed["variants"]["everything background"]["miou"]
     page = (trained / RUN / "result/report.html").read_text()
     assert all(f"mIoU, {name}" in run.stdout and name in page for name in rows)
-    assert "-shot" not in page.split("<h1>")[1].split("<h2>")[0]
+    words = re.sub(r'data:image[^"]*', "", page)
+    assert not re.search("episode|-shot|support", words.split("<main>")[1]) and "seconds per image" in words
+    for text in ("Worst confusions", "Why objects fail", "CAM", "pseudo label", "affinity at its peak"):
+        assert text in words, text
+    assert not re.search("episode|-shot", run.stdout + run.stderr)
+    pairs = seed["confused"]
+    assert len(pairs) == 12 and all(a != b and 0 < share <= 1 for a, b, _, share in pairs)
+    file = str(trained / RUN / "result/report.json")
+    compared = subprocess.run([sys.executable, "-m", "util.report", "compare", file, file, "--html", f"{trained}/both.html"],
+                              cwd=ROOT, text=True, capture_output=True)  # fmt: skip
+    assert compared.returncode == 0 and not re.search("episode|shot", compared.stdout), compared.stdout + compared.stderr
+    assert not re.search("episode|-shot", re.sub(r'data:image[^"]*', "", (trained / "both.html").read_text()).split("<main>")[1])
     assert "image-level labels" in run.stdout and "1 seed × 6 images" in run.stdout
     command = [sys.executable, "-m", "model.verify", str(trained / RUN / "result/report.json")]
     again = subprocess.run(command, cwd=ROOT, text=True, capture_output=True)

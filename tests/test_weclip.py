@@ -1,7 +1,6 @@
 """WeCLIP and CLIP-ES on a small CLIP: a batch equals its images, no step waits for the device, variants, wrong input."""
 
 import math
-from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
@@ -13,69 +12,23 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.clip.affinity import components
-from model.clip.load import clip_from_state, clip_tensors
-from model.system import Frozen
+from model.clip.load import clip_tensors
 from model.weak import clip_es, maps, weclip
 from model.weak.affinity import filtered
 from model.weak.clip_es import CLIPES
 from model.weak.losses import balanced_loss, pair_labels
-from model.weak.maps import BACKGROUND, Bank, Pairs, background_texts, decide, see
+from model.weak.maps import BACKGROUND, Pairs, background_texts, decide, see
 from model.weak.par import refine_by_colour
 from model.weak.weclip import WeCLIP
-from tests.make import small_clip
 from tests.make.runs import in_processes
+from tests.make.weak import CLASSES, Images, bank, batch, clip, system
 from util.config import Train, options_of
 from util.data.folds import read_class_names
 from util.errors import UserError
 from util.run.distributed import Context
+from util.score.metrics import confusion, intersection_union
 
 LISTS = Path(__file__).parents[1] / "lists"
-CLASSES = 6
-
-
-@dataclass
-class Images:
-    """Stand-in for the batch of dense systems."""
-
-    image: Tensor
-    present: Tensor
-    valid: Tensor
-    name: list[str]
-
-    def rows(self, rows: slice) -> "Images":
-        return Images(self.image[rows], self.present[rows], self.valid[rows], self.name[rows])
-
-
-def clip() -> Frozen:
-    """Sharp attention, so that blocks differ; texts near each other, so that no softmax saturates."""
-    state = small_clip().state_dict()
-    for name in state:
-        if name.startswith("visual.") and name.endswith("in_proj_weight"):
-            state[name] *= 4
-    return Frozen(clip_from_state(state))
-
-
-def bank() -> Bank:
-    rows = torch.randn(CLASSES + 4, 32, generator=torch.Generator().manual_seed(2))
-    rows = F.normalize(rows + 2 * torch.ones(32), dim=1)
-    return Bank(rows[:CLASSES], rows[CLASSES:])
-
-
-def system(**options) -> WeCLIP:
-    frozen = clip()
-    torch.manual_seed(4)
-    return WeCLIP(frozen, bank(), weclip.Options(**{"layers": 3, "rfm_layers": 3, "static_steps": 10} | options))
-
-
-def batch(labels: tuple[tuple[int, ...], ...] = ((0, 3), (), (2, 4, 5), (1,)), size: tuple[int, int] = (64, 80)) -> Images:
-    generator = torch.Generator().manual_seed(7)
-    coarse, noise = (torch.rand(len(labels), 3, *hw, generator=generator) for hw in ((4, 5), size))
-    image = 255 * F.interpolate(coarse, size, mode="nearest") * (0.9 + 0.1 * noise)
-    present = torch.zeros(len(labels), CLASSES, dtype=torch.bool)
-    for row, ids in zip(present, labels, strict=True):
-        row[list(ids)] = True
-    valid = torch.tensor([0, size[0], 0, size[1]]).repeat(len(labels), 1)
-    return Images(image, present, valid, [f"image {i}" for i in range(len(labels))])
 
 
 def labels(model: WeCLIP, given: Images, rfm: bool = False) -> Tensor:
@@ -279,10 +232,32 @@ def test_variants_of_the_labels() -> None:
     probability = maps.class_maps(model.vision, model.bank, seen, pairs).probability
     kept = {(int(i), int(c) + 1) for i, c, p in zip(pairs.image, pairs.cls, probability, strict=True)
             if p[c] >= 1 / (given.present[i].sum() + 4)}  # fmt: skip
-    assert 0 < len(kept) < len(pairs) and found.likely.sum() == len(kept)
+    assert 0 < len(kept) < len(pairs) and (found.chance >= 1).sum() == len(kept)
     shown = labels(dropping, given)
     assert {(i, c) for i in range(4) for c in shown[i].unique().tolist() if c} <= kept
+    weighed = labels(system(absent="weigh"), given)
+    areas = [int((label > 0).sum()) for label in (shown, weighed, plain)]
+    assert areas == sorted({*areas})  # dropped < weighed < kept
     assert not torch.equal(model.normalise(given.image), system(statistics="clip").normalise(given.image))
+
+
+def test_pseudo_labels_are_scored_where_there_are_masks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over the steps since the last value; nothing of it reaches the losses."""
+    monkeypatch.setattr("model.weak.system.RANGE", 3)
+    model, given = system().eval(), batch()
+    expected, plain = labels(model, given), model.losses(given, 0)
+    given.label = torch.full_like(expected, 255)
+    given.label[0] = expected[0]
+    given.label[2, :32] = 0
+    for _ in range(2):
+        assert model.measured() == {}
+        losses = model.losses(given, 0)
+    assert all(torch.equal(losses[name], plain[name]) for name in plain)
+    counted = given.label != 255
+    state = confusion(expected[counted], given.label[counted], 1 + CLASSES)
+    counts = intersection_union(state).double()
+    assert model.measured() == {"pseudo_label_miou": pytest.approx(float((counts[:, 0] / counts[:, 1]).nanmean()))}
+    assert model.measured() == {} and not [name for name in model.state_dict() if "counted" in name]
 
 
 def test_an_image_without_labels_is_background_and_a_batch_of_them_trains() -> None:
@@ -315,6 +290,10 @@ def test_baselines_are_maps_of_the_given_labels() -> None:
     model, given = system(long_side=96).eval(), batch(size=(50, 37))
     found = model.predict(given, baselines=True).variants
     assert (found["everything background"].argmax(1) == 0).all()
+    pseudo = found["pseudo label of the given labels"].argmax(1).flatten(1)
+    largest = [max(ids, key=lambda c: (row == c).sum()) if (ids := given.present[i].nonzero()[:, 0] + 1).numel() else 0
+               for i, row in enumerate(pseudo)]  # fmt: skip
+    assert found["everything the largest given class"].argmax(1).flatten().tolist() == [int(c) for c in largest]
     for name in ("CAM of the given labels", "refined CAM of the given labels", "pseudo label of the given labels"):
         assert found[name].shape == (4, 1 + CLASSES, 50, 37)
         assert (found[name][:, 1:].amax((2, 3)) > 0).eq(given.present).all()
@@ -366,12 +345,12 @@ def test_published_checkpoints_are_read_strictly() -> None:
 def test_wrong_input() -> None:
     model, given = system(), batch()
     with pytest.raises(UserError, match="20 classes, but this model has 6"):
-        model.losses(Images(given.image, torch.zeros(4, 20, dtype=torch.bool), given.valid, given.name), 0)
+        model.losses(Images(given.image, torch.zeros(4, 20, dtype=torch.bool), given.valid, given.name, given.label), 0)
     with pytest.raises(UserError, match="smaller than CLIP's patch"):
         model.losses(batch(size=(64, 12)), 0)
     with pytest.raises(UserError, match="last 8 blocks is wanted, but this CLIP has 4"):
         system(layers=8).losses(given, 0)
-    for options in ({"score": "both"}, {"outside": "drop"}, {"absent": "weigh"}, {"statistics": "clips"}, {"box": 1.0},
+    for options in ({"score": "both"}, {"outside": "drop"}, {"absent": "maybe"}, {"statistics": "clips"}, {"box": 1.0},
                     {"template": "a photo"}, {"scales": []}, {"scales": [0.0]}, {"rfm_layers": 1}, {"layers": 0},
                     {"static_steps": -1}, {"dropout": 1.0}, {"affinity_weight": -1}, {"long_side": 0}):  # fmt: skip
         with pytest.raises(UserError, match=f"Method.{next(iter(options))}"):

@@ -6,9 +6,6 @@ defined. An unknown key or a wrong type is an error that names the file, the key
 
 import dataclasses
 import difflib
-import math
-import types
-import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +13,7 @@ from typing import Any, Literal
 import yaml
 
 from util.errors import UserError
-from util.yaml_text import parse_yaml, short
+from util.yaml_text import parse_yaml, set_key, short
 
 CONFIGS = Path(__file__).parents[1] / "config"
 PROTOCOLS, SYSTEMS = CONFIGS / "protocol", CONFIGS / "system"  # one file per protocol; per system, its keys on every data set
@@ -82,6 +79,8 @@ class Train:
     workers: int = 8
     # validation
     selection: Literal["novel", "base", "last"] = "novel"  # snapshot/best: best on novel (as published) or base classes, or last
+    # Score pseudo labels against masks of training images, where the list names them, to see the curve; nothing learns from them.
+    watch_labels: bool = False
     watch: bool = False  # with selection `last`: validate all the same, to see the curve; nothing is chosen by it
     # Epochs between validations (0.5: also in the middle of each), or steps where `iterations` counts; 0: the end of each epoch.
     validate_every: float = 0.0
@@ -264,7 +263,7 @@ def _apply(config: Config, layers: list[tuple[Path, dict]], loose: bool = False)
             for key, value in _mapping(values, f"{file}: {section}").items():
                 if loose and section == "Method" and not hasattr(config.Method, str(key)):
                     continue
-                _set(config, section, key, value, str(file))
+                set_key(config, section, key, value, str(file))
 
 
 def _layers(path: Path, seen: tuple[Path, ...] = ()) -> list[tuple[Path, dict]]:
@@ -303,57 +302,6 @@ def _mapping(value: Any, where: str) -> dict:
     if not isinstance(value, dict):
         raise UserError(f"{where}: expected `key: value` lines, found {short(value)}")
     return value
-
-
-def _set(config: Config, section: str, key: str, value: Any, source: str) -> None:
-    target = _named(config, section, f"{source}: unknown section {section!r}")
-    _named(target, key, f"{source}: unknown key {section}.{key}")
-    expected = typing.get_type_hints(type(target))[key]
-    setattr(target, key, _convert(value, expected, f"{source}: {section}.{key}"))
-
-
-def _named(owner: Any, name: str, complaint: str) -> Any:
-    names = [f.name for f in dataclasses.fields(owner)]
-    if name in names:
-        return getattr(owner, name)
-    lower = {n.lower(): n for n in names}
-    near = difflib.get_close_matches(str(name).lower(), lower, n=1)
-    raise UserError(f"{complaint}; " + (f"did you mean {lower[near[0]]!r}?" if near else f"there are {', '.join(names)}"))
-
-
-def _convert(value: Any, expected: Any, where: str) -> Any:
-    """Check a YAML value against a type hint; an integer may stand for a float, '1e-4' (a string in YAML 1.1) too."""
-    origin, arguments = typing.get_origin(expected), typing.get_args(expected)
-    if origin is Literal:
-        if value in arguments:
-            return value
-        near = difflib.get_close_matches(short(value).strip("'"), arguments, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise UserError(f"{where} = {short(value)}: {hint}choose one of {', '.join(map(str, arguments))}")
-    if origin is types.UnionType:
-        if value is None:
-            return None
-        expected = next(a for a in arguments if a is not type(None))
-        return _convert(value, expected, where)
-    if origin is list:
-        if isinstance(value, list):
-            return [_convert(v, arguments[0], where) for v in value]
-    elif expected is float:
-        if isinstance(value, (int, float, str)) and not isinstance(value, bool):
-            try:
-                if math.isfinite(number := float(value)):
-                    return number
-            except (ValueError, OverflowError):
-                pass
-    elif expected is str:
-        if value is None:
-            return ""
-        if isinstance(value, str):
-            return value
-    elif isinstance(value, expected) and (expected is bool or not isinstance(value, bool)):
-        return value
-    name = "a finite number" if expected is float else str(expected) if origin else expected.__name__
-    raise UserError(f"{where} = {short(value)}: expected {name}")
 
 
 def options_of(values: Method | dict[str, Any], options: type[Method]) -> Method:

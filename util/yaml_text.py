@@ -1,7 +1,13 @@
-"""Read users' YAML safely. Nothing here imports torch, so that a wrong key is reported before torch is loaded."""
+"""Read users' YAML safely, and its values into typed dataclasses. Nothing here imports torch, so that a wrong key is reported
+before torch is loaded."""
 
+import dataclasses
+import difflib
+import math
+import types
+import typing
 from reprlib import Repr
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -38,3 +44,59 @@ def short(value: Any) -> str:
     view = Repr()
     view.maxlevel, view.maxstring = 2, 100
     return view.repr(value)
+
+
+def set_key(config: Any, section: str, key: str, value: Any, source: str) -> None:
+    """Set a key of a section, two levels of dataclasses, from a YAML value, which is converted to the type of the field.
+
+    Raises:
+        UserError: no such section or key, or another type of value; it begins with `source`.
+    """
+    target = _named(config, section, f"{source}: unknown section {section!r}")
+    _named(target, key, f"{source}: unknown key {section}.{key}")
+    expected = typing.get_type_hints(type(target))[key]
+    setattr(target, key, _convert(value, expected, f"{source}: {section}.{key}"))
+
+
+def _named(owner: Any, name: str, complaint: str) -> Any:
+    names = [f.name for f in dataclasses.fields(owner)]
+    if name in names:
+        return getattr(owner, name)
+    lower = {n.lower(): n for n in names}
+    near = difflib.get_close_matches(str(name).lower(), lower, n=1)
+    raise UserError(f"{complaint}; " + (f"did you mean {lower[near[0]]!r}?" if near else f"there are {', '.join(names)}"))
+
+
+def _convert(value: Any, expected: Any, where: str) -> Any:
+    """Check a YAML value against a type hint; an integer may stand for a float, '1e-4' (a string in YAML 1.1) too."""
+    origin, arguments = typing.get_origin(expected), typing.get_args(expected)
+    if origin is Literal:
+        if value in arguments:
+            return value
+        near = difflib.get_close_matches(short(value).strip("'"), arguments, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise UserError(f"{where} = {short(value)}: {hint}choose one of {', '.join(map(str, arguments))}")
+    if origin is types.UnionType:
+        if value is None:
+            return None
+        expected = next(a for a in arguments if a is not type(None))
+        return _convert(value, expected, where)
+    if origin is list:
+        if isinstance(value, list):
+            return [_convert(v, arguments[0], where) for v in value]
+    elif expected is float:
+        if isinstance(value, (int, float, str)) and not isinstance(value, bool):
+            try:
+                if math.isfinite(number := float(value)):
+                    return number
+            except (ValueError, OverflowError):
+                pass
+    elif expected is str:
+        if value is None:
+            return ""
+        if isinstance(value, str):
+            return value
+    elif isinstance(value, expected) and (expected is bool or not isinstance(value, bool)):
+        return value
+    name = "a finite number" if expected is float else str(expected) if origin else expected.__name__
+    raise UserError(f"{where} = {short(value)}: expected {name}")

@@ -3,6 +3,7 @@
 import socket
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from html import escape
 from pathlib import Path
 
@@ -36,8 +37,10 @@ def build(model: Model, examples: list[Example]) -> gr.Blocks:
         strip = gr.HTML(html_template=show.examples(examples), js_on_load=PICK, visible=bool(examples))
         with gr.Row(equal_height=True):
             with gr.Column(scale=3, min_width=270, elem_classes="card", visible=model.takes_supports):
-                step(1, "Example", "A photo with the thing in it. Paint over the thing, or give its mask as a file."
-                     + (" Without an example the name alone counts." if model.takes_text else ""))  # fmt: skip
+                step(1, "Example", "A photo with the thing in it. " + (
+                     "It needs no mask: the name counts." if not model.needs_masks else
+                     "Paint over the thing, or give its mask as a file."
+                     + (" Without an example the name alone counts." if model.takes_text else "")))  # fmt: skip
                 with gr.Column() as choose:
                     photo = upload("photo with the thing", "photo")
                 with gr.Column(visible=False) as at_hand:
@@ -106,7 +109,7 @@ def build(model: Model, examples: list[Example]) -> gr.Blocks:
         quiet = raw | {"show_progress": "hidden"}
         photo.input(change_support(do.open_support), [state, photo], support_outputs, **quiet)
         mask.upload(change_support(do.open_mask), [state, mask], support_outputs, **quiet)
-        more.click(change_support(do.keep), [state, painter], support_outputs, **quiet)
+        more.click(change_support(partial(do.keep, masked=model.needs_masks)), [state, painter], support_outputs, **quiet)
         other.click(change_support(do.remove), [state], support_outputs, **quiet)
         strip.pick(pick, [state, threshold], [*support_outputs, *result_outputs, text, query], **quiet)
         gr.on([run.click, text.submit], segment, [state, painter, text, query, threshold], [state, *result_outputs],

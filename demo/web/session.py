@@ -88,17 +88,19 @@ class Model:
         words: all words that its CLIP knows, where they are few.
         takes_supports: False for a CLIP without a trained network, which reads the text alone.
         takes_text: whether it reads the text.
+        needs_masks: False where supports need no mask.
     """
 
     def __init__(self, predictor: Predictor | TextPredictor, about: str, words: Sequence[str] = ()) -> None:
         self.predictor, self.about, self.words, self.lock = predictor, about, words, threading.Lock()
         self.takes_supports = not isinstance(predictor, TextPredictor)
         self.takes_text = not self.takes_supports or predictor.takes_text
+        self.needs_masks = not self.takes_supports or predictor.needs_masks
 
     def find(self, supports: Sequence[Support], text: str, query: Photo) -> Found:
         """Raises UserError as the predictor's methods do."""
         # a palette image: in an array, 255 would count as the object
-        masks = [Image.fromarray(support.mask, "P") for support in supports]
+        masks = [Image.fromarray(support.mask, "P") for support in supports] if self.needs_masks else None
         with self.lock:
             self.predictor.set_support([support.photo for support in supports], masks, text)
             found, notes = self.predictor.predict(query), self.predictor.notes
@@ -132,9 +134,10 @@ def open_mask(session: Session, path: str) -> Session:
     return replace(session, support=replace(session.support, mask=shrink(mask, MAX_SIDE, cv2.INTER_NEAREST)))
 
 
-def supports(session: Session, drawn: dict | None) -> tuple[Support, ...]:
+def supports(session: Session, drawn: dict | None, masked: bool = True) -> tuple[Support, ...]:
     """Return the kept supports and the current one, if any, with its painted mask.
 
+    masked: whether each needs a mask; else one without is 0 everywhere.
     drawn: value from painter.js, {"painted": a PNG as data URI}; before anything is painted, the value from `show.painter`.
 
     Raises:
@@ -146,12 +149,14 @@ def supports(session: Session, drawn: dict | None) -> tuple[Support, ...]:
     if session.support is None:
         return session.kept
     mask = read_painted(str(painted), session.support.photo) if painted else session.support.mask
-    if mask is None:
+    if mask is None and masked:
         raise UserError("where is the object in the example? Paint over it, or give a mask file")
+    if mask is None:
+        mask = np.zeros(session.support.photo.hw, np.uint8)
     return (*session.kept, replace(session.support, mask=mask))
 
 
-def keep(session: Session, drawn: dict | None) -> Session:
+def keep(session: Session, drawn: dict | None, masked: bool = True) -> Session:
     """Keep the current support, and make room for another.
 
     Raises:
@@ -161,7 +166,7 @@ def keep(session: Session, drawn: dict | None) -> Session:
         raise UserError("there is no example to keep: choose a photo first")
     if len(session.kept) + 1 >= MAX_SUPPORTS:
         raise UserError(f"{MAX_SUPPORTS} examples are the most; this is the last of them, go on with the picture to search")
-    return replace(session, support=None, kept=supports(session, drawn))
+    return replace(session, support=None, kept=supports(session, drawn, masked))
 
 
 def remove(session: Session) -> Session:
@@ -180,7 +185,7 @@ def segment(model: Model, session: Session, drawn: dict | None, text: str | None
         raise UserError(f"the name has {len(text)} characters; {MAX_TEXT} are the most")
     if not query:
         raise UserError("choose the picture to search")
-    examples = supports(session, drawn)
+    examples = supports(session, drawn, model.needs_masks)
     return replace(session, found=model.find(examples, text, reduced(read_upload(query))))
 
 

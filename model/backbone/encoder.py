@@ -55,6 +55,10 @@ class Encoder(nn.Module):
         """Return the inputs of every block's last ReLU (HSNet), levels fine to coarse: B 3 S S RGB 0..255 -> 3 x B n C h w."""
         raise NotImplementedError
 
+    def stage_of(self, level: Tensor) -> Tensor:
+        """Return the stage map that a level of `pyramid` ends with: B n C h w -> B C h w."""
+        return level[:, -1].relu()
+
     def maps(self, x: Tensor, last: int) -> list[Tensor]:
         raise NotImplementedError
 
@@ -209,38 +213,46 @@ class VGGEncoder(_Staged):
 
 
 class TimmEncoder(Encoder):
-    """Any timm CNN with five feature levels, dilated to stride 8."""
+    """Any timm CNN with five feature levels.
 
-    def __init__(self, name: str):
+    Args:
+        dilated: stages 3 and 4 keep stride 8; else they have strides 16 and 32, and the EfficientNet family has a `pyramid`.
+    """
+
+    def __init__(self, name: str, dilated: bool = True):
         try:
-            body = timm.create_model(name, features_only=True, output_stride=8)
+            body = timm.create_model(name, features_only=True, output_stride=8 if dilated else 32)
         except Exception as error:  # timm raises many kinds: unknown name, no features, no dilation
             near = timm.list_models(f"*{name.split('_')[0]}*")[:5]
-            raise UserError(f"Method.backbone = 'timm:{name}': timm cannot build it with features at stride 8 ({error}); "
+            raise UserError(f"Method.backbone = 'timm:{name}': timm cannot build it with five feature levels ({error}); "
                             f"near names: {', '.join(near) or 'none'}. {OTHERS}") from error
         channels = tuple(body.feature_info.channels())
         if len(channels) != 5:
             raise UserError(f"Method.backbone = 'timm:{name}' has {len(channels)} feature levels, five are needed. {OTHERS}")
         super().__init__(channels, name, body.pretrained_cfg["mean"], body.pretrained_cfg["std"])
         self.body = body
-        self._try(name)
+        self._try(name, dilated)
 
-    def _try(self, name: str) -> None:
+    def _try(self, name: str, dilated: bool) -> None:
         """Run one small image. Raises UserError where that fails, or its levels differ from those of `Encoder.forward`."""
         mode = self.training
         self.eval()
         try:
             with torch.no_grad():
-                maps = self.maps(torch.linspace(-2, 2, 3 * TRIED**2).view(1, 3, TRIED, TRIED), 4)
+                x = torch.linspace(-2, 2, 3 * TRIED**2).view(1, 3, TRIED, TRIED)
+                maps = self.maps(x, 4)
                 last = self.last_stage(maps[3])
+                if not dilated and hasattr(self.body, "blocks"):
+                    levels = self.levels(x)
+                    self.blocks = tuple(level.shape[1] for level in levels)
         except Exception as error:  # fixed sizes, levels that end within a block: every network fails in its own way
-            raise UserError(f"Method.backbone = 'timm:{name}' cannot run on {TRIED} x {TRIED} pixels with features at stride 8 "
+            raise UserError(f"Method.backbone = 'timm:{name}' cannot run on {TRIED} x {TRIED} pixels "
                             f"({type(error).__name__}: {error}). {OTHERS}") from error
         finally:
             self.train(mode)
         sizes = [tuple(x.shape[-2:]) for x in maps]
         wrong = ""
-        if len(set(sizes[2:])) > 1 or tuple(x.shape[1] for x in maps) != self.channels:
+        if dilated and len(set(sizes[2:])) > 1 or tuple(x.shape[1] for x in maps) != self.channels:
             wrong = f"its levels have sizes {sizes} for {TRIED} x {TRIED} pixels, but levels 2 to 4 must be of one size"
         elif last.shape != maps[4].shape or not torch.allclose(last, maps[4], rtol=1e-3, atol=1e-5):
             wrong = "its level 4 is not what follows from level 3"
@@ -249,6 +261,23 @@ class TimmEncoder(Encoder):
 
     def maps(self, x: Tensor, last: int) -> list[Tensor]:
         return self.body(x)[: last + 1]
+
+    def pyramid(self, images: Tensor) -> list[Tensor]:
+        """Return the outputs of the last blocks at strides 8, 16 and 32: linear, so there is no ReLU to be before."""
+        return self.levels(self.normalise(images))
+
+    def levels(self, x: Tensor) -> list[Tensor]:
+        x, levels = self.body.bn1(self.body.conv_stem(x)), {}
+        for block in (block for stage in self.body.blocks for block in stage):
+            x = block(x)
+            level = levels.setdefault(x.shape[2:], [])
+            if level and level[-1].shape != x.shape:
+                level.clear()  # of each grid the maps with its last number of channels
+            level.append(x)
+        return [torch.stack(level, 1) for level in list(levels.values())[-3:]]
+
+    def stage_of(self, level: Tensor) -> Tensor:
+        return level[:, -1]
 
     def last_stage(self, stage3: Tensor) -> Tensor:
         """Run stage 4: the modules after the end of level 3, to the end of level 4. timm names the last module of each level."""
@@ -267,7 +296,7 @@ def build_encoder(backbone: str, width: int = 64, stem: str = "deep", dilated: b
     """Build `resnet50`, `resnet101` (of any base width; 64 is published), `vgg16_bn`, `vgg16` or `timm:NAME`.
 
     Args:
-        stem: deep or plain; dilated: see `ResNetEncoder`. Other encoders ignore both.
+        stem: deep or plain, of a ResNet; dilated: stages 3 and 4 keep stride 8 (VGG ignores it).
     Raises:
         UserError: unknown name.
     """
@@ -276,7 +305,7 @@ def build_encoder(backbone: str, width: int = 64, stem: str = "deep", dilated: b
     if backbone in VGGEncoder.SPLITS:
         return VGGEncoder(backbone)
     if backbone.startswith("timm:"):
-        return TimmEncoder(backbone.removeprefix("timm:"))
+        return TimmEncoder(backbone.removeprefix("timm:"), dilated)
     raise UserError(f"Method.backbone = {backbone!r}: choose resnet50, resnet101, vgg16_bn, vgg16 or timm:NAME")
 
 

@@ -4,7 +4,9 @@ convolutions (conv4d.py).
 Shapes: B episodes, K shots, N = B*K, n blocks of a level, c channels, (h, w) the query's grid, (k, l) the support's.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -110,11 +112,22 @@ def vote_scores(votes: Tensor) -> Tensor:
     return torch.stack([count.amax((1, 2), keepdim=True).clamp(min=1).expand_as(count) / 2 - 0.25, count], 1)
 
 
+@dataclass
+class Options(Method):
+    """HSNet's own options."""
+
+    foreground_weight: float = 1  # of a foreground pixel in the loss; 1 as published, more where things are small (demo)
+
+    def check(self) -> None:
+        if not 0 < self.foreground_weight < math.inf:
+            raise UserError(f"Method.foreground_weight = {self.foreground_weight}: must be a positive number")
+
+
 class HSNet(FewShot):
     """HSNet, trained with one shot; several shots vote. Its backbone keeps the ImageNet weights and its strides."""
 
     facts = Facts(identity=IDENTITY)  # without Train.shot: a checkpoint works with any number of shots
-    Options = Method
+    Options = Options
     dilated = False
     optimizer_name = "adam"  # its rate is constant where Train.power is 0, as published
     official = (("head.encoder.", "hpn_learner."), ("head.decoder.", "hpn_learner."))
@@ -130,15 +143,15 @@ class HSNet(FewShot):
     def check_backbone(self) -> None:
         if self.encoder.blocks is None:
             raise UserError(f"Method.backbone: HSNet cannot use {self.encoder.hub!r}, it reads every block of a resnet50, "
-                            "resnet101, vgg16 or vgg16_bn")
+                            "resnet101, vgg16, vgg16_bn or an EfficientNet of timm (timm:tf_efficientnet_lite0)")
 
     def view(self, images: Tensor, mask: Tensor | None, needs: frozenset[str]) -> dict[str, Tensor]:
         fine, middle, coarse = self.encoder.pyramid(images)
         found = {"level2": fine, "level3": middle, "level4": coarse}
         if "stage4" in needs:
-            found["stage4"] = coarse[:, -1].relu()
+            found["stage4"] = self.encoder.stage_of(coarse)
         if "masked4" in needs:
-            found["masked4"] = self.masked4(middle[:, -1].relu(), mask)
+            found["masked4"] = self.masked4(self.encoder.stage_of(middle), mask)
         return found
 
     def decode(self, head: nn.Module, features: Features, maps: Sequence[Tensor], own: Tensor) -> Decoded:
@@ -147,7 +160,8 @@ class HSNet(FewShot):
 
     def terms(self, decoded: Decoded, features: Features, episode: Episode) -> dict[str, Tensor]:
         target = (episode.query_mask == 1).long()  # unlabelled pixels are background, as published
-        return {"main": segmentation_loss(decoded.votes.flatten(0, 1), target.repeat_interleave(features.shot, 0))}
+        target = target.repeat_interleave(features.shot, 0)
+        return {"main": segmentation_loss(decoded.votes.flatten(0, 1), target, self.options.foreground_weight)}
 
     def official_name(self, name: str) -> str | None:
         if name.startswith("backbone."):

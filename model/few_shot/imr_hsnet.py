@@ -5,13 +5,15 @@ Shapes as in hsnet.py. Query and support go through the network as one batch of 
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.few_shot import hsnet
 from model.few_shot.cam_prior import CamPrior
 from model.few_shot.conv4d import Pair, Products, keep, shrink, unit
 from model.few_shot.hsnet import WIDTHS, Decoder, Encoder4d, HSNet, vote_scores
@@ -20,7 +22,6 @@ from model.few_shot.prior import Features
 from model.few_shot.system import IDENTITY, Decoded
 from model.losses import segmentation_loss
 from model.ops import full, resize
-from util.config import Method
 from util.data.episodes import Episode
 from util.errors import UserError
 from util.run.identity import Facts
@@ -134,13 +135,15 @@ class Head(nn.Module):
 
 
 @dataclass
-class Options(Method):
+class Options(hsnet.Options):
     """IMR-HSNet's own options."""
 
     stages: int = 2  # how often the masks are refined; 3 on COCO
     mask_mode: Literal["official", "paper"] = "official"  # which side of a correlation is masked, see docs/systems/imr-hsnet.md
+    cams: list[str] = field(default_factory=list)  # folders of maps that the published scripts stored, read and not computed
 
     def check(self) -> None:
+        super().check()
         if self.stages < 1:
             raise UserError(f"Method.stages = {self.stages}: must be at least 1")
 
@@ -176,12 +179,19 @@ class IMRHSNet(HSNet):
         votes = stages[-1].chunk(2)[0].unflatten(0, (-1, features.shot))
         return Decoded(vote_scores(votes), votes=votes, inner=stages)
 
+    def pictures(self, decoded: Decoded) -> dict[str, Tensor]:
+        """Return what each stage finds in the query, mean over the shots."""
+        shot = decoded.votes.shape[1]
+        found = [logits.chunk(2)[0].float().softmax(1)[:, 1].unflatten(0, (-1, shot)).mean(1) for logits in decoded.inner]
+        return {f"stage {i}": foreground for i, foreground in enumerate(found, start=1)}
+
     def terms(self, decoded: Decoded, features: Features, episode: Episode) -> dict[str, Tensor]:
         """Both masks at every stage; unlabelled pixels are background, as published."""
         query = (episode.query_mask == 1).long().repeat_interleave(features.shot, 0)
         targets = {"query": query, "support": binary_mask(episode.support_mask.flatten(0, 1))[:, 0].long()}
         pairs = [dict(zip(targets, logits.chunk(2), strict=True)) for logits in decoded.inner]
-        return {name: sum(segmentation_loss(pair[name], target) for pair in pairs) for name, target in targets.items()}
+        loss = partial(segmentation_loss, foreground=self.options.foreground_weight)
+        return {name: sum(loss(pair[name], target) for pair in pairs) for name, target in targets.items()}
 
     def baselines(self, batch: Episode, features: Features, maps: dict[str, Tensor]) -> dict[str, Tensor]:
         side = batch.query_mask.shape[1:]

@@ -204,15 +204,17 @@ class FewShot(System):
     def predict(self, batch: Episode, baselines: bool = False) -> Prediction:
         self._check(batch)
         features, maps, decoded = self.run(batch, *((CosinePrior.query_needs, CosinePrior.support_needs) if baselines else ()))
-        shown = {name: prior.float().flatten(1, -3).mean(1) for name, prior in maps.items()}
-        if decoded.correlations:
-            shown["correlation"] = decoded.correlations[-1].float()
+        shown = {name: prior.float().flatten(1, -3).mean(1) for name, prior in maps.items()} | self.pictures(decoded)
         side = batch.query.shape[2:]
         scores = (decoded.final, decoded.meta, features.query.base)
         final, meta, base = (None if x is None else resize(x.float(), side) for x in scores)
         trivial = self.baselines(batch, features, shown) if baselines else {}
         votes = None if decoded.votes is None else decoded.votes.float()
         return Prediction(final, meta, base, maps=shown, priors=tuple(self.prior_names), baselines=trivial, votes=votes)
+
+    def pictures(self, decoded: Decoded) -> dict[str, Tensor]:
+        """Return maps B h w of the head that a report shows beside the priors."""
+        return {"correlation": decoded.correlations[-1].float()} if decoded.correlations else {}
 
     def baselines(self, batch: Episode, features: Features, maps: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return predictions without training: everything is foreground; a prior, which is in 0..1, above one half.

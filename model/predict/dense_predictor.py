@@ -60,6 +60,7 @@ class DensePredictor:
         self.system, self.config, self.device, self.precision = system.to(device).eval(), config, device, precision
         self.fold, self.names, self._note = fold, names, note
         self._transform = system.task.transform(config, training=False)
+        self._patch = system.clip.module.visual.patch if hasattr(system, "clip") else None
         self._name(system.task.channels_of(fold), names)
 
     @classmethod
@@ -110,8 +111,8 @@ class DensePredictor:
 
     def _predict(self, photo: Photo) -> Labelling:
         started = time.perf_counter()
-        image = shrink(photo.image, longest_side(self._patch)).astype(np.float32)
-        if min(image.shape[:2]) < self._patch:
+        image = shrink(photo.image, longest_side(self._patch or 16)).astype(np.float32)
+        if min(image.shape[:2]) < (self._patch or 1):
             reduced = "" if image.shape[:2] == photo.hw else f", {image.shape[1]} x {image.shape[0]} reduced for the network"
             raise UserError(f"{photo.name} is {photo.hw[1]} x {photo.hw[0]} pixels{reduced}: smaller than a patch of "
                             f"CLIP ({self._patch} pixels); give a larger or less narrow picture")
@@ -125,10 +126,6 @@ class DensePredictor:
         placed = self._transform.placed(photo.hw)
         label = self._numbers[prediction.decide(0, placed).cpu().numpy()]
         return Labelling(label, prediction.confidence(0, placed).cpu().numpy(), time.perf_counter() - started)
-
-    @property
-    def _patch(self) -> int:
-        return self.system.clip.module.visual.patch
 
     def _name(self, channels: tuple[int, ...], names: ClassNames) -> None:
         """Set the classes of the channels, and what is to say about them."""

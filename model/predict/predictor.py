@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from model.backbone.pspnet import PSPNet
-from model.build import build_system, load_weights, recorded, system_class, text_bank
+from model.build import build_system, load_weights, priors_of, recorded, system_class, text_bank
+from model.few_shot.cam_prior import TEMPLATE, CamPrior
 from model.few_shot.hsnet import HSNet
 from model.few_shot.prior import TextPrior
 from model.few_shot.system import FewShot
@@ -48,7 +49,8 @@ class Predictor:
     Attributes:
         system: in evaluation mode, on `device`.
         config: that of its training.
-        takes_text: whether its priors read a text (VTP); other systems use a text only to know a base class by its name.
+        takes_text: whether its priors read a text (VTP, CAM); other systems use a text only to know a base class by its name.
+        needs_masks: False for a system that reads the name of the object in place of its masks (IMR-HSNet).
         notes: remarks for the user about the present supports and text.
     """
 
@@ -63,9 +65,12 @@ class Predictor:
             clip_size=config.CLIP.clip_size if system.clip_patch else None, patch=system.clip_patch or 1, evaluation=True,
         )  # fmt: skip
         self.text_prior = next((prior for prior in system.priors if isinstance(prior, TextPrior)), None)
-        self.takes_text = self.text_prior is not None
+        self.cam_prior = next((prior for prior in system.priors if isinstance(prior, CamPrior)), None)
+        self.needs_masks = self.cam_prior is None
+        self.takes_text = self.text_prior is not None or not self.needs_masks
         self.notes: tuple[str, ...] = ()
-        self._text_alone = TextPredictor(system.clip, device, precision) if self.takes_text else None
+        self._text_alone = TextPredictor(system.clip, device, precision) if self.text_prior else None
+        self._cls = 1  # of the object: 1, or the row of its text in the bank of the CAM
         self._groups: list[list[Shot]] | None = None  # of K shots; text alone: none
         self._examples: list[tuple[Photo, np.ndarray, bool]] = []  # with its mask; whether the mask comes from boxes
         self._base_rank = -1
@@ -88,9 +93,10 @@ class Predictor:
         if not issubclass(system_class(found.arch), FewShot):
             raise UserError(f"{found.path} (ARCH={found.arch}) labels every pixel with its own classes and looks for no example: "
                             f"`python predict.py --weights {found.path} --query PHOTOS`, model.predict.dense_predictor")
-        config = replace(found.config, CLIP=replace(found.config.CLIP, vocabulary="target"))  # other classes are unknown
+        cam = "cam" in priors_of(found.arch, found.config)  # a CAM needs classes that compete; else those in an image are unknown
+        config = replace(found.config, CLIP=replace(found.config.CLIP, vocabulary="all" if cam else "target"))
         fold, names = trained_on(found)
-        system = build_system(found.arch, config, fold, NO_NAMES)
+        system = build_system(found.arch, config, fold, names if cam else NO_NAMES)
         load_weights(system, config, Experiment.of_checkpoint(found.path, found.arch, config), found.path)
         return cls(system, config, fold, names, chosen, choose_precision(precision, chosen), found.meta.get("note", ""))
 
@@ -100,7 +106,8 @@ class Predictor:
 
         Args:
             images: supports: paths, Pillow images, uint8 arrays H W 3 or uint8 tensors 3 H W. None: the text alone.
-            masks: one for each image, None where it has boxes; see util/photos/reading.py for what counts as the object.
+            masks: one for each image, None where it has boxes; see util/photos/reading.py for what counts as the object. Left out
+                where `needs_masks` is False.
             text: name of the object, "golden retriever".
             boxes: one entry for each image: None, a box x0 y0 x1 y1 in pixels, or several boxes.
         Raises:
@@ -109,22 +116,27 @@ class Predictor:
         """
         text = (text or "").strip()
         photos = [read_photo(source, f"support {i}") for i, source in enumerate(as_list(images), start=1)]
-        box = box_lists(boxes)
-        pairs = annotated(photos, as_list(masks), box)
+        box, given = box_lists(boxes), as_list(masks)
+        unread = not self.needs_masks and (any(mask is not None for mask in given) or any(map(len, box)))
+        pairs = annotated(photos, given, box) if self.needs_masks else [(photo, unmarked(photo)) for photo in photos]
         shots = [self._shot(*pair) for pair in pairs]
         self._check(shots, text)
         if not shots:
             self._text_alone.set_support(text=text)
-        elif self.takes_text:
+        elif self.cam_prior:
+            self._cls = self._use_names(text)
+        elif self.text_prior:
             self.text_prior.use(text_bank(self.system.clip, [text]))
         if isinstance(self.system, HSNet):
             self.system.shot = max(1, len(shots))  # as many as there are: they vote
         shot, count = self.system.shot, len(shots)
         turns = [shots[i % count] for i in range(-(-count // shot) * shot)]
         self._groups = [turns[i : i + shot] for i in range(0, len(turns), shot)]
-        self._examples = [(*pair, bool(box) and len(box[i]) > 0) for i, pair in enumerate(pairs)]
+        self._examples = [(*pair, bool(box) and len(box[i]) > 0) for i, pair in enumerate(pairs)] if self.needs_masks else []
         self._base_rank = self._rank(text)
         self.notes = tuple(self._notes(count, text)) if count else self._text_alone.notes
+        if unread:
+            self.notes = (*self.notes, "this system reads the name in place of masks: the masks and boxes change nothing")
 
     def predict(self, image: Source) -> Segmentation:
         """Find the object in an image: a path, Pillow image, uint8 array H W 3 or uint8 tensor 3 H W.
@@ -174,7 +186,7 @@ class Predictor:
         """Build the batch of one that evaluation builds from a query and its supports; there is no annotation."""
         image = shrink(photo.image, self._side)
         blank = np.zeros(image.shape[:2], np.uint8)
-        return self.maker.episode(image.astype(np.float32), blank, shots, cls=1, base_rank=self._base_rank,
+        return self.maker.episode(image.astype(np.float32), blank, shots, cls=self._cls, base_rank=self._base_rank,
                                   present=torch.zeros(1, dtype=torch.bool), name=photo.name)  # fmt: skip
 
     @property
@@ -185,7 +197,7 @@ class Predictor:
     def _shot(self, photo: Photo, mask: np.ndarray) -> Shot:
         image = shrink(photo.image, self._side)
         shot = self.maker.shot(image.astype(np.float32), shrink(mask, self._side, cv2.INTER_NEAREST), photo.name)
-        if not (shot.mask == 1).any():
+        if self.needs_masks and not (shot.mask == 1).any():
             raise UserError(f"the object in {photo.name} is too small: no pixel of its mask is left at the network's side of "
                             f"{self.config.Train.val_size} pixels; cut the photo around it")
         return shot
@@ -196,9 +208,19 @@ class Predictor:
             raise UserError(f"this checkpoint's priors read the name of what is to be found: give a text, for instance {name!r}")
         if not shots and not text:
             raise UserError("nothing to look for: give supports (images with masks or boxes), a text, or both")
+        if not shots and not self.needs_masks:
+            raise UserError("this system compares photos: give at least one support that shows the object; it needs no mask")
         if not shots and not self.takes_text:
             raise UserError("this checkpoint has no text prior (CLIP): it needs an example with a mask or a box. For a name "
                             "alone take a CLIP: predict.py --clip, model.predict.text_predictor")
+
+    def _use_names(self, text: str) -> int:
+        """Let a text compete with the classes of the training; returns its number among them."""
+        known = [name.casefold() for name in self.names.names]
+        new = [] if text.casefold() in known else [text]
+        names = (*self.names.names, *new)
+        self.cam_prior.use(self.system.clip.module.text.bank(names, [TEMPLATE]), names)
+        return len(known) + 1 if new else known.index(text.casefold()) + 1
 
     def _rank(self, text: str) -> int:
         """Rank of the base class that the text names, or -1."""
@@ -272,6 +294,11 @@ def trained_on(found: Checkpoint) -> tuple[Fold, ClassNames]:
         return Fold(config.Train.data_set, config.Train.split, novel, base), ClassNames(names, texts)
     file = Path(config.Data.class_names)
     return system_class(found.arch).task.folds(config), read_class_names(file) if file.is_file() else NO_NAMES
+
+
+def unmarked(photo: Photo) -> np.ndarray:
+    """Return the mask of a photo that has none: H W uint8, 0 everywhere."""
+    return np.zeros(photo.hw, np.uint8)
 
 
 def box_around(mask: np.ndarray) -> np.ndarray:

@@ -146,7 +146,7 @@ class Refined(NamedTuple):
 
     cam: Tensor  # B K h w in 0..1, class activation maps
     spread: Tensor  # B K h w, spread by the transition matrix; not rescaled
-    likely: Tensor  # B K bool: the class is at least as probable as chance, 1 / number of candidates
+    chance: Tensor  # B K, probability of the class times the number of candidates: below 1 it is less likely than chance
 
 
 @torch.no_grad()
@@ -161,7 +161,7 @@ def refined_maps(clip: Clip, bank: Bank, seen: Seen, pairs: Pairs, box: float, l
     with torch.autocast(seen.tokens.device.type, enabled=False):
         if not len(pairs):
             nothing = seen.tokens.new_zeros(*pairs.slots(pairs.cls).shape, *seen.grid)
-            return Refined(nothing, nothing, nothing[..., 0, 0].bool())
+            return Refined(nothing, nothing, nothing[..., 0, 0])
         found = class_maps(clip, bank, seen, pairs)
         attention = patch_part([*last_blocks(seen, layers), found.attention[pairs.first]])
         combined = attention.mean(1) if rfm is None else filtered(attention, *rfm)[0]
@@ -169,8 +169,7 @@ def refined_maps(clip: Clip, bank: Bank, seen: Seen, pairs: Pairs, box: float, l
         cam = pairs.slots(found.map)
         own = found.probability.gather(1, pairs.cls[:, None])[:, 0]
         candidates = (pairs.value > 0).sum(1)[pairs.image] + len(bank.background)
-        likely = pairs.slots(own * candidates >= 1)
-        return Refined(cam, spread(transition_matrix(combined), cam, mask), likely)
+        return Refined(cam, spread(transition_matrix(combined), cam, mask), pairs.slots(own * candidates))
 
 
 def last_blocks(seen: Seen, layers: int) -> list[Tensor]:

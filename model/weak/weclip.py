@@ -35,7 +35,8 @@ class Options(MapOptions):
     static_steps: int = 15_000  # before RFM; the published VOC run counts validation images too, which makes it 9144
     score: Literal["signed", "absolute"] = "signed"  # how RFM compares attention with the affinity; the paper's is absolute
     outside: Literal["label", "ignore"] = "label"  # what pixels of a crop outside the image are
-    absent: Literal["keep", "drop"] = "keep"  # labels that CLIP finds less likely in the crop than chance
+    # Labels that CLIP finds less likely in the crop than chance: as they are, left out, or their maps scaled by how much less.
+    absent: Literal["keep", "drop", "weigh"] = "keep"
     dropout: float = 0.1  # of whole channels of the fused features
     affinity_weight: float = 0.1
     long_side: int = 512  # of a tested image
@@ -86,6 +87,7 @@ class WeCLIP(Weak):
         fused, logits = self.head(seen.hidden, seen.grid)
         affinity = affinity_of(fused)
         label = self.pseudo_label(seen, images, pairs, affinity.detach() if rfm else None, batch.valid)
+        self.count(label, batch.label)
         return self.terms(logits, affinity, label)
 
     def pseudo_label(self, seen: Seen, images: Tensor, pairs: Pairs, affinity: Tensor | None = None,
@@ -100,8 +102,9 @@ class WeCLIP(Weak):
         rfm = None if affinity is None else (affinity, o.score == "absolute")
         maps = refined_maps(self.vision, self.bank, seen, pairs, o.box, o.layers if rfm is None else o.rfm_layers, rfm)
         scores = with_background(maps.spread, size or images.shape[2:])
-        if o.absent == "drop":
-            shown = scores[:, 1:] * maps.likely[..., None, None]
+        if o.absent != "keep":
+            weight = (maps.chance >= 1).to(scores.dtype) if o.absent == "drop" else maps.chance.clamp(max=1)
+            shown = scores[:, 1:] * weight[..., None, None]
             scores = torch.cat([1 - shown.amax(1, keepdim=True), shown], 1)
         label = decide(refine_by_colour(images, scores), pairs)
         return label if o.outside == "label" or valid is None else ignore_outside(label, valid)
@@ -134,8 +137,8 @@ class WeCLIP(Weak):
     def predict(self, batch: Any, baselines: bool = False) -> Prediction:
         """Mean of the logits over scales and mirror images, on the patch grid of the first scale.
 
-        `variants` has "single scale": the first one, not mirrored. With `baselines` also, at the image's size, what the given
-        labels and CLIP alone make of the image.
+        `variants` has "single scale": the first one, not mirrored. With `baselines` also, at the image's size, the scores of
+        the given labels with CLIP alone, and two answers that look at no pixel.
         """
         images = self.normalise(batch.image)
         mean, single = multi_scale(self.logits, list(self.scaled(images)))
@@ -146,15 +149,30 @@ class WeCLIP(Weak):
 
     def without_training(self, images: Tensor, pairs: Pairs) -> dict[str, Tensor]:
         """Scores B C H W of class activation maps of the given labels (as they are, spread by CLIP's attention, and then moved by
-        colours as in training) and of an answer that is right for most pixels."""
+        colours as in training), and of one class everywhere: the given one with most pixels in the last, or the background."""
         x, o = next(self.scaled(images)), self.options
         maps = refined_maps(self.vision, self.bank, see(self.vision.visual, x, o.layers), pairs, o.box, o.layers)
         cam, refined = (with_background(m, images.shape[2:]) for m in (maps.cam, maps.spread))
         named = {"CAM": cam, "refined CAM": refined, "pseudo label": refine_by_colour(images, refined)}
         found = {f"{name} of the given labels": class_scores(m, pairs, self.classes) for name, m in named.items()}
-        nothing = images.new_zeros(len(images), 1 + self.classes, 1, 1)
-        nothing[:, 0] = 1
-        return found | {"everything background": nothing}
+        area = F.one_hot(decide(named["pseudo label"], pairs).flatten(1).long(), 1 + self.classes).sum(1)  # B 1+classes
+        area[:, 0] = 0
+        one, nothing = (F.one_hot(c, 1 + self.classes).to(images.dtype)[..., None, None]
+                        for c in (area.argmax(1), torch.zeros_like(area[:, 0])))  # fmt: skip
+        return found | {"everything the largest given class": one, "everything background": nothing}
+
+    @torch.no_grad()
+    def panels(self, batch: Any) -> dict[str, Tensor]:
+        """The largest class activation map of the given labels, their pseudo label as the last steps of training make it, and how
+        far the decoder holds every patch for the same thing as the patch where that map is largest."""
+        images = self.normalise(batch.image)
+        x, o, pairs = next(self.scaled(images)), self.options, self.pairs(batch.present, images.device)
+        seen = see(self.vision.visual, x, o.rfm_layers, hidden=True)
+        affinity = affinity_of(self.trained(seen.hidden, seen.grid)[0])
+        cam = refined_maps(self.vision, self.bank, seen, pairs, o.box, o.rfm_layers).cam.amax(1)
+        peak = cam.flatten(1).argmax(1)
+        return {"CAM": cam, "pseudo label": self.pseudo_label(seen, x, pairs, affinity, size=images.shape[2:]),
+                "affinity at its peak": affinity[range(len(peak)), peak].unflatten(1, seen.grid)}
 
     # Published checkpoints.
 

@@ -42,6 +42,7 @@ class Batch:
     image: Tensor
     present: Tensor
     valid: Tensor
+    label: Tensor | None = None  # masks are not there
 
 
 def check_weclip(path: Path) -> Iterator[Row]:

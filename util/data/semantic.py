@@ -6,6 +6,7 @@ Every image of the list is used, not the filtered index of a fold.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -16,6 +17,8 @@ from util.data.episodes import Batch, Transform, content_key, generator, look_up
 from util.data.index import Record
 from util.data.transforms import IGNORE, Placed, read_image, read_pair, to_tensor
 from util.errors import UserError
+
+Masks = Literal["all", "found", "none"]
 
 
 @dataclass
@@ -46,10 +49,11 @@ class Images(Batch):
 class SemanticDataset(Dataset):
     """Item i, for any i >= 0, as `Images` of B = 1; in training every pass has its own order.
 
-    target        class -> channel, or 255; classes without an entry are background, 0
+    target        class -> channel, or 255; classes without an entry are background, 0. `classes`: class of each channel
     values        256 uint8, label value -> class (`util.data.folds.read_label_table`); None: values are classes
     num_classes   C, the width of `Images.present`
-    labelled      False: no label file is opened, every pixel of `label` is 255 (image-level labels are all there is)
+    masks         label files that are read: all; found: those that exist; none (image-level labels are all there is). Every
+                  pixel of another `label` is 255
     """
 
     def __init__(
@@ -62,13 +66,14 @@ class SemanticDataset(Dataset):
         seed: int,
         evaluation: bool,
         values: np.ndarray | None = None,
-        labelled: bool = True,
+        masks: Masks = "all",
     ) -> None:
         if not records:
             raise UserError("no images to read: the list is empty")
         self.records, self.root, self.transform = records, Path(data_root), transform
         self.num_classes, self.seed, self.evaluation = num_classes, seed, evaluation
-        self._table, self.values, self.labelled = look_up(target), values, labelled
+        self._table, self.values, self.masks = look_up(target), values, masks
+        self.classes = sorted((c for c in target if target[c] != IGNORE), key=target.get)
 
     def __len__(self) -> int:
         return len(self.records)
@@ -85,8 +90,9 @@ class SemanticDataset(Dataset):
         return found if self.evaluation else replace(found, original_label=[], placed=[], key=[])
 
     def _read(self, record: Record) -> tuple[np.ndarray, np.ndarray]:
-        if self.labelled:
-            return read_pair(self.root / record.image, self.root / record.label, self.values)
+        file = self.root / record.label
+        if self.masks == "all" or (self.masks == "found" and record.label and file.is_file()):
+            return read_pair(self.root / record.image, file, self.values)
         image = read_image(self.root / record.image)
         return image, np.full(image.shape[:2], IGNORE, np.uint8)
 

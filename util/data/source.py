@@ -11,7 +11,7 @@ from util.data.folds import ClassNames, Fold, fold_of, read_class_names, read_la
 from util.data.image_labels import read_image_labels
 from util.data.index import Index, Record, build_index, scan
 from util.data.manifest import AnyEpisodes, read_manifest
-from util.data.semantic import SemanticDataset
+from util.data.semantic import Masks, SemanticDataset
 from util.data.transforms import TrainTransform, ValTransform
 from util.errors import UserError
 
@@ -73,6 +73,10 @@ class Source:
     def labelled(cls, key: str) -> bool:
         """Whether the label files of a list are read; else image-level labels are enough."""
         return True
+
+    def masks(self, key: str) -> Masks:
+        """Return which label files the samples of a list read."""
+        return "all" if self.labelled(key) else "none"
 
     def training(self) -> Dataset:
         """Return the endless training data: sample i is a pure function of i."""
@@ -195,5 +199,5 @@ class ImageSource(Source):
         return SemanticDataset(
             records, self.target(training), self.fold.num_classes, self.config.Data.data_root,
             self.transform(self.config, training), self.config.Train.manual_seed, evaluation=not training, values=self.values,
-            labelled=self.labelled(key),
+            masks=self.masks(key),
         )  # fmt: skip

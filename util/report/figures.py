@@ -60,7 +60,7 @@ def of(result: Mapping) -> dict[str, Figure]:
     if rows := summary.class_rows(result):
         found["classes"] = class_bars({"": rows}, mark)
     if rows := summary.cause_rows(result):
-        found["causes"] = cause_bars(rows, mark)
+        found["causes"] = cause_bars(rows, mark, summary.cases(result))
     if quality := summary.prior_quality(result):
         found["priors"] = prior_curves(quality, result["mean"]["miou"], mark)
     for name, curves in (result.get("curves") or {}).items():
@@ -93,10 +93,14 @@ def class_bars(series: Mapping[str, Sequence[Mapping]], mark: str = "") -> Figur
 
 @styled
 def learning_curves(curves: Mapping[str, Mapping[str, Sequence]], mark: str = "") -> Figure:
-    """Draw losses, validation mIoU and rate of a training (`util.run.curves.read`), as far as they were recorded."""
+    """Draw losses, mIoU (of the validation, and what training measured itself) and rate of a training (`util.run.curves.read`),
+    as far as they were recorded."""
     train, validation = dict(curves.get("train", {})), curves.get("validation", {})
     rate, steps = train.pop("rate", None), train.pop("step", [])
-    parts = [("loss", 1.25, train), ("mIoU (%)", 0.95, validation.get("miou")), ("rate", 0.55, rate)]
+    scores = {name: (steps, train.pop(name)) for name in [*train] if name.endswith("miou")}
+    if validation.get("miou"):
+        scores["validation"] = (validation["step"], validation["miou"])
+    parts = [("loss", 1.25, train), ("mIoU (%)", 0.95, scores), ("rate", 0.55, rate)]
     parts, alone = [part for part in parts if part[2]], "o" if len(steps) == 1 else ""  # a line needs two points
     figure = Figure((WIDTH, 0.35 + sum(height for _, height, _ in parts)), layout="constrained")
     grid = figure.subplots(len(parts), 1, sharex=True, squeeze=False, height_ratios=[height for _, height, _ in parts])[:, 0]
@@ -111,16 +115,19 @@ def learning_curves(curves: Mapping[str, Mapping[str, Sequence]], mark: str = ""
             axes.set_ylim(bottom=0)
             axes.ticklabel_format(axis="y", scilimits=(0, 0), useMathText=False)
         else:
-            x, y = validation["step"], 100 * _numbers(values)
-            axes.plot(x, y, color=SERIES[0], marker="o", markersize=2.5)
-            if np.isfinite(y).any():
-                best = int(np.nanargmax(y))
-                axes.plot(x[best], y[best], color=SERIES[0], marker="o", markersize=4, linestyle="none",
-                          label=f"best {y[best]:.1f} at iteration {x[best]:,.0f}")  # fmt: skip
-                axes.legend(loc="lower right", bbox_to_anchor=(1, 0.98))
+            for (score, (x, y)), colour, dashes in zip(reversed(values.items()), SERIES, DASHES, strict=False):
+                x, y = np.array(x), 100 * _numbers(y)
+                x, y = x[np.isfinite(y)], y[np.isfinite(y)]
+                name, best = summary.label(score), int(y.argmax()) if len(y) else 0
+                if len(y) and score == "validation":
+                    name = f"{name}, " * (len(values) > 1) + f"best {y[best]:.1f} at iteration {x[best]:,.0f}"
+                    axes.plot(x[best], y[best], color=colour, marker="o", markersize=4, linestyle="none")
+                axes.plot(x, y, color=colour, linestyle=dashes, marker="o", markersize=2.5, label=name)
+            axes.legend(ncols=2, loc="lower right", bbox_to_anchor=(1, 0.98))
             axes.margins(y=0.15)
-            if np.isfinite(y).sum() == 1:
-                axes.set_ylim(0, max(1.3 * np.nanmax(y), 1))
+            found = np.concatenate([100 * _numbers(y) for _, y in values.values()])
+            if np.isfinite(found).sum() == 1:
+                axes.set_ylim(0, max(1.3 * np.nanmax(found), 1))
         axes.set_ylabel(name)
         axes.yaxis.set_major_locator(MaxNLocator(4 if name != "rate" else 2))
     figure.align_ylabels(grid)
@@ -145,8 +152,8 @@ def prior_curves(quality: Mapping[str, Sequence[float]], final: float, mark: str
 
 
 @styled
-def cause_bars(rows: Sequence[Mapping], mark: str = "") -> Figure:
-    """Draw the share of episodes by cause of failure, a bar for every class and one for all (`cause_rows`)."""
+def cause_bars(rows: Sequence[Mapping], mark: str = "", cases: str = "episodes") -> Figure:
+    """Draw the share of cases by cause of failure, a bar for every class and one for all (`cause_rows`)."""
     figure, axes = _figure(0.75 + 0.19 * len(rows), mark)
     left = np.zeros(len(rows))
     for cause, colour in CAUSE_COLOURS.items():
@@ -154,7 +161,7 @@ def cause_bars(rows: Sequence[Mapping], mark: str = "") -> Figure:
         axes.barh(range(len(rows)), share, 0.74, left, color=colour, label=cause, edgecolor="none")
         left += share
     axes.set(yticks=range(len(rows)), yticklabels=[row["name"] for row in rows], xlim=(0, 100), ylim=(len(rows) - 0.5, -0.5),
-             xlabel="share of the episodes (%)")  # fmt: skip
+             xlabel=f"share of the {cases} (%)")  # fmt: skip
     axes.grid(visible=False)
     axes.tick_params(axis="y", length=0)
     axes.axhline(len(rows) - 1.5, color=SOFT, linewidth=0.6)
@@ -163,15 +170,15 @@ def cause_bars(rows: Sequence[Mapping], mark: str = "") -> Figure:
 
 
 @styled
-def scatter(a: np.ndarray, b: np.ndarray, names: tuple[str, str], mark: str = "") -> Figure:
-    """Draw the IoU of every episode under two systems, fractions; above the diagonal the second is better."""
+def scatter(a: np.ndarray, b: np.ndarray, names: tuple[str, str], mark: str = "", cases: str = "episodes") -> Figure:
+    """Draw the IoU of every case under two systems, fractions; above the diagonal the second is better."""
     figure, axes = _figure(WIDTH, mark)
     axes.plot([0, 100], [0, 100], color=SOFT, linewidth=0.7)
     many = len(a) > 3000  # more are drawn as pixels: as single shapes they would need many megabytes
     axes.scatter(100 * a, 100 * b, s=30 / max(3, len(a) ** 0.35), color=SERIES[0], alpha=0.45, linewidths=0, rasterized=many)
     axes.set(xlim=(-2, 102), ylim=(-2, 102), aspect="equal", xlabel=f"IoU of {names[0]} (%)", ylabel=f"IoU of {names[1]} (%)")
-    axes.text(2, 99, f"better in {(b > a).sum():,} episodes", va="top")
-    axes.text(99, 1, f"worse in {(b < a).sum():,} episodes", ha="right")
+    axes.text(2, 99, f"better in {(b > a).sum():,} {cases}", va="top")
+    axes.text(99, 1, f"worse in {(b < a).sum():,} {cases}", ha="right")
     return figure
 
 

@@ -78,11 +78,11 @@ def render(a: Mapping, b: Mapping, comparison: Comparison, galleries: Sequence[M
 
     order = np.argsort(difference, kind="stable")
     drawn = {"classes": figures.class_bars(dict(zip(names, rows, strict=True)), mark),
-             "episodes": figures.scatter(*ious, names, mark)}  # fmt: skip
+             "episodes": figures.scatter(*ious, names, mark, summary.cases(a))}  # fmt: skip
     view = {
         "title": f"{a['system']} and {b['system']}", "names": names, "mark": mark, "comparison": comparison,
         "pair": [{"letter": x, "about": summary.title(r), "result": r} for x, r in zip("AB", pair, strict=True)],
-        "runs": summary.runs(a), "protocol": summary.protocol(a),
+        "runs": summary.runs(a), "cases": summary.cases(a), "dense": summary.dense(a), "protocol": summary.protocol(a),
         "figures": {name: figures.svg(figure, name) for name, figure in drawn.items()},
         "better": [line(i) for i in order[::-1][:LARGEST] if difference[i] > 0],
         "worse": [line(i) for i in order[:LARGEST] if difference[i] < 0],
@@ -104,7 +104,7 @@ def _causes(episodes: EpisodeTable) -> np.ndarray:
 def _card(line: Mapping, a: Mapping, b: Mapping) -> dict:
     """Return the card of an episode: support, query and truth, which both share, and the prediction of each."""
     own = ("prediction", "errors")
-    panels = [p for p in a["panels"] if p["caption"].startswith("support") or p["caption"] in ("query", "truth")]
+    panels = [p for p in a["panels"] if p["caption"].startswith("support") or p["caption"] in ("query", "image", "truth")]
     for letter, card in (("A", a), ("B", b)):
         panels += [p | {"caption": f"{letter}: {p['caption']}"} for p in card["panels"] if p["caption"] in own]
     return {"title": f"{line['class']}, IoU {100 * line['a']:.1f} and {100 * line['b']:.1f}", "panels": panels,

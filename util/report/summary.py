@@ -77,6 +77,30 @@ def unit(result: Mapping) -> str:
     return result.get("unit", "episodes")
 
 
+def dense(result: Mapping) -> bool:
+    """Whether its rows are of one class of one image each, not of episodes."""
+    return bool((result.get("episodes") or {}).get("dense"))
+
+
+def cases(result: Mapping) -> str:
+    """What a row with counts and a cause is called: episodes, or objects (all things of one class in one image)."""
+    return "objects" if dense(result) else "episodes"
+
+
+def note(result: Mapping, key: str) -> str:
+    """Explain a score."""
+    if key == "miou" and dense(result):
+        background = any(str(c) == "0" for c in result["classes"])
+        return "mean over the classes" + (", the background is one of them" if background else "")
+    return SCORES.get(key, ("", ""))[1]
+
+
+def confused_rows(result: Mapping) -> list[dict]:
+    """Return the worst pairs of a dense result (`util.score.metrics.worst_pairs`), of the first seed: names and share."""
+    return [{"truth": class_name(result, a), "predicted": class_name(result, b), "pixels": pixels, "share": share}
+            for a, b, pixels, share in result["seeds"][0].get("confused") or []]  # fmt: skip
+
+
 def runs(result: Mapping) -> str:
     """Describe the number of seeds and episodes."""
     episodes = sorted({s["episodes"] for s in result["seeds"]})

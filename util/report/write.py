@@ -12,7 +12,8 @@ The result, scores being fractions 0..1 (key: content; * = may be missing):
     other_classes*      {class id: name}: classes that are not scored
     seeds               list of {seed, episodes, miou, fb_iou, fg_iou, per_class: {id: IoU}, episodes_per_class*:
                         {id: n}, prior_quality*: see util/score/priors.py, and other scores named ...iou, as meta_miou,
-                        base_miou; variants*: {name of another prediction: its scores}}: seed and a meter's result()
+                        base_miou; variants*: {name of another prediction: its scores}; confused*: pairs of classes, see
+                        `util.score.metrics.worst_pairs`}: seed and a meter's result(); episodes: number of samples
     mean, sd            of the scores over the seeds: `util.report.summary.summarise(seeds)`
     setting*, unit*     what the result is of, beside the data set; what a sample is called ("split 0 · 1-shot" and "episodes")
     baselines*          {name: {miou, fb_iou*}}
@@ -38,7 +39,7 @@ from pathlib import Path
 from util.errors import UserError
 from util.files import atomic, save_json
 from util.report import figures, page, summary
-from util.report.summary import REQUIRED, SCORES, interval_text, label, plain, scores
+from util.report.summary import REQUIRED, interval_text, label, plain, scores
 from util.report.viz import Card, contact_sheet, png_bytes
 from util.score.causes import CAUSES
 
@@ -115,20 +116,21 @@ def render(result: Mapping, cards: Sequence[Card]) -> str:
     """Render the page as text, from a result after `plain`."""
     several = len(result["seeds"]) > 1
     intervals, leak_free = result.get("interval") or {}, result.get("leak_free") or {}
-    tiles = [{"label": label(k), "note": SCORES.get(k, ("", ""))[1], "mean": v, "range": interval_text(intervals.get(k)),
+    tiles = [{"label": label(k), "note": summary.note(result, k), "mean": v, "range": interval_text(intervals.get(k)),
               "sd": result["sd"][k] if several else None} for k, v in scores(result)]
     leaks = [{"label": label(k), "published": result["mean"].get(k), "mean": v, "sd": leak_free["sd"][k] if several else None}
              for k, v in scores(leak_free)]
     drawn = {name: figures.svg(figure, name) for name, figure in figures.of(result).items() if name != "classes"}
-    captions = {"causes": "Share of the episodes by cause.",
+    captions = {"causes": f"Share of the {summary.cases(result)} by cause.",
                 "priors": "mIoU of each prior map alone, cut at a threshold, on the same episodes as the final mask."}
     runs = {name: name.removeprefix("curves") or f" {result['system']}" for name in drawn if name.startswith("curves")}
-    captions |= {name: f"Training:{run}. Terms of the loss, validation, learning rate." for name, run in runs.items()}
+    captions |= {name: f"Training:{run}. Terms of the loss, scores, learning rate." for name, run in runs.items()}
     causes = summary.cause_rows(result)
     view = {
         "result": result, "title": summary.title(result), "runs": summary.runs(result), "several": several, "tiles": tiles,
         "protocol": summary.protocol(result), "leaks": leaks, "differences": leak_free.get("differences", []),
         "warnings": summary.warnings(result), "mark": result.get("mark", ""), "classes": summary.class_rows(result),
+        "dense": summary.dense(result), "cases": summary.cases(result), "pairs": summary.confused_rows(result),
         "variants": summary.variant_rows(result), "setting": summary.setting(result), "unit": summary.unit(result),
         "columns": [(k, label(k)) for k, _ in scores(result)], "baselines": summary.baseline_rows(result),
         "facts": {"Protocol": result["protocol"], "Environment": result["environment"], "Time": result.get("time", {})},

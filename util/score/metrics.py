@@ -49,6 +49,17 @@ def intersection_union(confusion: Tensor) -> Tensor:
     return torch.stack([hit, confusion.sum(0) + confusion.sum(1) - hit], dim=1)
 
 
+def worst_pairs(confusion: Tensor, classes: Sequence[int], number: int = 12) -> list[tuple[int, int, int, float]]:
+    """Return the largest cells beside the diagonal of C x C counts, by their share of the truth's pixels: (class in the truth,
+    predicted class, pixels, share). classes: of the channels."""
+    counts = confusion.cpu().double()
+    share = counts / counts.sum(1, keepdim=True).clamp(min=1)
+    share.fill_diagonal_(0)
+    order = share.flatten().argsort(descending=True, stable=True)[:number].tolist()
+    cells = [(i // len(classes), i % len(classes)) for i in order]
+    return [(classes[a], classes[b], int(counts[a, b]), float(share[a, b])) for a, b in cells if share[a, b] > 0]
+
+
 class Counts(NamedTuple):
     """Pixels of one episode."""
 

@@ -20,7 +20,7 @@ from util.errors import UserError
 from util.files import atomic, written
 from util.pool import pool
 from util.score.causes import Spread
-from util.score.metrics import Counts, SemanticMeter
+from util.score.metrics import Counts, SemanticMeter, worst_pairs
 from util.score.table import EpisodeTable, Row
 from util.score.task import How, Predict, Scores, Test
 
@@ -65,7 +65,8 @@ def evaluate_images(
         channels: class of each channel of the prediction; 0 is the background.
     Returns:
         record: `SemanticMeter.result()` with `episodes`, how many images; a row for each class of each image that truth or
-        prediction has; `variants`: the same scores of other predictions of the system, by name (`Prediction.variants`).
+        prediction has; `confused`: `worst_pairs`; `variants`: the same scores of other predictions of the system, by name
+        (`Prediction.variants`).
     """
     context, meter, rows = how.context, SemanticMeter(channels, how.context.device), []
     variants: dict[str, SemanticMeter] = defaultdict(lambda: SemanticMeter(channels, context.device))
@@ -90,6 +91,7 @@ def evaluate_images(
         found = variants[name].result(fold.base, fold.novel)
         record.setdefault("variants", {})[name] = {key: value for key, value in found.items() if key != "per_class"}
     record["episodes"] = len(data) - len(record.get("skipped", []))
+    record["confused"] = worst_pairs(meter.state, channels)
     return Scores(record, sorted(context.gather(rows)))
 
 

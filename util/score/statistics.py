@@ -108,16 +108,18 @@ def describe(comparison: Comparison, a: Mapping, b: Mapping) -> str:
     lines = []
     for name, result, miou in zip("AB", (a, b), comparison.mious or (None, None), strict=True):
         score = "" if miou is None else f": mIoU {100 * miou:.2f}"
-        lines.append(f"{name}  {result.get('system')}, {result.get('data_set')} split {result.get('split')}, "
-                     f"{result.get('shot')}-shot, {result.get('checkpoint')}{score}  {result.get('mark') or ''}".rstrip())
+        of = result.get("setting") or f"split {result.get('split')}, {result.get('shot')}-shot"
+        lines.append(f"{name}  {result.get('system')}, {result.get('data_set')} {of}, {result.get('checkpoint')}{score}  "
+                     f"{result.get('mark') or ''}".rstrip())
     if not comparison.comparable:
         return "\n".join([*lines, "not comparable:", *(f"  {reason}" for reason in comparison.reasons)])
     low, high = comparison.interval
-    verdict = "significant" if comparison.significant else "not significant: the episodes cannot tell the two apart"
+    cases = "objects" if a["episodes"].get("dense") else "episodes"
+    verdict = "significant" if comparison.significant else f"not significant: the {cases} cannot tell the two apart"
     return "\n".join([
         *lines,
         f"B - A  {100 * comparison.difference:+.2f} points of mIoU, 95 % interval {100 * low:+.2f} to {100 * high:+.2f}, "
-        f"p = {comparison.p_value:.2g} (paired bootstrap, {len(a['episodes']['rows']):,} episodes): {verdict}",
+        f"p = {comparison.p_value:.2g} (paired bootstrap, {len(a['episodes']['rows']):,} {cases}): {verdict}",
     ])  # fmt: skip
 
 

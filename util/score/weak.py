@@ -7,6 +7,7 @@ from util.config import Config
 from util.data.crops import PaddedCrop
 from util.data.episodes import Transform
 from util.data.folds import Fold, read_class_names
+from util.data.semantic import Masks
 from util.data.transforms import KeepTransform
 from util.score.semantic import BaseTask, evaluate_images
 from util.score.task import How, Predict, Scores, Test
@@ -40,6 +41,9 @@ class WeakTask(BaseTask):
     @classmethod
     def labelled(cls, key: str) -> bool:
         return key != "train_list"
+
+    def masks(self, key: str) -> Masks:
+        return "all" if self.labelled(key) else "found" if self.config.Train.watch_labels else "none"
 
     @classmethod
     def transform(cls, config: Config, training: bool) -> Transform:
