@@ -153,6 +153,31 @@ def test_goes_on_bit_for_bit(arch: str, small: list[str], tmp_path: Path, monkey
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+@pytest.mark.slow
+def test_photographs_with_a_random_clip(voc_mini: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """VOC's configs and labels, ViT-B/16 of random weights: inductive, its self-training, windows; every line says random."""
+    monkeypatch.chdir(ROOT)
+    for key, count in (("train", 4), ("val", 2)):
+        lines = (ROOT / f"lists/pascal_mini/{key}.txt").read_text().splitlines()[:count]
+        (tmp_path / f"{key}.txt").write_text("\n".join(lines))
+    given = [f"Data.data_root={voc_mini}", f"Data.train_list={tmp_path}/train.txt", f"Data.val_list={tmp_path}/val.txt",
+             "CLIP.clip_path=random", f"Runtime.output={tmp_path}/exp", "Train.train_h=64", "Train.val_size=64", "Method.crop=64",
+             "Method.stride=48", "Train.batch_size=2", "Train.workers=0", "Train.iterations=2"]  # fmt: skip
+    places = []
+    for exp, own in (("inductive", ["Train.keep=[1]"]), ("transductive", ["Train.start_from=inductive/1"])):
+        config, place = configured(exp, "CLIP_RC", [*given, *own], "voc", "vitb16")
+        trainer.train(config, place, CPU, quiet=True)
+        places.append(place)
+    first, second = (load_tensors(place.last) for place in places)
+    assert any(not torch.equal(first[name], second[name]) for name in first)
+    tester.ready(config, place)
+    with RunLog(place.result, "test.log", quiet=True) as log:
+        tester.test(config, place, CPU, log)
+    result = json.loads((place.result / "report.json").read_text())
+    assert result["mark"] == "[random CLIP]" and "every score means nothing" in result["warnings"][0]
+    assert result["seeds"][0]["episodes"] == 2 and "[random CLIP]" in (place.result / "test.log").read_text()
+
+
 # ---- published settings
 
 def test_schedule_of_the_papers() -> None:
@@ -210,8 +235,46 @@ def test_a_published_checkpoint(small: list[str], tmp_path: Path) -> None:
     result = evaluate("inductive", [*small, f"Test_Finetune.weight={tmp_path}/iter_40000.pth"])
     assert result["mean"].keys() >= {"hiou", "pixel_accuracy"} and result["checkpoint"].endswith("iter_40000.pth")
     assert result["protocol"]["checkpoint"] == ZeroShotTask.says["Train.selection"]
+    for other, shown in ((names.names[1:], "19 classes, number 1 'fish'; .* 20 classes, number 1 'star'"),
+                         ((*names.names, "sofa"), "21 classes, number 21 'sofa'; .* 20 classes, number 21 none")):  # fmt: skip
+        torch.save({"meta": {"CLASSES": other}, "state_dict": published(system)}, tmp_path / "other.pth")
+        with pytest.raises(UserError, match=shown):
+            evaluate("inductive", [*small, f"Test_Finetune.weight={tmp_path}/other.pth"])
     with pytest.raises(UserError, match="has 2 prompts in each layer, this system 10"):
         evaluate("inductive", [*small, f"Test_Finetune.weight={tmp_path}/iter_40000.pth", "Method.prompts=10"])
+
+
+def test_other_classes_at_test_time(small: list[str], tmp_path: Path) -> None:
+    """All names in another order: the same scores. Fewer and new ones: their own channels, rows of the data set's classes."""
+    config, _ = configured("inductive", "CLIP_RC", [*small, "Method.start=clip"])  # scores that differ, without training
+    names = read_class_names(config.Data.class_names).names
+    system = build_system("CLIP_RC", config, fold_of(config), read_class_names(config.Data.class_names))
+    own = {system.official_name(f"head.{name}"): value for name, value in system.trained_state().items()}
+    torch.save(published(system) | own, tmp_path / "iter.pth")
+    few = Path(config.Data.val_list).read_text().splitlines()[:4]
+    (tmp_path / "list.txt").write_text("\n".join(few))
+    given = [*small, f"Data.val_list={tmp_path}/list.txt", f"Test_Finetune.weight={tmp_path}/iter.pth",
+             f"Test_Finetune.classes={tmp_path}/classes.txt"]  # fmt: skip
+    whole = evaluate("inductive", given[:-1])
+    (tmp_path / "classes.txt").write_text("\n".join(reversed(names)))
+    again = evaluate("inductive", given)
+    assert again["seeds"][0]["per_class"] == pytest.approx(whole["seeds"][0]["per_class"], abs=2e-3)
+    assert again["mean"]["hiou"] == pytest.approx(whole["mean"]["hiou"], abs=2e-3)
+    assert again["protocol_hash"] != whole["protocol_hash"]
+    (tmp_path / "classes.txt").write_text("sofa | a heart\n" + "\n".join(names[2:8]) + "\nposter | house and tree")
+    fewer = evaluate("inductive", given)
+    assert [*fewer["seeds"][0]["per_class"]] == [str(c) for c in range(3, 9)] and "sofa" in fewer["other_classes"].values()
+    assert any("8 of a list, 2 of them new" in warning for warning in fewer["warnings"])
+    assert "classes of" in fewer["protocol"]["name"] and "classes of a file, hash" in fewer["protocol"]
+    found = [iou for iou in fewer["seeds"][0]["per_class"].values() if iou is not None]
+    assert fewer["seeds"][0]["miou"] == pytest.approx(sum(found) / len(found))
+    assert not verify(read(configured("inductive", "CLIP_RC", given)[1].result / "report.json"),
+                      configured("inductive", "CLIP_RC", given)[0], CPU)  # fmt: skip
+    (tmp_path / "classes.txt").write_text("sofa | heart\nposter | house")
+    with pytest.raises(UserError, match="none of its 2 names is a class of demo"):
+        evaluate("inductive", given)
+    with pytest.raises(UserError, match=r"Test_Finetune\.classes.*none\.txt"):
+        evaluate("inductive", [*given[:-1], f"Test_Finetune.classes={tmp_path}/none.txt"])
 
 
 # ---- lists and wrong input
