@@ -13,8 +13,8 @@
     python predict.py --weights clip_rc.safetensors --classes "cat, dog, sofa" --query photos/     or names of yours, or a file
 
 DIR gets masks/NAME.png (0 background, 255 object; of a system that labels every pixel: class numbers with VOC's colours),
-overlays/NAME.jpg, supports/N.jpg (how they were understood), scores.json, overview.jpg, and with --polygons coco.json or
-labelme/NAME.json. docs/predict.md tells what counts as the object in a mask, and the rest.
+overlays/NAME.jpg, supports/N.jpg (how they were understood), scores.json, overview.jpg, and with --polygons a file for another
+tool. docs/predict.md tells what counts as the object in a mask, and the rest.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from model.predict.text_predictor import Segmentation, TextPredictor
 from util import cli
 from util.errors import UserError
 from util.photos.reading import Photo, find, frames, others, read_photo
-from util.photos.results import Results
+from util.photos.results import KINDS, Results
 
 POOR = 0.3  # IoU of an example in its own photo; a lower one is reported:
 WEAK = ("an example is hardly found even in its own photo: expect nothing of others. Is its mask right (supports/)? Was the "
@@ -179,7 +179,7 @@ def parse() -> argparse.Namespace:
                         "names separated by commas, or as a file with a name a line (NAME | text for CLIP)")
     parser.add_argument("--query", nargs="+", required=True, help="images, folders, patterns, videos")
     parser.add_argument("--out", type=Path, default=Path("found"), help="folder for the results (default found)")
-    parser.add_argument("--polygons", choices=("coco", "labelme"), help="also write the masks as polygons")
+    parser.add_argument("--polygons", choices=KINDS, help="also write the masks for another tool")
     parser.add_argument("--every", type=int, default=1, metavar="N", help="of a video, every N-th frame")
     parser.add_argument("--precision", choices=("fp32", "bf16"), help="default: bf16 on a GPU that has it")
     model_options(parser)

@@ -46,6 +46,8 @@ def cause(pred: np.ndarray) -> tuple[str, Spread]:
         (boxes((slice(0, 10), slice(30, 40))), "false alarm", (100, 0, 0)),
         (boxes((slice(0, 10), slice(6, 16))), "false alarm", (100, 0, 0)),
         (boxes((slice(0, 19), slice(0, 16))), "too much", (304, 0, 0)),
+        (boxes((slice(0, 10), slice(25, 35))), "confused", (100, 50, OTHER)),  # exactly half
+        (boxes((slice(0, 1), slice(0, 10))), "part", (10, 0, 0)),  # exactly a tenth
         (boxes((slice(0, 4), slice(0, 10))), "part", (40, 0, 0)),
         (boxes((slice(0, 4), slice(0, 12))), "part", (48, 0, 0)),
     ],

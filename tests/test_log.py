@@ -1,7 +1,6 @@
 """Where curves go: curves.jsonl, TensorBoard, and Weights & Biases where it is asked for."""
 
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,17 +12,33 @@ from util.run.log import Ahead, RunLog, tracking
 
 def test_weights_and_biases_gets_the_curves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked, points = {}, []
-    run = SimpleNamespace(log=lambda values, step: points.append((step, values)))
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **how: asked.update(how) or nullcontext(run)))
+    run = SimpleNamespace(log=lambda values, step: points.append((step, values)), finish=lambda: points.append("finished"))
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **how: asked.update(how) or run))
     with tracking("wandb", "PI_CLIP split0 demo", tmp_path, {"Train": {}}) as tracked, RunLog(tmp_path, tracked=tracked) as log:
         log.scalars({"loss": 0.5}, 10, "train")
-    assert points == [(10, {"train/loss": 0.5})] and asked["name"] == "PI_CLIP split0 demo" and asked["resume"] == "allow"
+    assert points == [(10, {"train/loss": 0.5}), "finished"]
+    assert asked["name"] == "PI_CLIP split0 demo" and asked["resume"] == "allow"
     assert "loss" in (tmp_path / "curves.jsonl").read_text() and list((tmp_path / "events").iterdir())
     with tracking("wandb", "again", tmp_path, {}):
         assert len(asked["id"]) == 16
     first = asked["id"]
     with tracking("wandb", "another", tmp_path / "b", {}):
         assert asked["id"] != first
+
+
+def test_trackio_gets_the_curves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run is known by its name alone: two folders have two names, a run that goes on has its own."""
+    asked, points = [], []
+    run = SimpleNamespace(log=lambda values, step: points.append((step, values)), finish=lambda: points.append("finished"))
+    monkeypatch.setitem(sys.modules, "trackio", SimpleNamespace(init=lambda **how: asked.append(how) or run))
+    for folder in ("a", "b", "a"):
+        with tracking("trackio", "PI_CLIP demo", tmp_path / folder, {}) as tracked, RunLog(tmp_path, tracked=tracked) as log:
+            log.scalars({"loss": 0.5}, 10, "train")
+    assert points == [(10, {"train/loss": 0.5}), "finished"] * 3 and "dir" not in asked[0]
+    assert [how["resume"] for how in asked] == ["allow"] * 3 and asked[0]["name"] == asked[2]["name"] != asked[1]["name"]
+    monkeypatch.setitem(sys.modules, "trackio", None)
+    with pytest.raises(UserError, match="pip install trackio"), tracking("trackio", "x", tmp_path, {}):
+        pass
 
 
 def test_ends_in_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

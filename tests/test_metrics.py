@@ -7,7 +7,7 @@ import torch
 from tests.make import restore
 from util.data.transforms import Placed
 from util.errors import UserError
-from util.score.metrics import FewShotMeter, SemanticMeter
+from util.score.metrics import Counts, FewShotMeter, SemanticMeter, confusion
 
 
 def iou_counts(pred: np.ndarray, truth: np.ndarray, value: int) -> list[int]:
@@ -54,6 +54,11 @@ def test_scores_by_hand():
     assert result["fg_iou"] == pytest.approx(2 / 6)
     assert result["fb_iou"] == pytest.approx((2 / 6 + 5 / 9) / 2)
     assert (result["episodes"], result["episodes_per_class"]) == (3, {1: 1, 2: 2})
+
+
+def test_rows_of_a_confusion_are_the_truth():
+    assert confusion(torch.tensor([0, 0, 1]), torch.tensor([2, 2, 1]), 3).tolist() == [[0, 0, 0], [0, 1, 0], [2, 0, 0]]
+    assert Counts(0, 0, 4, 4).iou == 1 and Counts(1, 4, 0, 0).iou == 0.25  # nothing there and nothing found is right
 
 
 def test_without_any_background():

@@ -14,7 +14,7 @@ import train
 from demo import world
 from model import SYSTEMS, configure, early
 from model.backbone import build_encoder
-from model.predict.options import use_threads
+from model.predict.arguments import use_threads
 from util import cli
 from util.errors import UserError
 from util.photos.reading import Photo, box_mask

@@ -1,5 +1,7 @@
 """People's files: photos of every kind, masks by one rule, what is refused, and masks as polygons."""
 
+import json
+import sys
 from pathlib import Path
 
 import cv2
@@ -10,11 +12,13 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from demo import world
+from model.predict.text_predictor import Segmentation
 from tests.make import upright
 from util.data.transforms import read_image
 from util.errors import UserError
-from util.photos.polygons import Coco, polygons
-from util.photos.reading import ORIENTATION, box_mask, doubt, read_mask, read_photo
+from util.photos.polygons import Coco, polygons, rle
+from util.photos.reading import ORIENTATION, Photo, box_mask, doubt, find, read_mask, read_photo
+from util.photos.results import KINDS, Results
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -140,6 +144,60 @@ def test_polygons_give_the_mask_back() -> None:
             assert np.array_equal(coco_mask.decode(coco_mask.merge(runs)).astype(bool), mask)
             assert made["area"] == mask.sum() and made["bbox"] == coco_mask.toBbox(coco_mask.merge(runs)).tolist()
     assert len(polygons(ring)) == 3 and all(len(polygon) >= 4 for polygon in polygons(ring))
+
+
+def test_exports_of_other_tools(tmp_path: Path) -> None:
+    """Runs are those of pycocotools; YOLO and Label Studio name corners as shares of the sides; files name the photo alone."""
+    rng = np.random.default_rng(5)
+    for share in (0, 0.02, 0.5, 0.98, 1):
+        mask = rng.random(rng.integers(1, 40, 2)) < share
+        assert rle(mask) == {"size": [*mask.shape],
+                             "counts": coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))["counts"].decode()}  # fmt: skip
+    mask = np.zeros((40, 50), bool)
+    mask[10:20, 5:30] = True
+    made = {}
+    for kind in KINDS:
+        results = Results(tmp_path / kind, kind, ["house"], {})
+        results.add("a", Photo(np.zeros((40, 50, 3), np.uint8), "photos/a.jpg"), mask, mask.astype(np.float32), 0.1)
+        results.add("b", Photo(np.zeros((40, 50, 3), np.uint8), "photos/b.jpg"), mask & False, mask * 0.1, 0.1)
+        results.close()
+        made[kind] = {str(p.relative_to(tmp_path / kind)): p.read_text() for p in (tmp_path / kind).rglob("*.*")
+                      if p.suffix in (".json", ".txt", ".yaml") and p.name != "scores.json"}  # fmt: skip
+    assert json.loads(made["coco-rle"]["coco.json"])["annotations"][0]["segmentation"] == rle(mask)
+    assert made["yolo"].keys() == {"labels/a.txt", "labels/b.txt", "data.yaml"} and made["yolo"]["labels/b.txt"] == ""
+    cls, *corners = made["yolo"]["labels/a.txt"].split()
+    assert cls == "0" and {*map(float, corners[::2])} == {0.1, 0.6} and {*map(float, corners[1::2])} == {0.25, 0.5}
+    first, second = json.loads(made["label-studio"]["label-studio.json"])
+    assert first["data"]["image"].endswith("?d=a.jpg") and not second["predictions"][0]["result"]
+    assert {tuple(p) for p in first["predictions"][0]["result"][0]["value"]["points"]} == {(10, 25), (60, 25), (60, 50), (10, 50)}
+
+
+def test_photos_of_phones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "IMG_1.HEIC"
+    path.write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(64))
+    assert find([str(tmp_path)]) == [path]
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "pillow_heif", None)
+        patch.setattr("importlib.util.find_spec", lambda name: None)
+        with pytest.raises(UserError, match=r"IMG_1\.HEIC: HEIC.*pip install pillow-heif"):
+            read_photo(path)
+    heif = pytest.importorskip("pillow_heif")
+    heif.from_pillow(Image.new("RGB", (64, 48), (200, 30, 30))).save(path, quality=95)
+    assert read_photo(path).hw == (48, 64) and np.abs(read_photo(path).image[20, 20] - np.array([200, 30, 30])).max() < 12
+
+
+def test_results_for_supervision(monkeypatch: pytest.MonkeyPatch) -> None:
+    mask = np.zeros((40, 50), bool)
+    mask[10:20, 5:30] = True
+    found = Segmentation(mask, np.where(mask, 0.75, 0.1).astype(np.float32), {}, 0.1)
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "supervision", None)
+        with pytest.raises(UserError, match="pip install supervision"):
+            found.detections()
+    pytest.importorskip("supervision")
+    made = found.detections(class_id=3)
+    assert made.xyxy.tolist() == [[5, 10, 30, 20]] and made.area.tolist() == [250] and made.confidence[0] == pytest.approx(0.75)
+    assert made.class_id.tolist() == [3] and len(Segmentation(mask & False, found.score, {}, 0.1).detections()) == 0
 
 
 def test_masks_that_show_another_meaning(tmp_path: Path) -> None:

@@ -6,15 +6,18 @@ import numpy as np
 import pytest
 import torch
 
-from model import configure
+from model import Prediction, configure
 from tests.make import ROOT
 from util.data.episodes import collate
 from util.data.folds import fold_of, read_label_table
 from util.data.index import Record
-from util.data.semantic import SemanticDataset, box_of
+from util.data.semantic import Images, SemanticDataset, box_of
 from util.data.transforms import TrainTransform, ValTransform
 from util.errors import UserError
-from util.score.semantic import BaseTask
+from util.run.distributed import Context
+from util.run.log import RunLog
+from util.score.semantic import BaseTask, image_rows
+from util.score.task import How
 
 PASCAL = ROOT / "config/pascal/pascal_split0_resnet50.yaml"
 
@@ -93,3 +96,31 @@ def test_each_pass_of_a_training_has_every_image_once(block, write_voc) -> None:
     passes = [[int(data[7 * k + i].number) for i in range(7)] for k in range(2)]
     assert [sorted(one) for one in passes] == [[*range(7)]] * 2 and passes[0] != passes[1]
     assert torch.equal(data[3].image, data[3].image)
+
+
+def test_background_is_no_object() -> None:
+    """Of a class predicted on background nothing lies on others; the class with most of its pixels is named."""
+    state = torch.tensor([[50, 6, 4], [0, 20, 9], [0, 3, 10]])  # truth, prediction: background, class 4, class 7
+    rows = {row.cls: row for row in image_rows(3, state, (0, 4, 7))}
+    assert rows[4].spread == (29, 3, 7) and rows[7].spread == (23, 9, 4) and rows[0].spread == (50, 0, 0)
+    assert rows[4].counts == (20, 38, 102 - 38, 102 - 20) and rows[4].number == rows[4].query == 3
+
+
+def test_images_that_cannot_be_read_are_not_counted(block, write_voc, tmp_path: Path) -> None:
+    """Data.on_error=skip: an image that was missing before the list was read, like one that vanished later."""
+    root, file = write_voc({name: block((40, 44), (6, 800)) for name in "abcd"})
+    config = configure(PASCAL, "PSPNet", [
+        f"Data.data_root={root}", f"Data.train_list={file}", f"Data.val_list={file}", "Data.on_error=skip", "Train.val_size=65",
+        f"Data.class_names={ROOT}/lists/pascal/classes.txt"])  # fmt: skip
+    (root / "JPEGImages/b.jpg").unlink()
+    task = BaseTask(config, tmp_path / "cache")
+    test = task.validation()
+    (root / "JPEGImages/d.jpg").unlink()
+
+    def predict(batch: Images) -> Prediction:
+        return Prediction(torch.nn.functional.one_hot(batch.label.long().clamp(max=15), 16).movedim(3, 1).float())
+
+    with RunLog(tmp_path, "log", quiet=True) as log:
+        found = task.evaluate(predict, test, How(Context(torch.device("cpu")), log, on_error="skip"))
+    assert found.record["episodes"] == 2 and len(found.record["skipped"]) == 2 and {row.number for row in found.rows} == {0, 2}
+    assert [record.image[-5] for record in task.training().records] == ["a", "c"]

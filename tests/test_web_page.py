@@ -4,9 +4,11 @@
 
 import contextlib
 import importlib.util
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -68,6 +70,21 @@ def page(browser, address: str) -> Iterator:  # noqa: ANN001
     user.context.close()
 
 
+@pytest.mark.parametrize("text", [True, False])
+def test_steps_that_have_an_effect(text: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The name has a column where the model reads it; the steps are numbered without gaps."""
+    pytest.importorskip("gradio")
+    from demo.web import page
+
+    shown = page.build(Model(SimpleNamespace(takes_text=text), "about"), list(demo_examples([6])))
+    parts = [part["props"] for part in shown.config["components"]]
+    columns = [props["visible"] for props in parts if "card" in (props.get("elem_classes") or [])]
+    assert columns == [True, text, True, True]
+    said = [props["value"] for props in parts if "step" in (props.get("elem_classes") or [])]
+    numbers = [int(re.search(r"<span>(\d)</span>", value).group(1)) for value in said]
+    assert numbers == ([1, 2, 3, 4] if text else [1, 2, 2, 3])  # that of the hidden column is not seen
+
+
 def find(page) -> None:  # noqa: ANN001
     page.get_by_role("button", name="Find it").click()
     page.locator(".result img, .wrong").first.wait_for()
@@ -109,6 +126,14 @@ def test_upload_paint_and_messages(page, example: do.Example, query: str, tmp_pa
     page.get_by_role("button", name="Find it").click()
     page.get_by_text("nothing is painted").wait_for()
     assert page.locator(".result img").count() == 0
+    page.get_by_role("button", name="Box").click()
+    page.mouse.move(box["x"] + box["width"] * 0.2, box["y"] + box["height"] * 0.2)
+    page.mouse.down()
+    page.mouse.move(box["x"] + box["width"] * 0.7, box["y"] + box["height"] * 0.8, steps=5)
+    page.mouse.up()
+    page.get_by_role("button", name="Find it").click()
+    page.locator(".result img").wait_for()
+    page.get_by_role("button", name="Clear").click()
     page.locator("#mask").locator("xpath=..").locator("input[type=file]").set_input_files(tmp_path / "text.png")
     page.get_by_text("text.png: not an image").wait_for()
     page.get_by_role("button", name="Remove", exact=True).click()

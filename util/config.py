@@ -132,7 +132,7 @@ class Runtime:
     cache_dir: str = ""  # folder that keeps it for later runs too (some 10 MB an image at 473)
     processes: int = 1  # on the CPU: how many share the work (train.sh and test.sh start them); with GPUs, one for each
     threads: int = 0  # CPU threads per process; 0: all cores, divided among the processes
-    tracker: Literal["tensorboard", "wandb"] = "tensorboard"  # wandb: the curves go to Weights & Biases too (pip install wandb)
+    tracker: Literal["tensorboard", "wandb", "trackio"] = "tensorboard"  # the curves go to Weights & Biases or Trackio, too
     output: str = "exp"  # folder of all runs: OUTPUT/DATASET/ARCH/EXP/NET
 
 

@@ -24,10 +24,13 @@ from model.predict.arguments import asked_config, check_model, model_options, us
 from model.predict.predictor import NAMED, Predictor, find_weights
 from model.predict.text_predictor import TextPredictor
 from util import cli
+from util.cache import TensorCache
 from util.errors import UserError
 from util.files import ROOT
 
 OLDEST = (6, 31)  # gradio
+MEMORY = 2**28  # bytes of features that are kept: pictures of strangers do not come back
+LARGE = [NAMES.index(name) + 1 for name in ("mug", "bottle", "mushroom")]  # drawn things that the network for photographs finds
 OFFLINE = {"GRADIO_ANALYTICS_ENABLED": "False", "NO_PROXY": "*", "no_proxy": "*"}  # gradio asks for its own page, without a proxy
 
 
@@ -50,16 +53,19 @@ def trained(given: argparse.Namespace) -> tuple[Model, Sequence[int]]:
     weights = find_weights(given.weights or ("demo" if (ROOT / NAMED["demo"]).is_file() else "photos"))
     predictor = Predictor.from_checkpoint(weights, given.device, None, asked_config(given, weights), given.arch)
     name, train = next(name for name, cls in SYSTEMS.items() if type(predictor.system) is cls), predictor.config.Train
-    about = f"{name} · {train.data_set} split {train.split} · {train.shot}-shot · on {predictor.device}"
-    demo = train.data_set == "demo"
-    return Model(predictor, about, predictor.names.texts if demo else ()), predictor.fold.novel if demo else ()
+    demo, photos = train.data_set == "demo", weights.resolve() == ROOT / NAMED["photos"]
+    learnt = "drawn scenes" if demo else "211 photographs: small and rough" if photos else f"{train.data_set}"
+    about = f"The network: {name}, trained on {learnt} (fold {train.split}, {train.shot}-shot). It runs on {predictor.device}."
+    predictor.system.remember(TensorCache(MEMORY), fixed_head=True)
+    shown = predictor.fold.novel if demo else LARGE if photos else ()
+    return Model(predictor, about, predictor.names.texts if demo else ()), shown
 
 
 def clip_alone(given: argparse.Namespace) -> tuple[Model, Sequence[int]]:
     """A CLIP without a trained network; the demo's has examples, of the classes of its first fold."""
     predictor = TextPredictor.from_clip(given.clip, given.device)
     demo = Path(given.clip).resolve() == ROOT / "demo/clip"
-    about = f"CLIP {given.clip} · text alone, without a trained network · on {predictor.device}"
+    about = f"The network: CLIP from {given.clip}, trained on pictures with captions. It runs on {predictor.device}."
     return Model(predictor, about, NAMES if demo else ()), NOVEL if demo else ()
 
 

@@ -27,19 +27,20 @@ HOUR = 3600  # seconds after which uploads are deleted
 
 def build(model: Model, examples: list[Example]) -> gr.Blocks:
     """The page over a model."""
-    told = "Show one example of a thing, name it, and find it in another picture."
+    told = "Mark a thing in one picture. The page finds things of the same kind in another."
     if not model.takes_supports:
-        told = "Name a thing, and find it in a picture: roughly, from the name alone."
+        told = "Name a thing. The page finds it in a picture: roughly, from the name alone."
     before = int(model.takes_supports)  # steps before the name
+    named = before + int(model.takes_text)
     with gr.Blocks(title="Few-shot segmentation", analytics_enabled=False, delete_cache=(600, HOUR)) as page:
         state = gr.State(Session())
-        gr.HTML(f"<h1>Few-shot segmentation</h1><p>{told}</p><small>{escape(model.about)}</small>", elem_classes="head")
+        gr.HTML(f"<h1>Find things in pictures</h1><p>{told}</p><small>{escape(model.about)}</small>", elem_classes="head")
         strip = gr.HTML(html_template=show.examples(examples), js_on_load=PICK, visible=bool(examples))
         with gr.Row(equal_height=True):
             with gr.Column(scale=3, min_width=270, elem_classes="card", visible=model.takes_supports):
                 step(1, "Example", "A photo with the thing in it. " + (
                      "It needs no mask: the name counts." if not model.needs_masks else
-                     "Paint over the thing, or give its mask as a file."
+                     "Paint over it, drag a box around it, or give a mask file."
                      + (" Without an example the name alone counts." if model.takes_text else "")))  # fmt: skip
                 with gr.Column() as choose:
                     photo = upload("photo with the thing", "photo")
@@ -51,19 +52,18 @@ def build(model: Model, examples: list[Example]) -> gr.Blocks:
                         more = gr.Button("Add another", size="sm", min_width=60)
                         other = gr.Button("Remove", size="sm", min_width=60)
                 kept, wrong = gr.HTML(), gr.HTML()
-            with gr.Column(scale=2, min_width=180, elem_classes="card"):
-                step(before + 1, "Name", "What the thing is called, in plain English." if model.takes_text else
-                     "Optional: only the name of a class that this system was trained on has an effect.")  # fmt: skip
+            with gr.Column(scale=2, min_width=180, elem_classes="card", visible=model.takes_text):
+                step(before + 1, "Name", "What the thing is called, in plain English.")
                 text = gr.Textbox(label="class name", placeholder="star" if model.words else "dog", max_length=do.MAX_TEXT,
                                   max_lines=1)  # fmt: skip
                 if model.words:
                     gr.HTML(f"This model knows words of the drawn demo world: {', '.join(model.words)}.", elem_classes="hint")
             with gr.Column(scale=3, min_width=270, elem_classes="card"):
-                step(before + 2, "Picture to search", "Any picture in which the thing may be.")
+                step(named + 1, "Picture to search", "Any picture in which the thing may be.")
                 query = upload("picture to search", "query")
                 run = gr.Button("Find it", variant="primary")
             with gr.Column(scale=4, min_width=300, elem_classes="card"):
-                step(before + 3, "Result", "Blue is what was found. The threshold says how sure it has to be.")
+                step(named + 2, "Result", "Blue is what was found. The threshold says how sure it has to be.")
                 failed = gr.HTML()
                 result = gr.HTML(show.EMPTY, elem_classes="result")
                 threshold = gr.Slider(0.01, 0.99, 0.5, step=0.01, label="threshold")
@@ -88,7 +88,8 @@ def build(model: Model, examples: list[Example]) -> gr.Blocks:
         def pick(session: Session, threshold: float, event: gr.EventData) -> dict:
             example = examples[event.number]
             session = replace(Session(), support=example.support if model.takes_supports else None)
-            return support_changed(session) | {text: example.name, query: example.query} | result_changed(session, threshold)
+            shown = {text: example.name * model.takes_text, query: example.query}
+            return support_changed(session) | shown | result_changed(session, threshold)
 
         def segment(session: Session, painted: dict | None, text: str, query: dict | None, threshold: float) -> dict:
             try:

@@ -1,10 +1,11 @@
 // Paints a mask over a photo. From the server: value = {photo, mask}, data URIs or null. To the server: value = {painted}, a PNG of
 // the photo's size, opaque where the object is; null: not touched, the server knows the mask.
 const [image, canvas, brush] = ["img", "canvas", "input"].map((name) => element.querySelector(name));
-const [paint, erase, undo, clear] = element.querySelectorAll("button");
+const [paint, erase, box, undo, clear] = element.querySelectorAll("button");
 const pen = canvas.getContext("2d", { willReadFrequently: true });
 const COLOUR = "rgb(230, 159, 0)";
-let erasing = false;
+let tool = paint; // or erase, box
+let first = null; // where the pen went down
 let last = null; // where the pen is, while it is down
 let before = []; // what was painted before each stroke, for undo
 
@@ -12,7 +13,7 @@ function load() {
 	const { photo, mask } = props.value ?? {};
 	if (photo === undefined) return; // what we said ourselves
 	before = [];
-	choose(false);
+	choose(paint);
 	if (!photo) return image.removeAttribute("src");
 	image.onload = () => {
 		canvas.width = image.naturalWidth;
@@ -27,13 +28,20 @@ function load() {
 }
 
 function at(event) {
-	const box = canvas.getBoundingClientRect();
-	return [((event.clientX - box.left) * canvas.width) / box.width, ((event.clientY - box.top) * canvas.height) / box.height];
+	const shown = canvas.getBoundingClientRect();
+	return [((event.clientX - shown.left) * canvas.width) / shown.width, ((event.clientY - shown.top) * canvas.height) / shown.height];
 }
 
 function stroke(event) {
 	const here = at(event);
-	pen.globalCompositeOperation = erasing ? "destination-out" : "source-over";
+	pen.globalCompositeOperation = tool === erase ? "destination-out" : "source-over";
+	if (tool === box) {
+		pen.putImageData(before[before.length - 1], 0, 0); // without the box of a moment ago
+		pen.fillStyle = COLOUR;
+		pen.fillRect(...first, here[0] - first[0], here[1] - first[1]);
+		last = here;
+		return;
+	}
 	pen.strokeStyle = COLOUR;
 	pen.lineCap = "round";
 	pen.lineWidth = (Math.max(canvas.width, canvas.height) * brush.value) / 100;
@@ -52,10 +60,9 @@ function tell() {
 	props.value = { painted: canvas.toDataURL("image/png") };
 }
 
-function choose(rubber) {
-	erasing = rubber;
-	paint.setAttribute("aria-pressed", !rubber);
-	erase.setAttribute("aria-pressed", rubber);
+function choose(button) {
+	tool = button;
+	for (const other of [paint, erase, box]) other.setAttribute("aria-pressed", other === tool);
 }
 
 canvas.addEventListener("pointerdown", (event) => {
@@ -63,7 +70,7 @@ canvas.addEventListener("pointerdown", (event) => {
 	event.preventDefault();
 	canvas.setPointerCapture(event.pointerId);
 	remember();
-	last = at(event);
+	first = last = at(event);
 	stroke(event);
 });
 canvas.addEventListener("pointermove", (event) => last && stroke(event));
@@ -71,8 +78,7 @@ for (const end of ["pointerup", "pointercancel"]) canvas.addEventListener(end, (
 	if (last) tell();
 	last = null;
 });
-paint.addEventListener("click", () => choose(false));
-erase.addEventListener("click", () => choose(true));
+for (const button of [paint, erase, box]) button.addEventListener("click", () => choose(button));
 undo.addEventListener("click", () => {
 	if (!before.length) return;
 	pen.putImageData(before.pop(), 0, 0);

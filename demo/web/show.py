@@ -55,7 +55,7 @@ def details(found: Found | None, threshold: float) -> str:
 
 def examples(found: Sequence[Example]) -> str:
     """A button with a small picture for each."""
-    return "<div class='examples'><span>Try one:</span>" + "".join(
+    return "<div class='examples'><span>Try one, they are drawn:</span>" + "".join(
         f"<button type='button' data-number='{i}'>{picture(thing(e.support), '')}"
         f"{escape(e.name)}</button>" for i, e in enumerate(found)
     ) + "</div>"  # fmt: skip

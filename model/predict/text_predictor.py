@@ -10,6 +10,7 @@ The score is the prior, rescaled to 0..1 in each image: something is found in ev
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,6 +35,23 @@ class Segmentation:
     score: np.ndarray  # H W float32 0..1; the mask is where it is above one half
     maps: dict[str, np.ndarray]  # name -> h w float32, the priors
     seconds: float
+
+    def detections(self, class_id: int = 0) -> Any:
+        """Return the result as `supervision.Detections`: one detection with its mask, box and mean score; none without an object.
+
+        Raises:
+            UserError: the optional package supervision is not installed.
+        """
+        try:
+            import supervision
+        except ImportError as error:
+            raise UserError("detections need the optional package supervision: pip install supervision") from error
+        if not self.mask.any():
+            return supervision.Detections.empty()
+        rows, columns = np.flatnonzero(self.mask.any(1)), np.flatnonzero(self.mask.any(0))
+        box = [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]
+        return supervision.Detections(xyxy=np.array([box], np.float32), mask=self.mask[None], class_id=np.array([class_id]),
+                                      confidence=np.array([self.score[self.mask].mean()]))  # fmt: skip
 
 
 class TextPredictor:

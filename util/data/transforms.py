@@ -4,6 +4,7 @@ Images are H W 3 float32 RGB 0..255, never normalised: every encoder does that i
 ignore and are only ever moved with nearest neighbour, so recolouring a label commutes with every transform here.
 """
 
+import contextlib
 import os
 import signal
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ from util.errors import BrokenFile, UserError
 IMAGENET_MEAN = (123.675, 116.28, 103.53)
 IGNORE = 255
 ROTATE = (-10.0, 10.0)  # degrees; every published recipe has them
-FORMATS = "JPEG", "MPO", "PNG", "WEBP", "BMP", "DIB", "TIFF", "GIF", "PPM", "AVIF", "JPEG2000"  # pictures; no programs
+FORMATS = "JPEG", "MPO", "PNG", "WEBP", "BMP", "DIB", "TIFF", "GIF", "PPM", "AVIF", "JPEG2000", "HEIF"  # pictures; no programs
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".avif")  # of pictures in a folder
 
 Augmented = tuple[np.ndarray, np.ndarray, list[np.ndarray]]
@@ -40,11 +41,16 @@ def worker_init(worker_id: int) -> None:
 def open_image(source: str | Path | BinaryIO) -> Image.Image:
     """Open a picture with Pillow; its pixels are read later. All pictures are opened here.
 
-    Only `FORMATS` are opened. Pillow looks at the content, not the name, and would start Ghostscript for an EPS (it runs code).
+    Only `FORMATS` are opened, HEIC (HEIF) where pillow-heif is installed.
+    Pillow looks at the content, not the name, and would start Ghostscript for an EPS (it runs code).
     Raises what Pillow raises; UnidentifiedImageError for every other kind of file.
     """
     Image.init()
-    return Image.open(source, formats=[name for name in FORMATS if name in Image.OPEN])  # an older Pillow has no AVIF
+    with contextlib.suppress(ImportError):  # an optional package
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
+    return Image.open(source, formats=[name for name in FORMATS if name in Image.OPEN])  # not all have AVIF and HEIF
 
 
 def read_image(path: str | Path) -> np.ndarray:

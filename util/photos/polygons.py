@@ -1,4 +1,4 @@
-"""Masks as polygons, for annotation tools: COCO JSON and LabelMe.
+"""Masks for annotation tools and other trainings: COCO JSON (polygons or runs), LabelMe, YOLO, Label Studio.
 
 A polygon follows the edges of pixels (pixel x, y covers x..x+1, y..y+1). It has no hole: a part with a hole is cut in two through
 the hole. Filled polygons therefore give exactly the mask.
@@ -67,6 +67,7 @@ class Coco:
     """Build a COCO data set, with one annotation for each class that an image shows."""
 
     names: Sequence[str]
+    runs: bool = False  # compressed runs (RLE) in place of polygons
     images: list[dict[str, Any]] = field(default_factory=list)
     annotations: list[dict[str, Any]] = field(default_factory=list)
 
@@ -82,13 +83,53 @@ class Coco:
                 "id": len(self.annotations) + 1, "image_id": len(self.images), "category_id": 1 + self.names.index(name),
                 "iscrowd": 0, "score": score, "area": int(mask.sum()),
                 "bbox": [x, y, int(columns[-1]) + 1 - x, int(rows[-1]) + 1 - y],
-                "segmentation": [[value for corner in polygon for value in corner] for polygon in polygons(mask)],
+                "segmentation": rle(mask) if self.runs else [
+                    [value for corner in polygon for value in corner] for polygon in polygons(mask)],
             })  # fmt: skip
 
     def content(self) -> dict[str, Any]:
         """Return the content of the JSON file."""
         categories = [{"id": i, "name": name, "supercategory": ""} for i, name in enumerate(self.names, start=1)]
         return {"images": self.images, "categories": categories, "annotations": self.annotations}
+
+
+def rle(mask: np.ndarray) -> dict[str, Any]:
+    """Return COCO's compressed runs of a mask, H W bool: column by column, beginning with background."""
+    flat = np.concatenate([[0], mask.T.ravel().astype(np.int8), [1 - int(mask[-1, -1])]])  # the last run ends, too
+    return {"size": [*mask.shape], "counts": _letters(np.diff(np.flatnonzero(np.diff(flat)), prepend=0).tolist())}
+
+
+def _letters(counts: list[int]) -> str:
+    """Write each run, less the run two before, in groups of five bits, low ones first, as letters from "0" on."""
+    text = []
+    for i, count in enumerate(counts):
+        value, more = count - (counts[i - 2] if i > 2 else 0), True
+        while more:
+            bits, value = value & 31, value >> 5
+            more = value != (-1 if bits & 16 else 0)
+            text.append(chr(48 + bits + 32 * more))
+    return "".join(text)
+
+
+def yolo(hw: tuple[int, int], objects: Iterable[Object], names: Sequence[str]) -> str:
+    """Return YOLO's text of an image: a line a polygon, its class (0 the first of `names`) and its corners as fractions."""
+    height, width = hw
+    lines = [f"{names.index(name)} " + " ".join(f"{x / width:.6f} {y / height:.6f}" for x, y in polygon)
+             for name, mask, _ in objects for polygon in polygons(mask)]  # fmt: skip
+    return "".join(f"{line}\n" for line in lines)
+
+
+def label_studio(file: str, hw: tuple[int, int], objects: Sequence[Object]) -> dict[str, Any]:
+    """Return a task of Label Studio with a prediction; file: name of the image in its local storage."""
+    height, width = hw
+    common = {"from_name": "label", "to_name": "image", "type": "polygonlabels",
+              "original_width": width, "original_height": height}  # fmt: skip
+    outlines = [(name, polygon) for name, mask, _ in objects for polygon in polygons(mask)]
+    shapes = [common | {"id": str(i), "value": {"polygonlabels": [name], "closed": True, "points": [
+        [100 * x / width, 100 * y / height] for x, y in polygon]}} for i, (name, polygon) in enumerate(outlines)]
+    scores = [score for _, _, score in objects if score is not None]
+    prediction = {"score": sum(scores) / max(len(scores), 1), "result": shapes}
+    return {"data": {"image": f"/data/local-files/?d={file}"}, "predictions": [prediction]}
 
 
 def labelme(file: str, hw: tuple[int, int], objects: Iterable[Object]) -> dict[str, Any]:

@@ -1,14 +1,15 @@
 """Read users' photos and masks: every kind of file by the same rules, upright, or refused with a reason.
 
-Photos become H W 3 uint8 RGB. The first frame of an animation counts; transparency lies over white; 16-bit grey keeps its
-upper 8 bits, and is refused where these are nearly empty; CMYK and the like are converted by Pillow, colour profiles are
-ignored. The EXIF orientation is applied.
+Photos become H W 3 uint8 RGB (HEIC: with the optional package pillow-heif). The first frame of an animation counts; transparency
+lies over white; 16-bit grey keeps its upper 8 bits, and is refused where these are nearly empty; CMYK and the like are
+converted by Pillow, colour profiles are ignored. The EXIF orientation is applied.
 
 Masks: 0 is background, every other value the object. In a palette PNG, as VOC's labels are, 255 does not count, and entry 0 must
 be black; with transparency the opaque part is the object; of colours everything but black. With soft edges (a blur, an
 antialiased brush) the object begins at half of white. JPEG masks are refused, since JPEG blurs values.
 """
 
+import importlib.util
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -30,7 +31,9 @@ MAX_PIXELS = 128_000_000  # of a file: more is a decompression bomb
 MAX_SIDE = 640  # pixels: the longest side of PASCAL's and COCO's images; larger photos are reduced to it
 DARK = 16  # a colour below it counts as black
 MANY = 16  # so many levels of grey are no class numbers
+HEIC = (".heic", ".heif")  # of phones
 VIDEOS = (".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg")
+KNOWN = SUFFIXES + HEIC + VIDEOS
 ORIENTATION = 0x0112  # EXIF tag
 TURNS = {5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
          8: Image.Transpose.ROTATE_90}  # its values that swap width and height -> how to turn the image
@@ -206,9 +209,9 @@ def find(patterns: Sequence[str]) -> list[Path]:
     found: dict[Path, None] = {}
     for pattern in patterns:
         if Path(pattern).is_dir():
-            files = [f for f in entries(Path(pattern)) if f.suffix.lower() in SUFFIXES + VIDEOS and f.is_file()]
+            files = [f for f in entries(Path(pattern)) if f.suffix.lower() in KNOWN and f.is_file()]
             if not files:
-                raise UserError(f"no photo and no video in the folder {pattern}; it reads {', '.join(SUFFIXES + VIDEOS)}")
+                raise UserError(f"no photo and no video in the folder {pattern}; it reads {', '.join(KNOWN)}")
         else:
             files = [Path(pattern)] if Path(pattern).is_file() else [Path(f) for f in sorted(glob(pattern)) if Path(f).is_file()]
             if not files:
@@ -220,7 +223,7 @@ def find(patterns: Sequence[str]) -> list[Path]:
 def others(patterns: Sequence[str]) -> list[Path]:
     """List the files in folders among the patterns that `find` leaves out."""
     files = (f for pattern in patterns if Path(pattern).is_dir() for f in entries(Path(pattern)) if f.is_file())
-    return [f for f in files if f.suffix.lower() not in SUFFIXES + VIDEOS]
+    return [f for f in files if f.suffix.lower() not in KNOWN]
 
 
 def frames(path: Path, every: int) -> Iterator[tuple[str, Photo]]:
@@ -285,6 +288,9 @@ def _load(path: Path) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise UserError(too_large) from error
     except UnidentifiedImageError as error:
+        if path.suffix.lower() in HEIC and importlib.util.find_spec("pillow_heif") is None:
+            raise UserError(f"{path}: HEIC, as phones save photos, needs an optional package: pip install pillow-heif; "
+                            "or save it as JPEG") from error
         raise UserError(f"{path}: not an image that Pillow reads; save it as JPEG or PNG") from error
     except Exception as error:  # damaged files raise many kinds
         raise UserError(f"{path}: not a readable image ({error}); fetch it again, or save it as JPEG or PNG") from error

@@ -9,6 +9,7 @@ from typing import Any
 
 import cv2
 import numpy as np
+import yaml
 from PIL import Image
 
 from util.errors import UserError
@@ -17,6 +18,7 @@ from util.photos import polygons
 from util.photos.reading import Photo, shrink
 from util.report import viz
 
+KINDS = ("coco", "coco-rle", "labelme", "yolo", "label-studio")  # of exports
 UNFINISHED = "unfinished"  # folder of a run that has not come to its end
 OVERLAY_SIDE = 1600  # pixels: overlays of larger photos are reduced to it
 SHEET = 30  # pictures of overview.jpg at most, supports first
@@ -28,8 +30,8 @@ class Results:
     """Write results into OUT/unfinished; `close` moves everything to OUT and replaces an earlier run's results.
 
     Args:
-        kind: kind of polygons: "coco", "labelme" or None.
-        names: of the objects, for the polygons.
+        kind: kind of export, one of KINDS, or None.
+        names: of the objects, for the export.
         record: entries of scores.json about the run.
     Raises:
         UserError: the folder cannot be written.
@@ -42,7 +44,7 @@ class Results:
             self.out.mkdir(parents=True)
         self.record = record | {"images": [], "unread": []}
         self._taken: set[str] = set()
-        self._coco = polygons.Coco(names)
+        self._coco, self._tasks = polygons.Coco(names, runs=kind == "coco-rle"), []
         self._panels: list[viz.Panel] = []
 
     def support(self, number: int, photo: Photo, mask: np.ndarray) -> None:
@@ -112,19 +114,32 @@ class Results:
     def finish(self) -> None:
         """Write the files about all images so far, without touching an earlier run's results."""
         with _writing(self.out):
-            if self.kind == "coco":
+            if self.kind in ("coco", "coco-rle"):
                 save_json(self.out / "coco.json", self._coco.content())
+            if self.kind == "label-studio":
+                save_json(self.out / "label-studio.json", self._tasks)
+            if self.kind == "yolo":
+                self._save_text("data.yaml", yaml.safe_dump({"names": dict(enumerate(self.names))}, allow_unicode=True))
             save_json(self.out / "scores.json", self.record)
         if self._panels:
             rows = [self._panels[i : i + ROW] for i in range(0, len(self._panels), ROW)]
             self._save_jpeg("overview.jpg", viz.contact_sheet(rows, height=TILE))
 
+    def _save_text(self, name: str, text: str) -> None:
+        with _writing(self.out), atomic(self.out / name) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+
     def _save_polygons(self, name: str, photo: Photo, objects: Sequence[polygons.Object]) -> None:
         if self.kind == "labelme":
             with _writing(self.out):
                 save_json(self.out / f"labelme/{name}.json", polygons.labelme(self._from_labelme(photo), photo.hw, objects))
-        if self.kind == "coco":
-            self._coco.add(Path(photo.name).name, photo.hw, objects)
+        file = Path(photo.name).name
+        if self.kind in ("coco", "coco-rle"):
+            self._coco.add(file, photo.hw, objects)
+        if self.kind == "yolo":
+            self._save_text(f"labels/{name}.txt", polygons.yolo(photo.hw, objects, self.names))
+        if self.kind == "label-studio":
+            self._tasks.append(polygons.label_studio(file, photo.hw, objects))
 
     def _from_labelme(self, photo: Photo) -> str:
         """Path of a photo as seen from OUT/labelme: both folders can move together."""

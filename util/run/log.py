@@ -6,6 +6,7 @@ Only the main rank writes. On other ranks every call does nothing, so callers ne
 from __future__ import annotations
 
 import hashlib
+import importlib
 import logging
 import sys
 import time
@@ -23,33 +24,41 @@ from util.errors import UserError
 from util.files import written
 from util.run import curves
 
+ADVICE = {
+    "wandb": "install it (pip install wandb), log in (wandb login) or set WANDB_MODE=offline, or use Runtime.tracker=tensorboard",
+    "trackio": "install it (pip install trackio), or use Runtime.tracker=tensorboard",
+}
+
 
 @contextmanager
 def tracking(tracker: str, name: str, folder: Path, config: Mapping) -> Iterator[Any]:
-    """Yield a run of Weights & Biases for `RunLog` where the tracker is "wandb", else None.
+    """Yield a run of Weights & Biases ("wandb") or Trackio ("trackio") for `RunLog`, else None.
 
     Raises:
-        UserError: the package is not there, or wandb cannot start.
+        UserError: the package is not there, or cannot start.
     """
-    if tracker != "wandb":
+    if tracker not in ADVICE:
         yield None
         return
-    advice = "install it (pip install wandb), log in (wandb login) or set WANDB_MODE=offline, or use Runtime.tracker=tensorboard"
     try:
-        import wandb
+        package = importlib.import_module(tracker)
     except ImportError as error:
-        raise UserError(f"Runtime.tracker=wandb: the package is not there; {advice}") from error
-    if not hasattr(wandb, "init"):
-        folder = next(iter(wandb.__path__), "wandb")
-        raise UserError(f"Runtime.tracker=wandb: {folder} hides the package of that name; rename it, or start elsewhere")
+        raise UserError(f"Runtime.tracker={tracker}: the package is not there; {ADVICE[tracker]}") from error
+    if not hasattr(package, "init"):
+        hiding = next(iter(package.__path__), tracker)
+        raise UserError(f"Runtime.tracker={tracker}: {hiding} hides the package of that name; rename it, or start elsewhere")
     folder.mkdir(parents=True, exist_ok=True)
     identity = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]  # a run that goes on stays one run
+    own = {"id": identity, "name": name, "dir": folder} if tracker == "wandb" else {"name": f"{name} {identity[:6]}"}
     try:
-        started = wandb.init(project="few-shot", name=name, id=identity, resume="allow", dir=folder, config=dict(config))
-    except Exception as error:  # no login, no network, and whatever else wandb raises
-        raise UserError(f"Runtime.tracker=wandb could not start ({type(error).__name__}: {error}); {advice}") from error
-    with started as run:
+        run = package.init(project="few-shot", resume="allow", config=dict(config), **own)
+    except Exception as error:  # no login, no network, and whatever else a tracker raises
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(f"Runtime.tracker={tracker} could not start ({reason}); {ADVICE[tracker]}") from error
+    try:
         yield run
+    finally:
+        run.finish()
 
 
 @dataclass(frozen=True)
