@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,7 +14,7 @@ from model.inference import slide
 from model.system import Frozen
 from model.zero_shot.clip_rc import CLIP_RC
 from model.zero_shot.losses import focal_and_dice
-from model.zero_shot.texts import MANY, read_bank, text_bank
+from model.zero_shot.texts import MANY, text_bank
 from model.zero_shot.tower import owners, reading_mask
 from model.zero_shot.zegclip import ZegCLIP
 from tests.make import small_clip
@@ -291,29 +290,6 @@ def test_text_bank_is_rounded_as_published() -> None:
     assert len(set(MANY)) == 15 and torch.equal(bank, bank.half().float())
     each = torch.stack([system.clip.module.text([t.format(name) for t in MANY]).mean(0) for name in ("cat", "sky")])
     torch.testing.assert_close(bank, F.normalize(each, dim=1), rtol=0, atol=5e-4)
-
-
-def test_a_bank_from_a_file(tmp_path: Path) -> None:
-    own = text_bank(small().clip, NAMES, "one")
-    np.save(tmp_path / "bank.npy", own.half().numpy())  # as published
-    torch.save(own, tmp_path / "bank.pth")
-    torch.save({"a": own, "b": own}, tmp_path / "two.pth")
-    np.save(tmp_path / "objects.npy", np.array([{}]), allow_pickle=True)
-    for name in ("bank.npy", "bank.pth"):
-        bank, warnings = read_bank(tmp_path / name, NAMES, own)
-        assert torch.equal(bank, own) and bank.dtype == torch.float32 and not warnings
-    np.save(tmp_path / "other.npy", own.flip(0).numpy())
-    assert "'cat' to 'boat'" in read_bank(tmp_path / "other.npy", NAMES, own)[1][0]
-    for name, names, computed, message in (
-        ("bank.npy", NAMES[:4], own[:4], r"shape \(5, 32\); 4 classes and this CLIP need \(4, 32\)"),
-        ("bank.npy", NAMES, own[:, :16], r"shape \(5, 32\)"), ("two.pth", NAMES, own, "holds 2 tensors; expected one"),
-        ("objects.npy", NAMES, own, "damaged, or no array of numbers"), ("none.npy", NAMES, own, "no file"),
-    ):  # fmt: skip
-        with pytest.raises(UserError, match=message):
-            read_bank(tmp_path / name, names, computed)
-    np.save(tmp_path / "bank.npy", own.numpy() * np.array([[1], [1], [np.nan], [1], [1]]))
-    with pytest.raises(UserError, match="not of length 1"):
-        read_bank(tmp_path / "bank.npy", NAMES, own)
 
 
 def test_the_clip_start_keeps_the_classes_order() -> None:

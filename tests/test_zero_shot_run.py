@@ -8,12 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 import test as tester
 import train as trainer
 from model import build_system, configure
 from model.verify import read, verify
+from model.zero_shot.texts import read_bank
 from tests.make import ROOT
 from tests.make.scenes import NUMBERS
 from tests.make.zero_shot import published
@@ -277,7 +279,31 @@ def test_other_classes_at_test_time(small: list[str], tmp_path: Path) -> None:
         evaluate("inductive", [*given[:-1], f"Test_Finetune.classes={tmp_path}/none.txt"])
 
 
-# ---- lists and wrong input
+# ---- text banks, lists and wrong input
+
+def test_a_bank_from_a_file(tmp_path: Path) -> None:
+    names = ("cat", "dog", "sky", "tree", "boat")
+    own = F.normalize(torch.randn(5, 32, generator=torch.Generator().manual_seed(0)), dim=1).half().float()
+    np.save(tmp_path / "bank.npy", own.half().numpy())  # as published
+    torch.save(own, tmp_path / "bank.pth")
+    torch.save({"a": own, "b": own}, tmp_path / "two.pth")
+    np.save(tmp_path / "objects.npy", np.array([{}]), allow_pickle=True)
+    for name in ("bank.npy", "bank.pth"):
+        bank, warnings = read_bank(tmp_path / name, names, own)
+        assert torch.equal(bank, own) and bank.dtype == torch.float32 and not warnings
+    np.save(tmp_path / "other.npy", own.flip(0).numpy())
+    assert "'cat' to 'boat'" in read_bank(tmp_path / "other.npy", names, own)[1][0]
+    for name, few, computed, message in (
+        ("bank.npy", names[:4], own[:4], r"shape \(5, 32\); 4 classes and this CLIP need \(4, 32\)"),
+        ("bank.npy", names, own[:, :16], r"shape \(5, 32\)"), ("two.pth", names, own, "holds 2 tensors; expected one"),
+        ("objects.npy", names, own, "damaged, or no array of numbers"), ("none.npy", names, own, "no file"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=message):
+            read_bank(tmp_path / name, few, computed)
+    np.save(tmp_path / "bank.npy", own.numpy() * np.array([[1], [1], [np.nan], [1], [1]]))
+    with pytest.raises(UserError, match="not of length 1"):
+        read_bank(tmp_path / "bank.npy", names, own)
+
 
 def test_lists_of_folders(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     def touch(name: str) -> None:
