@@ -61,14 +61,13 @@ def step(system: WeCLIP, batch: SimpleNamespace, rfm: bool, plain: bool) -> dict
 
 
 def seconds(calls: list[Callable[[], object]], repeats: int) -> list[float]:
-    """Median processor time of each call, taking turns, after one to warm up."""
+    """Median processor time of each call, taking turns; the comparison before has warmed them up."""
     times: list[list[float]] = [[] for _ in calls]
-    for turn in range(1 + repeats):
+    for _ in range(repeats):
         for call, found in zip(calls, times, strict=True):
             start = time.process_time()
             call()
-            if turn:
-                found.append(time.process_time() - start)
+            found.append(time.process_time() - start)
     return [statistics.median(found) for found in times]
 
 
