@@ -21,7 +21,7 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from model import System, configure, content_hash, load_weights, needs_clip, open_system, system_class
+from model import System, configure, content_hash, needs_clip, open_tested, system_class
 from model.verify import trace_all
 from util import cli, protocol
 from util.cache import TensorCache, open_cache
@@ -103,9 +103,8 @@ def test(config: Config, place: Experiment, context: Context, log: RunLog) -> No
 
 def score(config: Config, place: Experiment, context: Context, log: RunLog, cache: TensorCache) -> Scored:
     """Builds the system, loads its weights and evaluates it."""
-    system, task = open_system(place.arch, config)
     weight = weight_file(config, place)
-    load_weights(system, config, place, weight)
+    system, task = open_tested(place.arch, config, place, weight)
     system.to(context.device).eval()
     system.remember(cache, fixed_head=True)
     if context.world > 1:

@@ -19,6 +19,6 @@ def __getattr__(name: str) -> object:
 
 
 __all__ = [  # noqa: F822
-    "SYSTEMS", "Prediction", "System", "build_system", "configure", "content_hash", "load_frozen", "load_start", "load_weights",
-    "needs_clip", "open_system", "recorded", "system_class",
+    "SYSTEMS", "Prediction", "System", "build_system", "configure", "content_hash", "load_frozen", "load_start",
+    "load_weights", "needs_clip", "open_system", "open_tested", "recorded", "system_class",
 ]  # fmt: skip

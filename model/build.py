@@ -26,13 +26,14 @@ from model.weak.maps import text_bank as class_texts
 from model.weak.system import Weak
 from model.weak.weclip import WeCLIP
 from model.zero_shot.clip_rc import CLIP_RC
+from model.zero_shot.texts import read_bank
+from model.zero_shot.texts import text_bank as class_bank
 from model.zero_shot.zegclip import ZegCLIP
-from model.zero_shot.zegclip import text_bank as class_bank
 from util.cache import CACHE
 from util.config import Config, Method, load_config, options_of
-from util.data.folds import ClassNames, Fold
+from util.data.folds import ClassNames, Fold, read_class_names
 from util.errors import UserError
-from util.files import load_state, load_tensors
+from util.files import load_published, load_state, load_tensors
 from util.run.checkpoint import EXPORT, check_frozen, check_identity, read_meta
 from util.run.identity import identity, start_identity
 from util.run.place import Experiment, before_file, missing_before, missing_start, recorded_config, start_file
@@ -129,8 +130,13 @@ def build_zero_shot(cls: type[ZegCLIP], arch: str, config: Config, fold: Fold, n
     options, clip = options_of(config.Method, cls.Options), load_clip(config.CLIP.clip_path, activation=config.CLIP.activation)
     if not isinstance(clip.visual, ClipTrunk):
         raise UserError(f"CLIP.clip_path = {config.CLIP.clip_path} is a ResNet; {arch} puts tokens into a ViT: take ViT-B-16")
-    clip, seen = Frozen(clip), [c - 1 for c in fold.base]
-    return cls(clip, names.names, class_bank(clip, names.texts, options, cache), seen, options)
+    clip, seen, warnings = Frozen(clip), [c - 1 for c in fold.base], ()
+    bank = class_bank(clip, names.texts, options.templates, cache)
+    if options.bank:
+        bank, warnings = read_bank(Path(options.bank), names.names, bank)
+    system = cls(clip, names.names, bank, seen, options)
+    system.warnings += warnings
+    return system
 
 
 FAMILIES: dict[type[System], Callable[..., System]] = {FewShot: build_few_shot, PSPNet: build_base_learner, Weak: build_weak,
@@ -162,6 +168,17 @@ def open_system(arch: str, config: Config) -> tuple[System, Task]:
     return system, task
 
 
+def open_tested(arch: str, config: Config, place: Experiment, weight: Path) -> tuple[System, Task]:
+    """Build a system as it is tested: with its weights, and with the classes of `Test_Finetune.classes` where that names some."""
+    system, task = open_system(arch, config)
+    load_weights(system, config, place, weight)
+    if config.Test_Finetune.classes:
+        names = read_class_names(config.Test_Finetune.classes, "Test_Finetune.classes")
+        system.use_classes(names, CACHE)
+        task.use_classes(names)
+    return system, task
+
+
 def load_weights(system: System, config: Config, place: Experiment, weight: Path) -> None:
     """Load all weights of a system; one without training has them. A checkpoint of ours must match the config and the frozen
     parts; an exported one (model/predict/share.py) and a published one have their base learner inside."""
@@ -171,7 +188,10 @@ def load_weights(system: System, config: Config, place: Experiment, weight: Path
         raise UserError(f"Test_Finetune.weight = {config.Test_Finetune.weight}: no checkpoint {weight}. Train first: "
                         f"`ARCH={place.arch} NET={place.net} sh train.sh {place.command} GPUS`")
     if weight.suffix != ".safetensors":
-        system.import_official(load_state(weight), str(weight))
+        state, classes = load_published(weight)
+        if classes:
+            system.check_classes(classes, str(weight))
+        system.import_official(state, str(weight))
         return
     meta, state = read_meta(weight), load_tensors(weight)
     check_identity(weight, meta, identity(place.arch, system.facts, config))

@@ -1,8 +1,9 @@
 """The contract of every system. train.py and test.py know nothing else about a model."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -119,8 +120,14 @@ class System(nn.Module):
             fixed_head: the trained part does not change any more (testing), so its results for one image are kept too.
         """
 
-    def use_classes(self, names: ClassNames) -> None:
-        """Predict among other classes than those of the training. Raises UserError where the trained part is bound to its own."""
+    def use_classes(self, given: ClassNames, cache: Path | None = None) -> None:
+        """Predict these classes from now on, channel c the c-th; `warnings` say so.
+
+        Args:
+            cache: folder for text banks.
+        Raises:
+            UserError: the trained part is bound to its own classes; no class, a name twice, a text that CLIP cannot read.
+        """
         raise UserError("it knows the classes that it was trained with and no others; other classes are for systems that read "
                         "names (zero-shot)")
 
@@ -208,6 +215,9 @@ class System(nn.Module):
         renamed = {ours: state[official] for ours, official in names.items() if official in state}
         untouched = {ours: value for ours, value in own.items() if ours not in names}
         load_exactly(self, renamed | untouched | surplus, name, names)
+
+    def check_classes(self, classes: Sequence[str], name: str = "checkpoint") -> None:
+        """Raise UserError where a published checkpoint names other classes than the data set has; few record any."""
 
     def _check_foreign(self, foreign: dict[str, Tensor], name: str) -> dict[str, Tensor]:
         """Return those of the tensors without a place here that are an error."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from model.build import load_weights, open_system, system_class
+from model.build import open_tested, system_class
 from model.system import System, content_hash
 from util import cli
 from util.cache import TensorCache
@@ -59,8 +59,7 @@ def read(path: Path) -> dict:
 def verify(result: dict, config: Config, context: distributed.Context) -> bool:
     """Print the differences; return whether any is beyond rounding."""
     place = Experiment(result["system"], result["data_set"], *result["place"], Path(config.Runtime.output))
-    system, task = open_system(place.arch, config)
-    load_weights(system, config, place, Path(result["checkpoint"]))
+    system, task = open_tested(place.arch, config, place, Path(result["checkpoint"]))
     system.to(context.device).eval()
     system.remember(TensorCache(0), fixed_head=True)  # as in testing
 

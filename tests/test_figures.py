@@ -90,11 +90,12 @@ def test_curves_go_on_where_the_run_does(tmp_path: Path) -> None:
 def test_long_curves_are_thinned(tmp_path: Path) -> None:
     file = tmp_path / curves.FILE
     for step in range(1, 1001):
-        curves.append(file, "train", step, {"main": step} | ({"late": 1.0} if step > 500 else {}))
+        curves.append(file, "train", step, {"main": step} | ({"late": 1.0} if step > 500 else {})
+                      | ({"rare": 2.0} if step % 5 == 0 else {}))  # fmt: skip
     found = curves.read(file)["train"]
     assert len(found["step"]) == curves.POINTS and found["step"] == found["main"] == sorted(found["main"])
     assert found["step"][0] == 2.5 and found["step"][-1] == 999  # the means of the first four and of the last three
-    assert found["late"][0] is None and found["late"][-1] == 1
+    assert found["late"][0] is None and found["late"][-1] == 1 and {*found["rare"]} == {2, None}
 
 
 def test_figures_command(tmp_path: Path, monkeypatch, capsys) -> None:

@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 import torch
 
-from model import configure, load_weights, open_system
+from model import configure, load_weights, open_system, open_tested
 from model.predict.predictor import Predictor
 from model.predict.share import export, main, scrubbed
 from tests.make import CONFIG, ROOT, make, star
+from tests.make.scenes import make_dense
 from util.errors import UserError
-from util.files import save_json
+from util.files import load_tensors, save_json, save_tensors
 from util.run.checkpoint import read_meta
 from util.run.place import Experiment
 
@@ -87,6 +88,37 @@ def test_half_the_size(piclip: Path, scenes: Path, tmp_path: Path) -> None:
         scores.append(predictor.predict(images[1]).score)
     assert 0 < np.abs(scores[0] - scores[1]).max() < 0.01
     assert predictor.notes[0] == "knows stars only" and "- knows stars only" in half.with_suffix(".md").read_text()
+
+
+def test_what_a_zero_shot_system_trained(tmp_path: Path) -> None:
+    """The slim file has the trained parts alone, and is tested as the run's own; another CLIP, K or setting is refused."""
+    config, weight = make_dense(tmp_path, "CLIP_RC", "inductive_vit8")
+    file = tmp_path / "slim.safetensors"
+    export(weight, file, note="drawings only")
+    meta, tensors = read_meta(file), load_tensors(file)
+    assert tensors.keys() and all(name.startswith("head.") for name in tensors)
+    assert file.stat().st_size < 4.1 * sum(t.numel() for t in tensors.values()) + 2e5
+    assert meta["classes"][0][0] == "star" and len(meta["classes"][2]) == 5 and meta["config"]["Method"]["prompts"] == 10
+    card = file.with_suffix(".md").read_text()
+    for part in ("without labels in training: star, fish", '--classes "cat, dog', "drawings only"):
+        assert part in card
+    assert meta["frozen"]["clip"] in card
+
+    place = Experiment("CLIP_RC", "demo", "inductive", "vit8", tmp_path)
+    ours, theirs = (open_tested("CLIP_RC", config, place, path)[0].state_dict() for path in (weight, file))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    shutil.copytree("demo/clip", tmp_path / "clip")
+    tower = load_tensors(tmp_path / "clip/model.safetensors")
+    save_tensors(tmp_path / "clip/model.safetensors", tower | {"visual.proj": 2 * tower["visual.proj"]})
+    for change, message in (
+        (f"CLIP.clip_path={tmp_path}/clip", "other frozen weights: clip"), ("Method.prompts=3", "prompts: the checkpoint has 10"),
+        ("Method.setting=full", "setting: the checkpoint has 'inductive'"),
+    ):  # fmt: skip
+        other = configure("config/demo/demo_inductive_vit8.yaml", "CLIP_RC", [change])
+        with pytest.raises(UserError, match=message):
+            open_tested("CLIP_RC", other, place, file)
+    export(weight, file, half=True)
+    assert file.stat().st_size < 2.1 * sum(t.numel() for t in tensors.values()) + 2e5
 
 
 def test_a_data_set_of_ones_own(scenes: Path, tmp_path: Path) -> None:

@@ -101,7 +101,7 @@ def test_rows_of_one_result(short: list[str], trained: Path) -> None:
         assert text in words, text
     assert not re.search("episode|-shot", run.stdout + run.stderr)
     pairs = seed["confused"]
-    assert len(pairs) == 12 and all(a != b and 0 < share <= 1 for a, b, _, share in pairs)
+    assert 0 < len(pairs) <= 12 and all(a != b and 0 < share <= 1 for a, b, _, share in pairs)
     file = str(trained / RUN / "result/report.json")
     compared = subprocess.run([sys.executable, "-m", "util.report", "compare", file, file, "--html", f"{trained}/both.html"],
                               cwd=ROOT, text=True, capture_output=True)  # fmt: skip

@@ -8,17 +8,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench import clip_rc as plainly
 from model.clip.load import clip_from_state
 from model.inference import slide
 from model.system import Frozen
 from model.zero_shot.clip_rc import CLIP_RC
 from model.zero_shot.losses import focal_and_dice
+from model.zero_shot.texts import MANY, text_bank
 from model.zero_shot.tower import owners, reading_mask
-from model.zero_shot.zegclip import MANY, ZegCLIP, text_bank
+from model.zero_shot.zegclip import ZegCLIP
 from tests.make import small_clip
 from tests.make.runs import CPU, in_processes
 from tests.make.zero_shot import published
 from util.config import Train
+from util.data.folds import ClassNames
 from util.data.loading import RangeSampler
 from util.errors import UserError
 from util.run.distributed import Context
@@ -148,6 +151,18 @@ def test_zegclip_scores_are_the_mean_of_the_heads_before_the_softmax() -> None:
     torch.testing.assert_close(logits, expected.view(1, 5, 4, 4), rtol=1e-4, atol=1e-5)
 
 
+def test_equals_the_plain_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention, repeated vectors and the mean over regions written out (bench.clip_rc): scores, losses, gradients."""
+    fast = small(dropout=0.0)
+    monkeypatch.setattr(CLIP_RC, "Head", plainly.Plain)
+    plain = small(dropout=0.0)
+    plain.losses = lambda batch: plainly.plain_losses(plain, batch)
+    plain.load_trained(fast.trained_state(), "fast")
+    for call in (plainly.crop, plainly.step):
+        for a, b in zip(call(fast, random_images())(), call(plain, random_images())(), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * float(b.abs().max()))
+
+
 # ---- settings
 
 def test_targets_of_the_settings() -> None:
@@ -169,6 +184,7 @@ def test_seen_scores_are_lowered_in_the_inductive_setting_only() -> None:
     batch = random_images(1)
     plain, lowered = (small(setting=s).eval().predict(batch).final for s in ("transductive", "inductive"))
     torch.testing.assert_close((plain - lowered).mean((0, 2, 3)), torch.tensor([0.1, 0.1, 0.0, 0.1, 0.0]))
+    assert torch.equal(small(setting="inductive", offset=0.0).eval().predict(batch).final, plain)
 
 
 def test_who_depends_on_the_vocabulary() -> None:
@@ -178,6 +194,25 @@ def test_who_depends_on_the_vocabulary() -> None:
         before = system.predict(batch).final[:, :2]
         system.use(NAMES[:2], system.texts[:2], (0, 1))
         assert ((system.predict(batch).final - before).abs().max() > 1e-3) == depends
+
+
+def test_any_classes_after_training() -> None:
+    """Names decide who is seen; the bank is that of the names; the warning is there as long as the classes are other ones."""
+    named = lambda *names: ClassNames(names, names)  # noqa: E731
+    system = small(setting="inductive").eval()
+    system.use_classes(ClassNames(("sofa", "dog", "cat"), ("a red sofa", "dog", "cat")))
+    assert system.names == ("sofa", "dog", "cat") and system.seen.tolist() == [1, 2] and system.unseen.tolist() == [0]
+    assert torch.equal(system.texts, text_bank(system.clip, ["a red sofa", "dog", "cat"], "one"))
+    assert system.predict(random_images(1)).final.shape[1] == 3
+    system.use_classes(named("lamp"))
+    assert len(system.warnings) == 1 and "1 of a list, 1 of them new, instead of the 5" in system.warnings[0]
+    system.use_classes(named(*NAMES))
+    assert not system.warnings and set(system.seen.tolist()) == set(SEEN)
+    small(setting="transductive").use_classes(named(NAMES[0]))  # nothing unseen among what is asked for: fine in prediction
+    for names, message in (((), "0 class names"), (("a", " "), "class 2 of 2 has no name"), (("a", "b", "a"), "the name 'a'")):
+        with pytest.raises(UserError, match=message):
+            system.use_classes(named(*names))
+    assert system.names == NAMES
 
 
 # ---- images and windows
@@ -250,11 +285,29 @@ def test_recovery_of_a_published_checkpoint_is_dropped_without_use() -> None:
 # ---- text and wrong input
 
 def test_text_bank_is_rounded_as_published() -> None:
-    system, options = small(), CLIP_RC.Options(templates="many")
-    bank = text_bank(system.clip, ["cat", "sky"], options)
+    system = small()
+    bank = text_bank(system.clip, ["cat", "sky"], "many")
     assert len(set(MANY)) == 15 and torch.equal(bank, bank.half().float())
     each = torch.stack([system.clip.module.text([t.format(name) for t in MANY]).mean(0) for name in ("cat", "sky")])
     torch.testing.assert_close(bank, F.normalize(each, dim=1), rtol=0, atol=5e-4)
+
+
+def test_the_clip_start_keeps_the_classes_order() -> None:
+    """At the start each patch prefers the class whose text is nearest to it; a random start prefers any."""
+    for cls in SYSTEMS:
+        agree = {}
+        for start in ("clip", "random"):
+            torch.manual_seed(0)
+            clip, texts = Frozen(clip_from_state(small_clip().state_dict())), F.normalize(torch.randn(5, 32), dim=1)
+            system = cls(clip, NAMES, texts, SEEN, cls.Options(prompts=3, start=start)).eval()
+            image = system.pixels(random_images(4).image)
+            with torch.no_grad():
+                patches = system.trained.prompts(system.trunk, image, 4).patches
+                logits = system.trained(system.trunk, image, system.texts).logits
+            nearest = torch.einsum("bdhw,cd->bchw", patches, texts)
+            centred = [x - x.mean((0, 2, 3), keepdim=True) for x in (logits, nearest)]
+            agree[start] = float(torch.corrcoef(torch.stack([x.flatten() for x in centred]))[0, 1])
+        assert agree["clip"] > 0.5 > agree["random"], (cls, agree)
 
 
 def test_wrong_input() -> None:
@@ -272,7 +325,7 @@ def test_wrong_input() -> None:
             system.use(names, rows, seen)
     with pytest.raises(UserError, match="every class is seen"):
         CLIP_RC(system.clip, NAMES[:2], texts[:2], (0, 1), CLIP_RC.Options(setting="transductive"))
-    for wrong in ({"prompts": 0}, {"stride": 65}, {"dropout": 1.0}, {"recovery": -1.0}):
+    for wrong in ({"prompts": 0}, {"stride": 65}, {"dropout": 1.0}, {"recovery": -1.0}, {"offset": 2.0}):
         with pytest.raises(UserError, match=next(iter(wrong))):
             small(**wrong)
 

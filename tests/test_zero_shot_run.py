@@ -8,12 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 import test as tester
 import train as trainer
 from model import build_system, configure
 from model.verify import read, verify
+from model.zero_shot.texts import read_bank
 from tests.make import ROOT
 from tests.make.scenes import NUMBERS
 from tests.make.zero_shot import published
@@ -153,6 +155,31 @@ def test_goes_on_bit_for_bit(arch: str, small: list[str], tmp_path: Path, monkey
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+@pytest.mark.slow
+def test_photographs_with_a_random_clip(voc_mini: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """VOC's configs and labels, ViT-B/16 of random weights: inductive, its self-training, windows; every line says random."""
+    monkeypatch.chdir(ROOT)
+    for key, count in (("train", 4), ("val", 2)):
+        lines = (ROOT / f"lists/pascal_mini/{key}.txt").read_text().splitlines()[:count]
+        (tmp_path / f"{key}.txt").write_text("\n".join(lines))
+    given = [f"Data.data_root={voc_mini}", f"Data.train_list={tmp_path}/train.txt", f"Data.val_list={tmp_path}/val.txt",
+             "CLIP.clip_path=random", f"Runtime.output={tmp_path}/exp", "Train.train_h=64", "Train.val_size=64", "Method.crop=64",
+             "Method.stride=48", "Train.batch_size=2", "Train.workers=0", "Train.iterations=2"]  # fmt: skip
+    places = []
+    for exp, own in (("inductive", ["Train.keep=[1]"]), ("transductive", ["Train.start_from=inductive/1"])):
+        config, place = configured(exp, "CLIP_RC", [*given, *own], "voc", "vitb16")
+        trainer.train(config, place, CPU, quiet=True)
+        places.append(place)
+    first, second = (load_tensors(place.last) for place in places)
+    assert any(not torch.equal(first[name], second[name]) for name in first)
+    tester.ready(config, place)
+    with RunLog(place.result, "test.log", quiet=True) as log:
+        tester.test(config, place, CPU, log)
+    result = json.loads((place.result / "report.json").read_text())
+    assert result["mark"] == "[random CLIP]" and "every score means nothing" in result["warnings"][0]
+    assert result["seeds"][0]["episodes"] == 2 and "[random CLIP]" in (place.result / "test.log").read_text()
+
+
 # ---- published settings
 
 def test_schedule_of_the_papers() -> None:
@@ -210,11 +237,73 @@ def test_a_published_checkpoint(small: list[str], tmp_path: Path) -> None:
     result = evaluate("inductive", [*small, f"Test_Finetune.weight={tmp_path}/iter_40000.pth"])
     assert result["mean"].keys() >= {"hiou", "pixel_accuracy"} and result["checkpoint"].endswith("iter_40000.pth")
     assert result["protocol"]["checkpoint"] == ZeroShotTask.says["Train.selection"]
+    for other, shown in ((names.names[1:], "19 classes, number 1 'fish'; .* 20 classes, number 1 'star'"),
+                         ((*names.names, "sofa"), "21 classes, number 21 'sofa'; .* 20 classes, number 21 none")):  # fmt: skip
+        torch.save({"meta": {"CLASSES": other}, "state_dict": published(system)}, tmp_path / "other.pth")
+        with pytest.raises(UserError, match=shown):
+            evaluate("inductive", [*small, f"Test_Finetune.weight={tmp_path}/other.pth"])
     with pytest.raises(UserError, match="has 2 prompts in each layer, this system 10"):
         evaluate("inductive", [*small, f"Test_Finetune.weight={tmp_path}/iter_40000.pth", "Method.prompts=10"])
 
 
-# ---- lists and wrong input
+def test_other_classes_at_test_time(small: list[str], tmp_path: Path) -> None:
+    """All names in another order: the same scores. Fewer and new ones: their own channels, rows of the data set's classes."""
+    config, _ = configured("inductive", "CLIP_RC", [*small, "Method.start=clip"])  # scores that differ, without training
+    names = read_class_names(config.Data.class_names).names
+    system = build_system("CLIP_RC", config, fold_of(config), read_class_names(config.Data.class_names))
+    own = {system.official_name(f"head.{name}"): value for name, value in system.trained_state().items()}
+    torch.save(published(system) | own, tmp_path / "iter.pth")
+    few = Path(config.Data.val_list).read_text().splitlines()[:4]
+    (tmp_path / "list.txt").write_text("\n".join(few))
+    given = [*small, f"Data.val_list={tmp_path}/list.txt", f"Test_Finetune.weight={tmp_path}/iter.pth",
+             f"Test_Finetune.classes={tmp_path}/classes.txt"]  # fmt: skip
+    whole = evaluate("inductive", given[:-1])
+    (tmp_path / "classes.txt").write_text("\n".join(reversed(names)))
+    again = evaluate("inductive", given)
+    assert again["seeds"][0]["per_class"] == pytest.approx(whole["seeds"][0]["per_class"], abs=2e-3)
+    assert again["mean"]["hiou"] == pytest.approx(whole["mean"]["hiou"], abs=2e-3)
+    assert again["protocol_hash"] != whole["protocol_hash"]
+    (tmp_path / "classes.txt").write_text("sofa | a heart\n" + "\n".join(names[2:8]) + "\nposter | house and tree")
+    fewer = evaluate("inductive", given)
+    assert [*fewer["seeds"][0]["per_class"]] == [str(c) for c in range(3, 9)] and "sofa" in fewer["other_classes"].values()
+    assert any("8 of a list, 2 of them new" in warning for warning in fewer["warnings"])
+    assert "classes of" in fewer["protocol"]["name"] and "classes of a file, hash" in fewer["protocol"]
+    found = [iou for iou in fewer["seeds"][0]["per_class"].values() if iou is not None]
+    assert fewer["seeds"][0]["miou"] == pytest.approx(sum(found) / len(found))
+    assert not verify(read(configured("inductive", "CLIP_RC", given)[1].result / "report.json"),
+                      configured("inductive", "CLIP_RC", given)[0], CPU)  # fmt: skip
+    (tmp_path / "classes.txt").write_text("sofa | heart\nposter | house")
+    with pytest.raises(UserError, match="none of its 2 names is a class of demo"):
+        evaluate("inductive", given)
+    with pytest.raises(UserError, match=r"Test_Finetune\.classes.*none\.txt"):
+        evaluate("inductive", [*given[:-1], f"Test_Finetune.classes={tmp_path}/none.txt"])
+
+
+# ---- text banks, lists and wrong input
+
+def test_a_bank_from_a_file(tmp_path: Path) -> None:
+    names = ("cat", "dog", "sky", "tree", "boat")
+    own = F.normalize(torch.randn(5, 32, generator=torch.Generator().manual_seed(0)), dim=1).half().float()
+    np.save(tmp_path / "bank.npy", own.half().numpy())  # as published
+    torch.save(own, tmp_path / "bank.pth")
+    torch.save({"a": own, "b": own}, tmp_path / "two.pth")
+    np.save(tmp_path / "objects.npy", np.array([{}]), allow_pickle=True)
+    for name in ("bank.npy", "bank.pth"):
+        bank, warnings = read_bank(tmp_path / name, names, own)
+        assert torch.equal(bank, own) and bank.dtype == torch.float32 and not warnings
+    np.save(tmp_path / "other.npy", own.flip(0).numpy())
+    assert "'cat' to 'boat'" in read_bank(tmp_path / "other.npy", names, own)[1][0]
+    for name, few, computed, message in (
+        ("bank.npy", names[:4], own[:4], r"shape \(5, 32\); 4 classes and this CLIP need \(4, 32\)"),
+        ("bank.npy", names, own[:, :16], r"shape \(5, 32\)"), ("two.pth", names, own, "holds 2 tensors; expected one"),
+        ("objects.npy", names, own, "damaged, or no array of numbers"), ("none.npy", names, own, "no file"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=message):
+            read_bank(tmp_path / name, few, computed)
+    np.save(tmp_path / "bank.npy", own.numpy() * np.array([[1], [1], [np.nan], [1], [1]]))
+    with pytest.raises(UserError, match="not of length 1"):
+        read_bank(tmp_path / "bank.npy", names, own)
+
 
 def test_lists_of_folders(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     def touch(name: str) -> None:

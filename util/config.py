@@ -118,6 +118,7 @@ class Test_Finetune:
     episodes: str = ""  # run the episodes of this file (`python -m util.data export`) instead of drawing them
     test_num: int = 1000  # episodes per seed
     seeds: list[int] = field(default_factory=lambda: [321, 322, 323, 324, 325])
+    classes: str = ""  # systems that take any names: file of classes to predict instead of the data set's, as Data.class_names
     crf: bool = False  # dense systems: also score the prediction after the paper's CRF (pip install pydensecrf2)
     maps: str = ""  # dense systems: folder that gets a label map of every tested image, PNGs of class ids under the images' paths
     baselines: bool = False  # also score trivial predictions on the same episodes

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -102,22 +103,56 @@ def load_state(path: Path) -> dict[str, Tensor]:
     Raises:
         UserError: missing, damaged, something other than tensors inside, or tensors larger than the file.
     """
+    return load_published(path)[0]
+
+
+def load_published(path: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """Reads a state dict as `load_state`, and the class names that mmcv's and mmengine's checkpoints have beside it, or ()."""
     path = Path(path)
     if path.suffix == ".safetensors":
-        return load_tensors(path)
+        return load_tensors(path), ()
+    content, classes = _load_torch(path), ()
+    if isinstance(content, dict) and isinstance(meta := content.get("meta"), dict):
+        meta = meta | (meta["dataset_meta"] if isinstance(meta.get("dataset_meta"), dict) else {})
+        named = meta.get("CLASSES") or meta.get("classes")
+        classes = tuple(map(str, named)) if isinstance(named, (list, tuple)) else ()
+    for key in ("state_dict", "model"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    return {key.removeprefix("module."): value for key, value in _checked(path, content).items()}, classes
+
+
+def load_array(path: Path) -> Tensor:
+    """Reads one array: `.npy`, or a torch or safetensors file with one tensor in it. Nothing in it is executed.
+
+    Raises:
+        UserError: missing, damaged, or something other than one array of numbers.
+    """
+    path = Path(path)
+    if path.suffix != ".npy":
+        content = load_tensors(path) if path.suffix == ".safetensors" else _load_torch(path)
+        found = _checked(path, content if isinstance(content, dict) else {"array": content})
+        if len(found) != 1:
+            raise UserError(f"{path} holds {len(found)} tensors; expected one")
+        return next(iter(found.values()))
+    try:
+        return torch.from_numpy(np.load(path, allow_pickle=False))
+    except FileNotFoundError as error:
+        raise UserError(f"no file {path}") from error
+    except Exception as error:  # lying headers raise many kinds
+        raise UserError(_other_kind(path) or f"{path} is damaged, or no array of numbers ({error})") from error
+
+
+def _load_torch(path: Path) -> Any:
     if sum(member.file_size for member in zip_members(path)) > path.stat().st_size:  # torch compresses nothing
         raise UserError(f"{path} unpacks to more than its size: it is not what torch writes, and is not opened")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged and foreign files raise many kinds
         kind = type(error).__name__  # without torch's text, which advises to open the file anyway
         damaged = (f"{path} is damaged, or holds more than tensors ({kind}); it is not opened otherwise, since unpickling could "
                    "run code. Download it again, or convert it to safetensors")
         raise UserError(_other_kind(path) or damaged) from error
-    for key in ("state_dict", "model"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-    return {key.removeprefix("module."): value for key, value in _checked(path, content).items()}
 
 
 def _other_kind(path: Path) -> str:

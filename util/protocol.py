@@ -40,16 +40,21 @@ KEYS = {  # key -> its words in a report, and those of its values
                                "unseen class is read",
         "full": "full: labels of all classes; seen and unseen are those of the other settings"}),
     "Method.inference": ("inference", {"slide": "windows, their scores averaged", "whole": "the whole image at once"}),
+    "Method.offset": ("taken from scores of seen classes", {}),
     "Data.min_pixels": ("smallest object", {}),
     "Test_Finetune.ann_type": ("support annotation", {}),
     "Test_Finetune.test_num": ("episodes per seed", {}),
     "Test_Finetune.seeds": ("seeds", {}),
     "Test_Finetune.episodes": ("episodes of a file, hash", {}),
+    "Test_Finetune.classes": ("classes of a file, hash", {}),
+    "Method.bank": ("text bank of a file, hash", {}),
 }  # fmt: skip
 
 
+# Keys that name a file, whose content counts: what the file is of.
+FILES = {"Test_Finetune.episodes": "episodes", "Test_Finetune.classes": "classes", "Method.bank": "text bank"}
 # Keys added later, with the values that all protocols had before: a hash counts them only where they differ.
-LATER = {"Train.draw": "image", "Train.augment": True, "Train.antialias": False}
+LATER = {"Method.offset": 0.1, "Train.draw": "image", "Train.augment": True, "Train.antialias": False}
 
 
 @dataclass(frozen=True)
@@ -86,27 +91,28 @@ class Protocol:
 def of(config: Config) -> Protocol:
     """Return the protocol of a config: its effective values and their name."""
     coco = config.Train.data_set == "coco"  # which alone has two styles of folds
-    values = {key: lookup(config, key) for key in KEYS if key != "Test_Finetune.episodes"}
+    values = {key: lookup(config, key) for key in KEYS if key not in FILES}
     values["Train.use_split_coco"] = values["Train.use_split_coco"] and coco
     values = {key: value for key, value in values.items() if value is not None and (key not in LATER or value != LATER[key])}
     if config.Test_Finetune.episodes:
         del values["Test_Finetune.test_num"], values["Test_Finetune.seeds"]
-        values["Test_Finetune.episodes"] = hashlib.sha256(read_bytes(Path(config.Test_Finetune.episodes))).hexdigest()[:16]
+    files = {key: found for key in FILES if (found := lookup(config, key))}
+    values |= {key: hashlib.sha256(read_bytes(Path(file), key)).hexdigest()[:16] for key, file in files.items()}
     name = config.Test_Finetune.protocol
     layer = protocol_layer(name, config.Train.data_set)
     fixed = {f"{section}.{key}": value for section, keys in layer.items() for key, value in keys.items()}
     changed = [f"{key}={value}" for key, value in (LATER | values).items() if fixed.get(key, LATER.get(key, value)) != value
                and (coco or key != "Train.use_split_coco")]
-    changed += [f"episodes of {config.Test_Finetune.episodes}"] if config.Test_Finetune.episodes else []
+    changed += [f"{FILES[key]} of {file}" for key, file in files.items()]
     return Protocol(name + (f" but {', '.join(changed)}" if changed else ""), values)
 
 
-def read_bytes(path: Path) -> bytes:
+def read_bytes(path: Path, key: str) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise UserError(f"Test_Finetune.episodes = {path}: {error.strerror}; `python -m util.data export` writes "
-                        "such a file") from error
+        made = "; `python -m util.data export` writes such a file" if key == "Test_Finetune.episodes" else ""
+        raise UserError(f"{key} = {path}: {error.strerror}{made}") from error
 
 
 def lookup(config: Config, key: str) -> Any:

@@ -33,6 +33,9 @@ class Head(zegclip.Head):
         self.decoder_q, self.decoder_v = (Layers(width, options.dropout, zegclip.DEPTH) for _ in range(2))
         self.recovery = RecoveryDecoder(width, options.dropout) if options.recovery else None
 
+    def aligned(self) -> tuple[list[Tensor], Tensor]:
+        return [self.q_proj.weight.chunk(2, 1)[1], self.lateral_proj.weight.chunk(3, 1)[2]], self.decoder_v.layers[-1].norm3.bias
+
     def forward(self, trunk: ClipTrunk, images: Tensor, texts: Tensor) -> zegclip.Scored:
         views = self.prompts(trunk, images, REGIONS)
         grid = views.patches.shape[2:]

@@ -21,6 +21,7 @@ from model.ops import full, resize
 from model.system import Frozen, Prediction, System
 from model.zero_shot.decoder import Block, Layers, Scores
 from model.zero_shot.losses import IGNORE, focal_and_dice, pseudo_labels
+from model.zero_shot.texts import text_bank
 from model.zero_shot.tower import Prompts
 from util.config import Method, Train
 from util.data.folds import ClassNames
@@ -29,15 +30,10 @@ from util.run.identity import Facts
 from util.score.zero_shot import ZeroShotTask
 
 DEPTH = 3  # decoder layers
-OFFSET = 0.1  # taken from the scores of seen classes in the inductive setting
+COMMON = 1.5  # length of the part that all names get in common, at that start; their own has length 1
+BORDER = 0.19  # cosine of text and patch from which on a class is there, at the start from CLIP's scores
+OTHER_CLASSES = "The classes are"  # how the warning about another vocabulary begins
 UNSEEN = -1  # label of training pixels whose class is not seen
-ONE = ("a photo of a {}",)  # VOC's, without a full stop
-MANY = (
-    "a photo of a {}.", "a photo of a small {}.", "a photo of a medium {}.", "a photo of a large {}.",
-    "This is a photo of a {}.", "This is a photo of a small {}.", "This is a photo of a medium {}.",
-    "This is a photo of a large {}.", "a {} in the scene.", "a photo of a {} in the scene.", "There is a {} in the scene.",
-    "There is the {} in the scene.", "This is a {} in the scene.", "This is the {} in the scene.", "This is one {} in the scene.",
-)  # fmt: skip  # COCO-Stuff's
 
 
 @dataclass
@@ -52,12 +48,17 @@ class Options(Method):
         full: all texts, all labels.
     """
 
+    # Of training: random, as published; or so that the first scores are nearly those of CLIP without training, which hold for
+    # names that are unlike those with labels, too.
+    start: Literal["random", "clip"] = "random"
     prompts: int = 10  # K in each layer; 100 on COCO-Stuff
     setting: Literal["inductive", "transductive", "transductive-strict", "full"] = "inductive"
     focal: float = 100.0  # weights of the losses
     dice: float = 1.0
     dropout: float = 0.1
     templates: Literal["one", "many"] = "one"  # texts of a class; many on COCO-Stuff
+    bank: str = ""  # file of a text bank for the data set's classes, such as the published .npy; "": made from their texts
+    offset: float = 0.1  # taken from the scores of seen classes in the inductive setting
     inference: Literal["slide", "whole"] = "slide"  # whole: the image at once, which was not published
     crop: int = 512  # side of the windows
     stride: int = 426
@@ -72,6 +73,8 @@ class Options(Method):
             raise UserError(f"Method.stride = {self.stride}: windows of crop = {self.crop} leave gaps; choose 1 to {self.crop}")
         if not 0 <= self.dropout < 1:
             raise UserError(f"Method.dropout = {self.dropout}: choose 0 or more, less than 1")
+        if not 0 <= self.offset <= 1:
+            raise UserError(f"Method.offset = {self.offset}: scores are 0 to 1; choose 0 to 1")
         if negative := [name for name in ("focal", "dice", "recovery") if getattr(self, name, 0) < 0]:
             raise UserError(f"Method.{negative[0]} = {getattr(self, negative[0])}: the weight of a loss is not negative")
 
@@ -96,6 +99,35 @@ class Head(nn.Module):
     def build_decoder(self, width: int, options: Options) -> None:
         self.decoder = Layers(width, options.dropout, DEPTH)
         self.decoder.layers[-1] = Scores(self.decoder.layers[0].multihead_attn)
+
+    @torch.no_grad()
+    def start_as_clip(self, texts: Tensor) -> None:
+        """At first the decoder passes on what it gets, and the best class is nearly that of the largest cosine of CLIP's.
+
+        What has no label is a negative of every class with labels. Where texts are unlike each other, training lowers these
+        classes alone, and the others win everywhere. So all names get a large part in common, as the texts of a large CLIP have,
+        and a border where a class begins: what is learned for some names then holds for all.
+
+        Args:
+            texts: C D, of the classes that training names.
+        """
+        scale = texts.shape[1] ** 0.5  # of both streams; the norms give them that length later
+        parts, border = self.aligned()
+        for part in parts:
+            part += scale * torch.eye(texts.shape[1])
+        common = F.normalize(texts.mean(0), dim=0)
+        self.q_proj.bias += scale * COMMON * common
+        border -= scale * BORDER * common / (COMMON + (texts @ common).mean())
+        for decoder in self.modules():
+            for block in decoder.layers if isinstance(decoder, Layers) else ():
+                for last in (block.multihead_attn.proj, block.linear2) if isinstance(block, Block) else ():
+                    last.weight.zero_()
+                    last.bias.zero_()
+
+    def aligned(self) -> tuple[list[Tensor], Tensor]:
+        """Parts D D of the weights between CLIP's texts and patches and their product; the last bias D of the patches."""
+        last = self.decoder.layers[-1].multihead_attn
+        return [self.q_proj.weight.chunk(2, 1)[1], last["q"].weight, last["k"].weight], last["k"].bias
 
     def describe(self, product: Tensor, texts: Tensor) -> Tensor:
         """Projects descriptors [product | text], ... C D and C D -> ... C D, without repeating the texts."""
@@ -139,9 +171,11 @@ class ZegCLIP(System):
         for name in ("texts", "seen", "unseen", "table"):
             self.register_buffer(name, None, persistent=False)
         self.use(names, texts, seen)
-        self.taught = frozenset(names[c].casefold() for c in seen)  # names of the classes seen in training
+        self.first = (self.names, frozenset(names[c].casefold() for c in seen))  # all names, and those with labels
         if options.setting.startswith("transductive") and len(seen) == len(names):
             raise UserError(f"Method.setting = {options.setting}: every class is seen; choose full")
+        if options.start == "clip":
+            self.head.start_as_clip(self.texts[self.seen] if options.setting == "inductive" else self.texts)
         self.vocabulary = "seen classes" if options.setting == "inductive" else "all classes"
         if clip.module.random:
             self.mark = "[random CLIP]"
@@ -156,12 +190,15 @@ class ZegCLIP(System):
         return self.clip.module.visual
 
     def use(self, names: Sequence[str], texts: Tensor, seen: Sequence[int]) -> None:
-        """Takes another vocabulary. Every class attends to the patches; CLIP-RC's scores depend on all names.
+        """Takes names, their bank C D, and which of them are seen. `use_classes` makes the other two from any names.
 
         Raises:
-            UserError: a text is missing, a class has the name of another, or the seen classes are not some of them.
+            UserError: no name at all, a text is missing, a class has the name of another, or the seen classes are not some of
+                them.
         """
         C, seen = len(names), list(seen)
+        if not 1 <= C <= IGNORE:
+            raise UserError(f"{C} class names; 1 to {IGNORE} are possible")
         if len(texts) != C:
             raise UserError(f"{C} class names, but a text bank of {len(texts)} rows: make the bank from these names")
         if twice := sorted({name for name in names if list(names).count(name) > 1}):
@@ -179,10 +216,18 @@ class ZegCLIP(System):
         self.texts, self.table = texts.to(device), table.to(device)
         self.seen, self.unseen = (torch.tensor(x, dtype=torch.int64, device=device) for x in (seen, unseen))
 
-    def use_classes(self, names: ClassNames) -> None:
+    def use_classes(self, given: ClassNames, cache: Path | None = None) -> None:
         """Classes with the name of one that training saw stay seen."""
-        seen = [c for c, name in enumerate(names.names) if name.casefold() in self.taught]
-        self.use(names.names, text_bank(self.clip, names.texts, self.options), seen)
+        names = given.names
+        if blank := [c for c, name in enumerate(names, start=1) if not name.strip()]:
+            raise UserError(f"class {blank[0]} of {len(names)} has no name; give every class one")
+        bank = text_bank(self.clip, given.texts, self.options.templates, cache)
+        self.use(names, bank, [c for c, name in enumerate(names) if name.casefold() in self.first[1]])
+        kept = tuple(warning for warning in self.warnings if not warning.startswith(OTHER_CLASSES))
+        new = len(set(names) - set(self.first[0]))
+        other = (f"{OTHER_CLASSES} {len(names)} of a list, {new} of them new, instead of the {len(self.first[0])} of training. "
+                 "Scores depend on the vocabulary: compare results of one vocabulary alone.")
+        self.warnings = kept if set(names) == set(self.first[0]) else (*kept, other)
 
     # Training.
 
@@ -238,7 +283,7 @@ class ZegCLIP(System):
         logits = self.trained(self.trunk, self.pixels(images), self.texts).logits
         scores = self.upsample(logits, images.shape[2:]).sigmoid()
         if self.options.setting == "inductive":
-            scores[:, self.seen] -= OFFSET
+            scores[:, self.seen] -= self.options.offset
         return scores
 
     # Both.
@@ -290,6 +335,15 @@ class ZegCLIP(System):
                             f"Set Method.prompts={number}, and the data set it was trained on (VOC has 10, COCO-Stuff 100)")
         super().import_official(state, name)
 
+    def check_classes(self, classes: Sequence[str], name: str = "checkpoint") -> None:
+        plain = [["".join(filter(str.isalnum, text.casefold())) for text in texts] for texts in (classes, self.names)]
+        if plain[0] != plain[1]:
+            where = next((c for c, pair in enumerate(zip(*plain, strict=False)) if pair[0] != pair[1]), min(map(len, plain)))
+            shown = [f"{len(texts)} classes, number {where + 1} {repr(texts[where]) if where < len(texts) else 'none'}"
+                     for texts in (classes, self.names)]  # fmt: skip
+            raise UserError(f"{name} was trained on {shown[0]}; this data set has {shown[1]}. Nothing was loaded; take the data "
+                            "set it was trained on, and other classes by Test_Finetune.classes")
+
     def official_name(self, name: str) -> str | None:
         if name.startswith("clip."):
             return None
@@ -327,8 +381,3 @@ def inside(valid: Tensor, size: Iterable[int]) -> Tensor:
     y, x = torch.arange(height, device=valid.device), torch.arange(width, device=valid.device)
     top, bottom, left, right = valid.T[..., None]
     return ((y >= top) & (y < bottom))[:, :, None] & ((x >= left) & (x < right))[:, None]
-
-
-def text_bank(clip: Frozen, names: Sequence[str], options: Options, cache: Path | None = None) -> Tensor:
-    """C D, rounded to fp16 and back as the published banks are; rows are not normalised after that."""
-    return clip.module.text.bank(names, ONE if options.templates == "one" else MANY, cache).half().float()

@@ -129,15 +129,18 @@ def read_folds(path: str | Path, names: ClassNames) -> list[tuple[int, ...]]:
     return folds
 
 
-def read_class_names(path: str | Path) -> ClassNames:
-    """Read one class a line, `NAME` or `NAME | text for CLIP`; line c is PNG value c. The text defaults to the name."""
+def read_class_names(path: str | Path, key: str = "Data.class_names") -> ClassNames:
+    """Read one class a line, `NAME` or `NAME | text for CLIP`; line c is PNG value c. The text defaults to the name.
+
+    key: the config key that names the file, for messages.
+    """
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        raise UserError(f"Data.class_names: no such file: {path} (one class a line: NAME or NAME | text for CLIP)") from None
+        raise UserError(f"{key}: no such file: {path} (one class a line: NAME or NAME | text for CLIP)") from None
     except (OSError, ValueError) as error:
-        raise UserError(f"Data.class_names: {path} cannot be read as UTF-8 text ({error})") from error
+        raise UserError(f"{key}: {path} cannot be read as UTF-8 text ({error})") from error
     names, texts = [], []
     for number, line in enumerate(text.rstrip().splitlines(), start=1):
         name, bar, spoken = (part.strip() for part in line.partition("|"))

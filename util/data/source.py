@@ -43,6 +43,10 @@ class Source:
     def setting(self) -> str:
         return f"split {self.config.Train.split}"
 
+    def use_classes(self, names: ClassNames) -> None:
+        """Score predictions of other classes; only tasks whose systems take any names can."""
+        raise UserError("Test_Finetune.classes: this system predicts the classes of its data set; leave it out")
+
     @classmethod
     def folds(cls, config: Config) -> Fold:
         """Which classes it has labels of, and which it has not."""

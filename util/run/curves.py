@@ -44,10 +44,17 @@ def read(file: Path) -> dict[str, dict[str, list]]:
     for group, points in groups.items():
         names = list(dict.fromkeys(name for point in points for name in point["values"]))
         table = np.array([[point["step"], *(point["values"].get(name, np.nan) for name in names)] for point in points], float)
-        means = np.stack([part.mean(0) for part in np.array_split(table, min(POINTS, len(table)))])
+        means = np.stack([_mean(part) for part in np.array_split(table, min(POINTS, len(table)))])
         columns = zip(["step", *names], means.T, strict=True)
         curves[group] = {name: [float(x) if np.isfinite(x) else None for x in column] for name, column in columns}
     return curves
+
+
+def _mean(rows: np.ndarray) -> np.ndarray:
+    """Return the mean of the numbers in each column, nan where there is none: some values have fewer points than others."""
+    there = ~np.isnan(rows)
+    count = there.sum(0)
+    return np.where(count > 0, np.where(there, rows, 0).sum(0) / np.maximum(count, 1), np.nan)
 
 
 def _points(file: Path) -> list[dict]:

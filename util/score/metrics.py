@@ -161,7 +161,8 @@ class SemanticMeter:
     def result(self, seen: Sequence[int] = (), unseen: Sequence[int] = ()) -> dict:
         """Scores as fractions 0..1.
 
-        miou, background_miou   mean IoU over the classes without / with background
+        miou, background_miou   mean IoU over the classes without / with background; classes that are neither seen nor unseen,
+                                where any are given, compete for pixels but are in no mean
         seen_miou, unseen_miou, hiou   means over these classes and their harmonic mean, where both are given and found
         pixel_accuracy          right pixels / counted pixels
         per_class               {class, background 0 too: IoU, or None if neither truth nor prediction has it}; such classes
@@ -175,7 +176,8 @@ class SemanticMeter:
             found = [per_class[c] for c in classes if per_class.get(c) is not None]
             return sum(found) / len(found) if found else None
 
-        scores = {"miou": mean(c for c in self.classes if c)}
+        counted = {*seen, *unseen} or {*self.classes}
+        scores = {"miou": mean(c for c in self.classes if c and c in counted)}
         if scores["miou"] is None:
             raise UserError("no class but background was seen in the evaluated images, so there is no mIoU. "
                             "Check the list and the labels.")

@@ -96,6 +96,10 @@ class Task(Protocol):
     leaks: bool
     says: Mapping[str, str]
 
+    def use_classes(self, names: ClassNames) -> None:
+        """Score predictions of these classes instead (`Test_Finetune.classes`). Raises UserError where that cannot be."""
+        ...
+
     @classmethod
     def folds(cls, config: Config) -> Fold: ...
 

@@ -9,7 +9,7 @@ from typing import ClassVar
 from util.config import Config
 from util.data.augment import CropTransform
 from util.data.episodes import Transform
-from util.data.folds import Fold
+from util.data.folds import ClassNames, Fold
 from util.data.transforms import IGNORE, KeepTransform
 from util.errors import UserError
 from util.score.semantic import BaseTask
@@ -34,6 +34,7 @@ class ZeroShotTask(BaseTask):
 
     def __init__(self, config: Config, cache: Path | None = None) -> None:
         super().__init__(config, cache)
+        self._channels = self.channels_of(self.fold)
         if config.Train.batch_size_val != 1:
             raise UserError(f"Train.batch_size_val = {config.Train.batch_size_val}: images differ in size, so a batch holds one")
 
@@ -50,11 +51,31 @@ class ZeroShotTask(BaseTask):
         return tuple(range(1, fold.num_classes + 1))
 
     @property
+    def channels(self) -> tuple[int, ...]:
+        return self._channels
+
+    @property
     def classes(self) -> tuple[int, ...]:
-        return self.channels
+        return tuple(sorted(c for c in self.channels if c <= self.fold.num_classes))
+
+    def use_classes(self, names: ClassNames) -> None:
+        """Channel c is names[c]. A class of the data set that is not among them does not count; a new one has no labels, it can
+        only take pixels from others.
+
+        Raises:
+            UserError: no class of the data set is among them.
+        """
+        self.records("val_list")  # labels are of the data set's own classes, whatever is predicted
+        own = self.names.names
+        new = [name for name in names.names if name not in own]
+        if len(new) == len(names.names):
+            raise UserError(f"Test_Finetune.classes: none of its {len(new)} names is a class of {self.config.Train.data_set}, so "
+                            f"nothing can be scored; those are {', '.join(own[:8])}{', ...' if len(own) > 8 else ''}")
+        self.names = ClassNames((*own, *new), (*self.names.texts, *new))
+        self._channels = tuple(self.names.names.index(name) + 1 for name in names.names)
 
     def target(self, training: bool) -> dict[int, int]:
-        return {0: IGNORE} | super().target(training)
+        return dict.fromkeys(range(self.fold.num_classes + 1), IGNORE) | super().target(training)
 
     @classmethod
     def transform(cls, config: Config, training: bool) -> Transform:
