@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -92,3 +93,10 @@ def test_metadata_without_a_key_does_not_pass() -> None:
     check_identity(Path("a"), {"system": "BAM", "shot": None}, {"system": "BAM", "shot": None})
     with pytest.raises(UserError, match="Train.shot: the checkpoint has None, the config None"):
         check_identity(Path("a"), {"system": "BAM"}, {"system": "BAM", "shot": None})
+
+
+def test_the_owner_is_the_latest(tmp_path: Path) -> None:
+    """The one before is forgotten: a message that names it would send people to a process that has ended."""
+    (tmp_path / ".owner").write_text("process 1 on another machine\n")
+    with owned(tmp_path):
+        assert (tmp_path / ".owner").read_text().split() == ["process", str(os.getpid()), "on", socket.gethostname()]
