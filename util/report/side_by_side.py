@@ -78,12 +78,12 @@ def render(a: Mapping, b: Mapping, comparison: Comparison, galleries: Sequence[M
 
     order = np.argsort(difference, kind="stable")
     drawn = {"classes": figures.class_bars(dict(zip(names, rows, strict=True)), mark),
-             "episodes": figures.scatter(*ious, names, mark, summary.cases(a))}  # fmt: skip
+             "cases": figures.scatter(*ious, names, mark, summary.cases(a))}  # fmt: skip
     view = {
         "title": f"{a['system']} and {b['system']}", "names": names, "mark": mark, "comparison": comparison,
         "pair": [{"letter": x, "about": summary.title(r), "result": r} for x, r in zip("AB", pair, strict=True)],
         "runs": summary.runs(a), "cases": summary.cases(a), "dense": summary.dense(a), "protocol": summary.protocol(a),
-        "figures": {name: figures.svg(figure, name) for name, figure in drawn.items()},
+        "figures": {name: figures.svg(figure, f"IoU by {name}") for name, figure in drawn.items()},
         "better": [line(i) for i in order[::-1][:LARGEST] if difference[i] > 0],
         "worse": [line(i) for i in order[:LARGEST] if difference[i] < 0],
         "causes": {name: [int((f == name).sum()) for f in found] for name in NAMES} if told else {}, "rule": CAUSES,
