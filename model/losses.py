@@ -22,7 +22,7 @@ def segmentation_loss(logits: Tensor, target: Tensor, foreground: float = 1) -> 
         foreground: how often a pixel of a class other than 0 counts.
     """
     logits, (_, world) = resize(full(logits), target.shape[1:]), processes()
-    weight = torch.where(torch.arange(logits.shape[1], device=logits.device) > 0, foreground, 1.0)
+    weight = torch.where(torch.arange(logits.shape[1], device=logits.device) > 0, foreground, 1.0).to(logits)
     loss = F.cross_entropy(logits, target, weight, ignore_index=255, reduction="sum")
     count = (target == 0).sum() + foreground * ((target != 0) & (target != 255)).sum()
     if world > 1:

@@ -95,6 +95,10 @@ def test_losses_of_ignored_and_empty_targets() -> None:
     expected = F.cross_entropy(F.interpolate(logits, (9, 9), mode="bilinear", align_corners=True), target, ignore_index=255)
     torch.testing.assert_close(segmentation_loss(logits, target), expected)
     assert segmentation_loss(logits, torch.full_like(target, 255)) == 0
+    weight = torch.tensor([1.0, 3.0])
+    torch.testing.assert_close(segmentation_loss(logits, target, 3), F.cross_entropy(
+        F.interpolate(logits, target.shape[1:], mode="bilinear", align_corners=True), target, weight, ignore_index=255))  # fmt: skip
+    assert segmentation_loss(logits.double(), target, 3.0).dtype == torch.float64
     maps = [torch.randn(1, 3, 3, requires_grad=True), torch.randn(1, 5, 5, requires_grad=True)]
     loss = distillation_loss(maps, torch.zeros(1, 9, 9, dtype=torch.bool))
     loss.backward()
@@ -172,5 +176,5 @@ def test_identical_shots_count_as_one_prototype() -> None:
     ("xception41", "cannot run"), ("botnet26t_256", "cannot run"), ("sedarknet21", "levels 2 to 4 must be of one size"),
 ])  # fmt: skip
 def test_networks_of_timm_that_cannot_run_are_not_built(name: str, says: str) -> None:
-    with pytest.raises(UserError, match=f"'timm:{name}'.*{says}.*choose another"):
+    with pytest.raises(UserError, match=f"'timm:{name}'.*{says}.*Those that work are"):
         build_encoder(f"timm:{name}")
