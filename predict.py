@@ -88,7 +88,8 @@ def main() -> None:
         raise
     results.close()
     count = len(results.record["images"])
-    print(f"{count} mask{'s' * (count != 1)} in {given.out}: masks/, overlays/, overview.jpg, scores.json")
+    more = f", polygons ({given.polygons})" if given.polygons else ""
+    print(f"{count} mask{'s' * (count != 1)} in {given.out}: masks/, overlays/, overview.jpg, scores.json{more}")
     if WEAK in notes:
         print(f"but note: {WEAK}")
     if unread := results.record["unread"]:

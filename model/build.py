@@ -1,5 +1,7 @@
 """Build systems from configs: the table SYSTEMS, a builder per family, and the loading of weights."""
 
+import dataclasses
+import re
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -58,9 +60,16 @@ def configure(path: str | Path, arch: str, overrides: list[str] | None = None) -
     """Load the config of a system: `util.config.load_config` with the system's own options.
 
     Raises:
-        UserError: unknown system, or as `load_config`.
+        UserError: unknown system, or as `load_config`; a key of another system is said to be one.
     """
-    return load_config(path, arch, overrides, system_class(arch).Options)
+    try:
+        return load_config(path, arch, overrides, system_class(arch).Options)
+    except UserError as error:
+        key = re.search(r"unknown key Method\.(\w+)", str(error))
+        owners = [name for name, cls in SYSTEMS.items() if key and key[1] in {f.name for f in dataclasses.fields(cls.Options)}]
+        if not owners:
+            raise
+        raise UserError(f"{error}. It is a key of {', '.join(owners)}: did you mean ARCH={owners[0]}?") from error
 
 
 def recorded(path: Path, overrides: list[str] | None = None) -> Config:

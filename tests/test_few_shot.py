@@ -95,9 +95,9 @@ def test_losses_of_ignored_and_empty_targets() -> None:
     expected = F.cross_entropy(F.interpolate(logits, (9, 9), mode="bilinear", align_corners=True), target, ignore_index=255)
     torch.testing.assert_close(segmentation_loss(logits, target), expected)
     assert segmentation_loss(logits, torch.full_like(target, 255)) == 0
-    weight = torch.tensor([1.0, 3.0])
-    torch.testing.assert_close(segmentation_loss(logits, target, 3), F.cross_entropy(
-        F.interpolate(logits, target.shape[1:], mode="bilinear", align_corners=True), target, weight, ignore_index=255))  # fmt: skip
+    large, weight = F.interpolate(logits, (9, 9), mode="bilinear", align_corners=True), torch.tensor([1.0, 3.0])
+    weighted = F.cross_entropy(large, target, weight, ignore_index=255)
+    torch.testing.assert_close(segmentation_loss(logits, target, 3), weighted)
     assert segmentation_loss(logits.double(), target, 3.0).dtype == torch.float64
     maps = [torch.randn(1, 3, 3, requires_grad=True), torch.randn(1, 5, 5, requires_grad=True)]
     loss = distillation_loss(maps, torch.zeros(1, 9, 9, dtype=torch.bool))

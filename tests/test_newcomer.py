@@ -122,3 +122,8 @@ def test_drawing_is_announced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, c
 def test_encoders_that_do_not_fit(name: str) -> None:
     with pytest.raises(UserError, match=r"which interface to write"):
         build_encoder(f"timm:{name}")
+
+
+def test_a_config_of_another_system_is_said_to_be_one() -> None:
+    with pytest.raises(UserError, match=r"unknown key Method\.\w+.*It is a key of .*WeCLIP.*: did you mean ARCH=WeCLIP\?"):
+        configure("config/demo/demo_weak_vit8.yaml", "PI_CLIP")

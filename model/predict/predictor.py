@@ -212,7 +212,7 @@ class Predictor:
             raise UserError("this system compares photos: give at least one support that shows the object; it needs no mask")
         if not shots and not self.takes_text:
             raise UserError("this checkpoint has no text prior (CLIP): it needs an example with a mask or a box. For a name "
-                            "alone take a CLIP: predict.py --clip, model.predict.text_predictor")
+                            "alone take a CLIP: python predict.py --clip --text NAME --query PHOTOS")
 
     def _use_names(self, text: str) -> int:
         """Let a text compete with the classes of the training; returns its number among them."""
