@@ -42,7 +42,7 @@ from util.score.zero_shot import ZeroShotTask
 
 CPU = torch.device("cpu")
 SIDE = 65
-FEW, SOME = 6, 8  # episodes that are evaluated, images of a dense task's list
+FEW, SOME = 6, 12  # episodes that are evaluated, images of a dense task's list
 SMALL = ["Method.backbone_weight=none", "Test_Finetune.test_num=30", "Test_Finetune.seeds=[321]",
          "Data.min_pixels=100", "Train.workers=0"]  # fmt: skip
 # Where a task other than few-shot segmentation finds its config, and what is small there. A family of systems adds its line.
