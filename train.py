@@ -45,7 +45,7 @@ from util.run.identity import CODE, fingerprint, identity, sources
 from util.run.log import Ahead, RunLog, tracking
 from util.run.place import Experiment, before_file, missing_before, owned
 from util.run.schedule import Guard, Schedule, Stop, stops
-from util.score.task import How, Task, Test
+from util.score.task import How, Task, Test, headline
 
 
 def main() -> None:
@@ -393,7 +393,7 @@ def validate(run: Run) -> float:
     run.log.scalars(shown, run.progress.step, "validation")
     text = "  ".join(f"{key} {100 * value:.2f}" for key, value in shown.items())
     run.log.info(f"{text}  ({record['episodes']} {task.unit}, {time.monotonic() - started:.0f} s)  {system.mark}".rstrip())
-    return record[task.headline]
+    return headline(task, record)
 
 
 if __name__ == "__main__":

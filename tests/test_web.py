@@ -198,7 +198,7 @@ def test_users_do_not_mix() -> None:
     """Between one user's support and query no other user's support comes in."""
 
     class Slow:
-        notes, takes_text = (), True
+        notes, takes_text, needs_masks = (), True, True
         support = None
 
         def set_support(self, images: list, masks: list, text: str) -> None:

@@ -4,6 +4,7 @@ import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -31,6 +32,7 @@ from util.run.distributed import Context
 from util.run.log import RunLog
 from util.run.place import Experiment
 from util.run.schedule import Schedule
+from util.score.task import headline
 from util.score.zero_shot import ZeroShotTask
 
 CPU = Context(torch.device("cpu"))
@@ -261,7 +263,7 @@ def test_other_classes_at_test_time(small: list[str], tmp_path: Path) -> None:
     (tmp_path / "classes.txt").write_text("\n".join(reversed(names)))
     again = evaluate("inductive", given)
     assert again["seeds"][0]["per_class"] == pytest.approx(whole["seeds"][0]["per_class"], abs=2e-3)
-    assert again["mean"]["hiou"] == pytest.approx(whole["mean"]["hiou"], abs=2e-3)
+    assert again["mean"]["miou"] == pytest.approx(whole["mean"]["miou"], abs=2e-3)
     assert again["protocol_hash"] != whole["protocol_hash"]
     (tmp_path / "classes.txt").write_text("sofa | a heart\n" + "\n".join(names[2:8]) + "\nposter | house and tree")
     fewer = evaluate("inductive", given)
@@ -358,3 +360,8 @@ def test_wrong_input(small: list[str], scenes: Path, tmp_path: Path) -> None:
             ZeroShotTask(configured("inductive", "CLIP_RC", given)[0]).records("val_list")
     with pytest.raises(UserError, match=r"unknown key Method\.setting"):
         configure("config/demo/demo_split0_resnet50.yaml", "PFENet", ["Test_Finetune.protocol=cliprc-inductive"])
+
+
+def test_a_validation_without_unseen_classes_chooses_nothing() -> None:
+    with pytest.raises(UserError, match="Data.val_list gives no hiou"):
+        headline(SimpleNamespace(headline="hiou"), {"miou": 0.5})

@@ -11,6 +11,7 @@ from util.config import Config
 from util.data.folds import ClassNames, Fold
 from util.data.index import Record
 from util.data.loading import Loader, RangeSampler
+from util.errors import UserError
 from util.run.distributed import Context
 from util.run.log import RunLog
 from util.score.table import EpisodeTable, Row
@@ -120,3 +121,15 @@ class Task(Protocol):
     def table(self, scores: Mapping[int, Scores]) -> EpisodeTable:
         """Return the rows of all seeds as a table."""
         ...
+
+
+def headline(task: Task, record: Mapping[str, Any]) -> float:
+    """Return the score of a validation that chooses a checkpoint.
+
+    Raises:
+        UserError: there is none: of seen or unseen classes, the validation images show none and the predictions have none.
+    """
+    if task.headline not in record:
+        raise UserError(f"Data.val_list gives no {task.headline}: no image of it shows an unseen class, or none a seen one. Give a "
+                        "list with both")
+    return record[task.headline]
