@@ -31,6 +31,7 @@ for module, arch in ((test, "PI_CLIP"), (train, "PSPNet")):
 """
 
 
+@pytest.mark.slow
 def test_train_and_test(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A base learner and PI-CLIP with random weights, the class names through the demo's CLIP; then the folds are changed."""
     write_own(tmp_path / "own")

@@ -122,6 +122,7 @@ def disagree(context: Context) -> str:
     return "agreed"
 
 
+@pytest.mark.slow
 def test_processes_with_other_data_are_stopped(tmp_path: Path) -> None:
     for found in in_processes(2, tmp_path, disagree):
         assert "data (process 1: of 1, process 0: of 0)" in found and "code" not in found

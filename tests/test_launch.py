@@ -30,6 +30,7 @@ def launch(*overrides: str, **environment: str) -> subprocess.Popen:
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
 
 
+@pytest.mark.slow
 def test_two_machines_train_one_model(tmp_path: Path, options: list[str]) -> None:
     """Each machine has its own folder; only process 0 writes."""
     with socket.socket() as free:

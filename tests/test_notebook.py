@@ -25,6 +25,7 @@ def run(cells: list[str]) -> tuple[dict, list]:
     return names, shown
 
 
+@pytest.mark.slow
 def test_the_notebook_runs(small_clone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(small_clone / "notebooks")
     monkeypatch.setattr(sys, "path", sys.path[:])

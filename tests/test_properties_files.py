@@ -81,6 +81,7 @@ def test_any_override(folder: Path, name: tuple[str, str], value: object, in_fil
     check_config(folder, path, [] if in_file else [f"{name[0]}.{name[1]}={value}"])
 
 
+@pytest.mark.slow
 def test_awkward_and_plain_overrides(folder: Path) -> None:
     """One key of every type with every awkward value; and that sound values do load."""
     (folder / "empty.yaml").write_text("")

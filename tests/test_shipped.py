@@ -33,6 +33,7 @@ def test_it_works_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert found.mask.shape == (300, 400) and np.isfinite(found.score).all() and found.score.std() > 0
 
 
+@pytest.mark.slow
 def test_it_finds_things_it_was_not_trained_on(voc_mini: Path) -> None:
     """Far better than everything foreground, on photographs."""
     predictor = Predictor.from_checkpoint(device="cpu")

@@ -76,6 +76,7 @@ def test_train_then_test(world: list[str], trained: Path) -> None:
         assert a["episodes_per_class"] == b["episodes_per_class"]
 
 
+@pytest.mark.slow
 def test_a_result_can_be_verified(world: list[str], trained: Path, tmp_path: Path) -> None:
     run = sh("test.sh", *world, *SMALL, "Test_Finetune.test_num=12", "Test_Finetune.seeds=[1]", "Test_Finetune.leak_free=false")
     assert run.returncode == 0, run.stdout + run.stderr
@@ -96,6 +97,7 @@ def test_a_result_can_be_verified(world: list[str], trained: Path, tmp_path: Pat
     says(verify(tmp_path / "other.json"), "has no traces")
 
 
+@pytest.mark.slow
 def test_protocols_and_episode_files(world: list[str], trained: Path, tmp_path: Path) -> None:
     """The paper's row stands beside the one without leaks; `strict` takes the last epoch; a file of episodes gives the
     numbers of the episodes it was made from."""
@@ -185,6 +187,7 @@ def test_dry_run_writes_nothing(world: list[str], trained: Path, tmp_path: Path)
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_poisoned_loss_leaves_its_batch(world: list[str], trained: Path, tmp_path: Path) -> None:
     base = f"Method.pre_weight={trained.parents[2] / 'PSPNet/split0/resnet50/snapshot/best.safetensors'}"
     run = sh("train.sh", *world[:-1], *SMALL, base, f"Runtime.output={tmp_path}", "Train.base_lr=1e30", arch="HDMNet")
@@ -193,6 +196,7 @@ def test_poisoned_loss_leaves_its_batch(world: list[str], trained: Path, tmp_pat
     assert kept["query"].shape == (8, 3, 65, 65) and any(name.startswith("weights.matcher") for name in kept)
 
 
+@pytest.mark.slow
 def test_full_disk_keeps_the_last_checkpoint(world: list[str], trained: Path, tmp_path: Path) -> None:
     """A limit on the size of files stands in for a full disk."""
     code = ("import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "

@@ -81,6 +81,7 @@ def test_interrupted_before_rfm_and_after_it_starts(short: list[str], trained: P
     assert not all(torch.equal(a[key], other[key]) for key in a)  # the switch was on the way
 
 
+@pytest.mark.slow
 def test_rows_of_one_result(short: list[str], trained: Path) -> None:
     given = [*short, f"Runtime.output={trained}", "Test_Finetune.baselines=true"]
     run = program("test", "WeCLIP", *given)
@@ -123,6 +124,7 @@ def test_another_recipe_is_another_checkpoint(short: list[str], trained: Path, t
     assert run.returncode == 2 and re.search("classify.weight is .*21.* expected .*20|no class|not in the class list", run.stderr)
 
 
+@pytest.mark.slow
 def test_a_published_checkpoint_gives_the_same_result(short: list[str], trained: Path, tmp_path: Path) -> None:
     system, _ = open_system("WeCLIP", configure(ROOT / CONFIG, "WeCLIP", short))
     state = load_tensors(trained / RUN / "snapshot/last.safetensors")

@@ -130,6 +130,6 @@ def headline(task: Task, record: Mapping[str, Any]) -> float:
         UserError: there is none: of seen or unseen classes, the validation images show none and the predictions have none.
     """
     if task.headline not in record:
-        raise UserError(f"Data.val_list gives no {task.headline}: no image of it shows an unseen class, or none a seen one. Give a "
-                        "list with both")
+        raise UserError(f"Data.val_list gives no {task.headline}: no image of it shows an unseen class, or none a seen one; give "
+                        "a list with both")
     return record[task.headline]
