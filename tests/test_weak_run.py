@@ -120,7 +120,8 @@ def test_another_recipe_is_another_checkpoint(short: list[str], trained: Path, t
     names = tmp_path / "names.txt"
     names.write_text((ROOT / "lists/demo/classes.txt").read_text().replace("crown\n", ""))
     weight = trained / RUN / "snapshot/last.safetensors"
-    run = program("test", "WeCLIP", *short, f"Data.class_names={names}", f"Test_Finetune.weight={weight}")
+    run = program("test", "WeCLIP", *short, f"Data.class_names={names}", "Data.folds=lists/demo/folds.yaml",
+                  f"Test_Finetune.weight={weight}")
     assert run.returncode == 2 and re.search("classify.weight is .*21.* expected .*20|no class|not in the class list", run.stderr)
 
 
