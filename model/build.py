@@ -1,9 +1,7 @@
 """Build systems from configs: the table SYSTEMS, a builder per family, and the loading of weights."""
 
 import dataclasses
-import re
 from collections.abc import Callable, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +32,7 @@ from model.zero_shot.zegclip import ZegCLIP
 from util.cache import CACHE
 from util.config import Config, Method, load_config, options_of
 from util.data.folds import ClassNames, Fold, read_class_names
-from util.errors import UserError
+from util.errors import UnknownKey, UserError, nearest
 from util.files import load_published, load_state, load_tensors
 from util.run.checkpoint import EXPORT, check_frozen, check_identity, read_meta
 from util.run.identity import identity, start_identity
@@ -50,8 +48,8 @@ READ_CLIP = {"vtp", "vvp", "cam"}  # priors that need a CLIP
 def system_class(arch: str) -> type[System]:
     """Return the class that ARCH names."""
     if arch not in SYSTEMS:
-        near = get_close_matches(arch, SYSTEMS, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]}? " if near else ""
+        near = nearest(arch, SYSTEMS)
+        hint = f"did you mean {near}? " if near else ""
         raise UserError(f"unknown system ARCH={arch!r}; {hint}There are {', '.join(SYSTEMS)}")
     return SYSTEMS[arch]
 
@@ -64,9 +62,8 @@ def configure(path: str | Path, arch: str, overrides: list[str] | None = None) -
     """
     try:
         return load_config(path, arch, overrides, system_class(arch).Options)
-    except UserError as error:
-        key = re.search(r"unknown key Method\.(\w+)", str(error))
-        owners = [name for name, cls in SYSTEMS.items() if key and key[1] in {f.name for f in dataclasses.fields(cls.Options)}]
+    except UnknownKey as error:
+        owners = [name for name, cls in SYSTEMS.items() if error.key in {f.name for f in dataclasses.fields(cls.Options)}]
         if not owners:
             raise
         raise UserError(f"{error}. It is a key of {', '.join(owners)}: did you mean ARCH={owners[0]}?") from error

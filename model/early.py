@@ -7,13 +7,12 @@ checks run again, and completely, when the system's own classes are there (`mode
 import ast
 import dataclasses
 from collections.abc import Iterator
-from difflib import get_close_matches
 from pathlib import Path
 
 from util import cli
 from util.config import Method, load_config
 from util.data.folds import fold_of
-from util.errors import UserError
+from util.errors import UserError, nearest
 
 HERE = Path(__file__).parent
 
@@ -36,10 +35,8 @@ def check(description: str, episodes: bool, plan: bool) -> None:
 
 def unknown(what: str, name: str, known: list[str]) -> None:
     if name not in known:
-        near = get_close_matches(name.lower(), {n.lower(): n for n in known}, n=1, cutoff=0.5)
-        right = next((n for n in known if near and n.lower() == near[0]), "")
-        joint = "" if what.endswith(".") else " "
-        hint = f"did you mean {right}?" if right else f"there are {', '.join(known)}"
+        near, joint = nearest(name, known), "" if what.endswith(".") else " "
+        hint = f"did you mean {near}?" if near else f"there are {', '.join(known)}"
         raise UserError(f"unknown {what}{joint}{name}; {hint}")
 
 

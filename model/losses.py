@@ -22,9 +22,10 @@ def segmentation_loss(logits: Tensor, target: Tensor, foreground: float = 1) -> 
         foreground: how often a pixel of a class other than 0 counts.
     """
     logits, (_, world) = resize(full(logits), target.shape[1:]), processes()
-    weight = torch.where(torch.arange(logits.shape[1], device=logits.device) > 0, foreground, 1.0).to(logits)
+    weight, known = logits.new_full(logits.shape[1:2], foreground), target != 255
+    weight[0] = 1
     loss = F.cross_entropy(logits, target, weight, ignore_index=255, reduction="sum")
-    count = (target == 0).sum() + foreground * ((target != 0) & (target != 255)).sum()
+    count = known.sum() + (foreground - 1) * (known & (target > 0)).sum()
     if world > 1:
         dist.all_reduce(count)
     return loss * world / count.clamp(min=1)

@@ -32,13 +32,18 @@ def test_published_unit_cases() -> None:
     assert len(rows) == 7 and not [row for row in rows if not row.ok]
 
 
-@pytest.mark.parametrize(("backbone", "stem"), [("resnet50", "plain"), ("resnet50", "deep"), ("vgg16", ""), ("vgg16_bn", "")])
+@pytest.mark.parametrize(("backbone", "stem"), [("resnet50", "plain"), ("resnet50", "deep"), ("vgg16", ""), ("vgg16_bn", ""),
+                                                ("timm:tf_efficientnet_lite0", "")])  # fmt: skip
 def test_the_pyramid_is_what_the_stages_make_of_it(backbone: str, stem: str) -> None:
     encoder = build_encoder(backbone, 8, stem, dilated=False).eval()
     image = 255 * torch.rand(1, 3, 65, 81)
     with torch.no_grad():
         levels, stages = encoder.pyramid(image), encoder(image)
     assert tuple(level.shape[1] for level in levels) == encoder.blocks and (levels[0] < 0).any()
+    if backbone.startswith("timm:"):
+        assert encoder.blocks == (2, 3, 1) and [tuple(level.shape[3:]) for level in levels] == [(9, 11), (5, 6), (3, 3)]
+        assert all(torch.equal(encoder.stage_of(level), stage) for level, stage in zip(levels, stages[2:], strict=True))
+        return
     if backbone == "resnet50":
         assert [tuple(level.shape[3:]) for level in levels] == [(9, 11), (5, 6), (3, 3)]
         for level, stage in zip(levels, stages[2:], strict=True):

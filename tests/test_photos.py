@@ -14,6 +14,7 @@ from pycocotools import mask as coco_mask
 from demo import world
 from model.predict.text_predictor import Segmentation
 from tests.make import upright
+from util.data import transforms
 from util.data.transforms import read_image
 from util.errors import UserError
 from util.photos.polygons import Coco, polygons, rle
@@ -182,6 +183,7 @@ def test_photos_of_phones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         with pytest.raises(UserError, match=r"IMG_1\.HEIC: HEIC.*pip install pillow-heif"):
             read_photo(path)
     heif = pytest.importorskip("pillow_heif")
+    transforms._formats.cache_clear()  # of the time without the package
     heif.from_pillow(Image.new("RGB", (64, 48), (200, 30, 30))).save(path, quality=95)
     assert read_photo(path).hw == (48, 64) and np.abs(read_photo(path).image[20, 20] - np.array([200, 30, 30])).max() < 12
 

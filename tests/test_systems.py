@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from model import SYSTEMS, System, configure, needs_clip, open_system, system_class
-from model.few_shot.system import FewShot
 from model.predict.predictor import Predictor
 from model.predict.share import export
 from model.system import Frozen, Prediction
@@ -330,8 +329,6 @@ def test_several_shots(world: World, arch: str) -> None:
 
 @few_shot
 def test_an_exported_file_finds_the_same(world: World, arch: str, scenes: Path, tmp_path: Path) -> None:
-    if not issubclass(SYSTEMS[arch], FewShot) or "cam" in SYSTEMS[arch].facts.priors:  # predict.py knows no IMR-HSNet
-        return
     _, snapshot = make(tmp_path, arch)
     export(snapshot, tmp_path / "shared.safetensors")
     images, masks = star(scenes)

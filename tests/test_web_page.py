@@ -90,6 +90,19 @@ def find(page) -> None:  # noqa: ANN001
     page.locator(".result img, .wrong").first.wait_for()
 
 
+def find_what_is_drawn(page, start: tuple[float, float], end: tuple[float, float]) -> None:  # noqa: ANN001
+    """Drag over the example, points as fractions of it, search, and clear the drawing."""
+    box = page.locator(".painter canvas").bounding_box()
+    at, to = ((box["x"] + box["width"] * x, box["y"] + box["height"] * y) for x, y in (start, end))
+    page.mouse.move(*at)
+    page.mouse.down()
+    page.mouse.move(*to, steps=5)
+    page.mouse.up()
+    page.get_by_role("button", name="Find it").click()
+    page.locator(".result img").wait_for()
+    page.get_by_role("button", name="Clear").click()
+
+
 @pytest.mark.slow
 def test_example_predict_threshold(page) -> None:  # noqa: ANN001
     page.get_by_role("button", name="star").click()
@@ -115,25 +128,12 @@ def test_upload_paint_and_messages(page, example: do.Example, query: str, tmp_pa
     page.get_by_label("class name").fill("star")
     find(page)
     page.get_by_text("where is the object").wait_for()
-    box = page.locator(".painter canvas").bounding_box()
-    page.mouse.move(box["x"] + box["width"] * 0.4, box["y"] + box["height"] * 0.5)
-    page.mouse.down()
-    page.mouse.move(box["x"] + box["width"] * 0.6, box["y"] + box["height"] * 0.5, steps=5)
-    page.mouse.up()
-    page.get_by_role("button", name="Find it").click()
-    page.locator(".result img").wait_for()
-    page.get_by_role("button", name="Clear").click()
+    find_what_is_drawn(page, (0.4, 0.5), (0.6, 0.5))
     page.get_by_role("button", name="Find it").click()
     page.get_by_text("nothing is painted").wait_for()
     assert page.locator(".result img").count() == 0
     page.get_by_role("button", name="Box").click()
-    page.mouse.move(box["x"] + box["width"] * 0.2, box["y"] + box["height"] * 0.2)
-    page.mouse.down()
-    page.mouse.move(box["x"] + box["width"] * 0.7, box["y"] + box["height"] * 0.8, steps=5)
-    page.mouse.up()
-    page.get_by_role("button", name="Find it").click()
-    page.locator(".result img").wait_for()
-    page.get_by_role("button", name="Clear").click()
+    find_what_is_drawn(page, (0.2, 0.2), (0.7, 0.8))
     page.locator("#mask").locator("xpath=..").locator("input[type=file]").set_input_files(tmp_path / "text.png")
     page.get_by_text("text.png: not an image").wait_for()
     page.get_by_role("button", name="Remove", exact=True).click()

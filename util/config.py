@@ -5,14 +5,13 @@ defined. An unknown key or a wrong type is an error that names the file, the key
 """
 
 import dataclasses
-import difflib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
-from util.errors import UserError
+from util.errors import UserError, nearest
 from util.yaml_text import parse_yaml, set_key, short
 
 CONFIGS = Path(__file__).parents[1] / "config"
@@ -187,7 +186,7 @@ def _nearest(path: Path) -> str:
 
 
 def _meant(name: str, known: list[str]) -> str:
-    return "".join(f"; did you mean {near}?" for near in difflib.get_close_matches(name, known, n=1))
+    return f"; did you mean {near}?" if (near := nearest(name, known)) else ""
 
 
 def config_of(content: dict, source: str, overrides: list[str] | None = None, options: type[Method] = Method) -> Config:

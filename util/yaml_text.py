@@ -2,7 +2,6 @@
 before torch is loaded."""
 
 import dataclasses
-import difflib
 import math
 import types
 import typing
@@ -11,7 +10,7 @@ from typing import Any, Literal
 
 import yaml
 
-from util.errors import UserError
+from util.errors import UnknownKey, UserError, nearest
 
 
 class _Loader(yaml.SafeLoader):
@@ -50,7 +49,7 @@ def set_key(config: Any, section: str, key: str, value: Any, source: str) -> Non
     """Set a key of a section, two levels of dataclasses, from a YAML value, which is converted to the type of the field.
 
     Raises:
-        UserError: no such section or key, or another type of value; it begins with `source`.
+        UnknownKey: no such section or key. UserError: another type of value. The message begins with `source`.
     """
     target = _named(config, section, f"{source}: unknown section {section!r}")
     _named(target, key, f"{source}: unknown key {section}.{key}")
@@ -62,9 +61,8 @@ def _named(owner: Any, name: str, complaint: str) -> Any:
     names = [f.name for f in dataclasses.fields(owner)]
     if name in names:
         return getattr(owner, name)
-    lower = {n.lower(): n for n in names}
-    near = difflib.get_close_matches(str(name).lower(), lower, n=1)
-    raise UserError(f"{complaint}; " + (f"did you mean {lower[near[0]]!r}?" if near else f"there are {', '.join(names)}"))
+    near = nearest(name, names)
+    raise UnknownKey(f"{complaint}; " + (f"did you mean {near!r}?" if near else f"there are {', '.join(names)}"), name)
 
 
 def _convert(value: Any, expected: Any, where: str) -> Any:
@@ -73,8 +71,8 @@ def _convert(value: Any, expected: Any, where: str) -> Any:
     if origin is Literal:
         if value in arguments:
             return value
-        near = difflib.get_close_matches(short(value).strip("'"), arguments, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
+        near = nearest(short(value).strip("'"), map(str, arguments))
+        hint = f"did you mean {near!r}? " if near else ""
         raise UserError(f"{where} = {short(value)}: {hint}choose one of {', '.join(map(str, arguments))}")
     if origin is types.UnionType:
         if value is None:

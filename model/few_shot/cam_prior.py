@@ -12,6 +12,7 @@ from model.few_shot.prior import Features
 from model.ops import resize
 from util.data.episodes import Episode, content_key
 from util.errors import UserError
+from util.files import load_array
 
 TEMPLATE = "a photo of a {}"  # as published, of the bare class names
 
@@ -101,10 +102,7 @@ class CamPrior:
             raise UserError(f"Method.cams: no map of {name} and class {cls + 1} ({files[0].name}) in "
                             f"{', '.join(map(str, self.folders))}; the published scripts make those of HSNet's lists "
                             "(Data.train_list, --episodes: docs/systems/hsnet.md)")
-        try:
-            found = torch.load(path, map_location="cpu", weights_only=True).float()
-        except Exception as error:  # a broken file fails in many ways
-            raise UserError(f"{path}: cannot be read as a tensor ({error})") from error
+        found = load_array(path).float()
         if found.dim() != 2 or not 0 <= found.min() <= found.max() <= 1:
             raise UserError(f"{path}: expected a map H W in 0..1, got {tuple(found.shape)}, up to {found.max():.3g}")
         return found

@@ -94,7 +94,8 @@ class Predictor:
             raise UserError(f"{found.path} (ARCH={found.arch}) labels every pixel with its own classes and looks for no example: "
                             f"`python predict.py --weights {found.path} --query PHOTOS`, model.predict.dense_predictor")
         cam = "cam" in priors_of(found.arch, found.config)  # a CAM needs classes that compete; else those in an image are unknown
-        config = replace(found.config, CLIP=replace(found.config.CLIP, vocabulary="all" if cam else "target"))
+        config = replace(found.config, CLIP=replace(found.config.CLIP, vocabulary="all" if cam else "target"),
+                         Method=replace(found.config.Method, cams=[]) if cam else found.config.Method)  # no maps of these photos
         fold, names = trained_on(found)
         system = build_system(found.arch, config, fold, names if cam else NO_NAMES)
         load_weights(system, config, Experiment.of_checkpoint(found.path, found.arch, config), found.path)

@@ -63,7 +63,7 @@ ABSOLUTE = re.compile(rf"(?<![\w:/.~\\])(?:~[\w.-]*|[A-Za-z]:)?[\\/](?:{NAME}[\\
 FEW_SHOT = """from model.predict.predictor import Predictor
 
 predictor = Predictor.from_checkpoint("{file}")
-predictor.set_support("a.jpg", "a.png"{argument})
+predictor.set_support("a.jpg"{argument})
 mask = predictor.predict("b.jpg").mask"""
 DENSE = """from model.predict.dense_predictor import DensePredictor
 
@@ -139,7 +139,7 @@ def portable(config: Config) -> dict[str, Any]:
     """Return a config without paths of one machine: data and frozen weights of the training are not needed again."""
     content = dataclasses.asdict(config)
     content["Data"] = {"min_pixels": config.Data.min_pixels, "images": config.Data.images}
-    content["Method"] |= {"pre_weight": "auto", "backbone_weight": "none"}
+    content["Method"] |= {"pre_weight": "auto", "backbone_weight": "none"} | ({"cams": []} if "cams" in content["Method"] else {})
     clip = Path(config.CLIP.clip_path).expanduser()
     if clip.is_absolute():
         content["CLIP"]["clip_path"] = str(clip.relative_to(ROOT) if clip.is_relative_to(ROOT) else Path("initmodel", clip.name))
@@ -196,7 +196,8 @@ def same_tensors(a: Path, b: Path) -> bool:
 
 def model_card(file: str, predictor: Predictor | DensePredictor, meta: dict[str, Any], report: dict[str, Any], count: int) -> str:
     """Write the model card: Markdown with the header that hubs read."""
-    says = few_shot_card(file, meta) if isinstance(predictor, Predictor) else dense_card(file, meta, predictor.system.reads_text)
+    few_shot = isinstance(predictor, Predictor)
+    says = few_shot_card(file, meta, predictor) if few_shot else dense_card(file, meta, predictor.system.reads_text)
     facts = [f"- backbone {meta['backbone']} (width {meta['width']}), {count / 1e6:.1f} M parameters", *says.pop("facts"),
              *(f"- frozen {name}: `{digest}`" for name, digest in meta["frozen"].items())]  # fmt: skip
     if "clip" in meta["frozen"]:
@@ -206,17 +207,17 @@ def model_card(file: str, predictor: Predictor | DensePredictor, meta: dict[str,
                                           "table": table})  # fmt: skip
 
 
-def few_shot_card(file: str, meta: dict[str, Any]) -> dict[str, Any]:
+def few_shot_card(file: str, meta: dict[str, Any], predictor: Predictor) -> dict[str, Any]:
     """Return what the card says of a system that looks for what examples show."""
-    train, text = meta["config"]["Train"], "vtp" in meta["priors"]
+    train, text, masks = meta["config"]["Train"], predictor.takes_text, predictor.needs_masks
     return {
         "tag": "few-shot-segmentation", "setting": f"fold {meta['split']}, {train['shot']}-shot",
-        "does": "Segments a class from one or a few annotated examples.",
+        "does": f"Segments a class from one or a few {'annotated examples' if masks else 'examples and its name'}.",
         "facts": [f"- images at {train['val_size']} pixels; priors: {', '.join(meta['priors']) or 'none'}",
                   f"- trained on the base classes of fold {meta['split']} of {meta['data_set']}; checkpoint chosen by: "
                   f"{meta['selection']}"],
-        "options": " --support a.jpg --mask a.png" + ' --text "what it is"' * text,
-        "code": FEW_SHOT.format(file=file, argument=', text="what it is"' * text),
+        "options": " --support a.jpg" + " --mask a.png" * masks + ' --text "what it is"' * text,
+        "code": FEW_SHOT.format(file=file, argument=', "a.png"' * masks + ', text="what it is"' * text),
     }  # fmt: skip
 
 

@@ -6,13 +6,12 @@ published data sets follow from rules; your own are in a file (docs/custom-data.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 
 import numpy as np
 
 from util.config import Config
-from util.errors import UserError
+from util.errors import UserError, nearest
 from util.yaml_text import parse_yaml
 
 NUM_CLASSES = {"pascal": 20, "coco": 80}  # data sets whose folds follow from a rule
@@ -81,8 +80,8 @@ def fold(data_set: str, split: int, use_split_coco: bool = True) -> Fold:
     papers report) or a contiguous twenty (PANet); numbers of the two are not comparable.
     """
     if data_set not in NUM_CLASSES:
-        close = get_close_matches(str(data_set).lower(), NUM_CLASSES, n=1)
-        hint = f"did you mean {close[0]!r}? " if close else ""
+        near = nearest(data_set, NUM_CLASSES)
+        hint = f"did you mean {near!r}? " if near else ""
         raise UserError(f"Train.data_set: unknown data set {data_set!r}; {hint}choose one of {', '.join(NUM_CLASSES)}, "
                         "or name a file of folds in Data.folds (docs/custom-data.md)")
     if split not in range(NUM_FOLDS):
@@ -117,8 +116,8 @@ def read_folds(path: str | Path, names: ClassNames) -> list[tuple[int, ...]]:
             raise UserError(f"{path}: {split} must be a list of class names, [bird, boat]; put no, on, 7 and the like in quotes")
         for name in members:
             if name not in names.names:
-                close = get_close_matches(name, names.names, n=1)
-                hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(names.names)}"
+                near = nearest(name, names.names)
+                hint = f"did you mean {near!r}?" if near else f"there are {', '.join(names.names)}"
                 raise UserError(f"{path}: {split} names {name!r}, which is no class; {hint}")
             if name in place:
                 raise UserError(f"{path}: {name!r} is in {place[name]} and in {split}; a class is novel in one fold only")

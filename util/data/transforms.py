@@ -9,6 +9,7 @@ import os
 import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import BinaryIO
 
@@ -38,6 +39,17 @@ def worker_init(worker_id: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
+@cache
+def _formats() -> list[str]:
+    """Return those of `FORMATS` that this Pillow reads: not all have AVIF, HEIF comes from an optional package."""
+    Image.init()
+    with contextlib.suppress(ImportError):
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
+    return [name for name in FORMATS if name in Image.OPEN]
+
+
 def open_image(source: str | Path | BinaryIO) -> Image.Image:
     """Open a picture with Pillow; its pixels are read later. All pictures are opened here.
 
@@ -45,12 +57,7 @@ def open_image(source: str | Path | BinaryIO) -> Image.Image:
     Pillow looks at the content, not the name, and would start Ghostscript for an EPS (it runs code).
     Raises what Pillow raises; UnidentifiedImageError for every other kind of file.
     """
-    Image.init()
-    with contextlib.suppress(ImportError):  # an optional package
-        import pillow_heif
-
-        pillow_heif.register_heif_opener()
-    return Image.open(source, formats=[name for name in FORMATS if name in Image.OPEN])  # not all have AVIF and HEIF
+    return Image.open(source, formats=_formats())
 
 
 def read_image(path: str | Path) -> np.ndarray:
