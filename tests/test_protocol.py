@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from util import protocol
@@ -18,16 +19,21 @@ def config(arch: str = "PI_CLIP", data_set: str = "pascal", *overrides: str) -> 
 
 
 def test_every_system_runs_under_its_paper_s_protocol() -> None:
-    expected = {  # PI-CLIP spec, section 1: episodes per run, and who crops, letterboxes and filters
-        ("PI_CLIP", "pascal"): (1000, False, True, True), ("PI_CLIP", "coco"): (5000, False, True, True),
-        ("HDMNet", "pascal"): (1000, False, True, True), ("HDMNet", "coco"): (10000, False, True, True),
-        ("BAM", "pascal"): (1000, True, False, True), ("BAM", "coco"): (1000, True, False, True),
-        ("PFENet", "pascal"): (5000, True, False, False), ("PFENet", "coco"): (20000, True, False, False),
+    expected = {  # protocols spec, sections 1 and 3: episodes per run, side, seeds, and who crops, letterboxes and filters
+        ("PI_CLIP", "pascal"): (1000, 473, 10, False, True, True), ("PI_CLIP", "coco"): (5000, 473, 10, False, True, True),
+        ("HDMNet", "pascal"): (1000, 473, 10, False, True, True), ("HDMNet", "coco"): (10000, 633, 10, False, True, True),
+        ("BAM", "pascal"): (1000, 473, 5, True, False, True), ("BAM", "coco"): (1000, 641, 5, True, False, True),
+        ("PFENet", "pascal"): (5001, 473, 1, True, False, False), ("PFENet", "coco"): (20001, 641, 1, True, False, False),
     }  # fmt: skip
-    for (arch, data_set), values in expected.items():
+    np.random.seed(123)
+    seeds = np.random.randint(0, 1000, 10).tolist()
+    assert seeds[:5] == [510, 365, 382, 322, 988]
+    for (arch, data_set), (count, side, runs, *values) in expected.items():
         found = config(arch, data_set)
-        train = found.Train
-        assert (found.Test_Finetune.test_num, train.crop, train.resized_val, train.filter_novel) == values
+        train, test = found.Train, found.Test_Finetune
+        assert (test.test_num, train.train_h, train.val_size) == (count, side, side)
+        assert test.seeds == ([321] if arch == "PFENet" else seeds[:runs])
+        assert [train.crop, train.resized_val, train.filter_novel] == values
         assert " but " not in protocol.of(found).name and train.selection == "novel"
     for data_set, count in (("pascal", 10000), ("coco", 20000)):
         found = config("BAM", data_set, "Test_Finetune.protocol=strict")
