@@ -7,7 +7,7 @@ defined. An unknown key or a wrong type is an error that names the file, the key
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
 
@@ -17,6 +17,8 @@ from util.yaml_text import parse_yaml, set_key, short
 CONFIGS = Path(__file__).parents[1] / "config"
 PROTOCOLS, SYSTEMS = CONFIGS / "protocol", CONFIGS / "system"  # one file per protocol; per system, its keys on every data set
 STRICT = "strict"  # the protocol of a system that no paper has one for
+
+Start = Literal["image", "pair", "class", "cycle"]  # what an episode starts from
 
 
 @dataclass
@@ -33,6 +35,8 @@ class Data:
     maker: str = ""  # module that draws the data root where it is missing: `python -m MAKER DATA_ROOT`
     images: Literal["photographs", "drawings"] = "photographs"  # drawings: predict.py warns on anything else
     min_pixels: int = 2048  # a class counts in an image from this many labelled pixels on (2 * 32 * 32)
+    support_pixels: int = 0  # the same for supports alone, where they need more; 0: as min_pixels
+    pair_lists: str = ""  # HSNet's folder data/splits: what counts in validation is what its lists name, in place of min_pixels
 
 
 @dataclass
@@ -54,7 +58,8 @@ class Train:
     # images
     train_h: int = 473  # side of the square network input
     val_size: int = 473
-    draw: Literal["image", "pair", "class"] = "image"  # what an episode starts from; pair, class: supports may repeat (HSNet)
+    # What an episode starts from; cycle: class after class. All but image: supports may repeat (HSNet and its children).
+    draw: Start = "image"
     augment: bool = True  # False: training images are only resized (HSNet)
     antialias: bool = False  # squash with Pillow's antialiased bilinear (HSNet) instead of OpenCV's plain one
     crop: bool = False  # random crop (BAM, PFENet, base learner) instead of squashing the aspect ratio
@@ -115,7 +120,10 @@ class Test_Finetune:
     protocol: str = "auto"  # a file of config/protocol; auto: that of the system's paper (config/system), else `strict`
     leak_free: bool = True  # where the protocol leaks, also test without: another vocabulary, the last epoch's weights
     episodes: str = ""  # run the episodes of this file (`python -m util.data export`) instead of drawing them
-    test_num: int = 1000  # episodes per seed
+    test_num: int = 1000  # episodes per seed; 0: one pass, each pair of image and class (or image, where Train.draw=image) once
+    # How episodes are drawn: by ours, or as published codes do (util/data/replay.py); and the number of their loader's workers.
+    generator: Literal["ours", "workers", "numpy", "fold"] = "ours"
+    draw_workers: int = 0
     seeds: list[int] = field(default_factory=lambda: [321, 322, 323, 324, 325])
     classes: str = ""  # systems that take any names: file of classes to predict instead of the data set's, as Data.class_names
     crf: bool = False  # dense systems: also score the prediction after the paper's CRF (pip install pydensecrf2)
@@ -240,10 +248,17 @@ def protocol_layer(name: str, data_set: str) -> dict[str, dict]:
         UserError: no such protocol.
     """
     if name not in protocol_names():
-        raise UserError(f"Test_Finetune.protocol = {name!r}: there are {', '.join(protocol_names())} in {PROTOCOLS}")
+        raise UserError(f"Test_Finetune.protocol = {name!r}{_meant(name, protocol_names())}; there are "
+                        f"{', '.join(protocol_names())} in {PROTOCOLS}")
     content = _read(PROTOCOLS / f"{name}.yaml")
     sections = {f.name for f in dataclasses.fields(Config)}
-    special = {name: content.pop(name) or {} for name in [*content] if name not in sections}.get(data_set, {})  # by data set
+    by_data_set = {name: content.pop(name) or {} for name in [*content] if name not in sections}
+    sets = [folder.name for folder in CONFIGS.iterdir() if folder.is_dir() and folder not in (PROTOCOLS, SYSTEMS)]
+    for part in by_data_set:
+        if part != data_set and part not in sets:
+            raise UserError(f"{PROTOCOLS / name}.yaml: {part!r} is no section of a config and no data set"
+                            f"{_meant(part, [*sections, *sets]) or '; sections are ' + ', '.join(sorted(sections))}")
+    special = by_data_set.get(data_set, {})
     return {section: content.get(section, {}) | special.get(section, {}) for section in content | special}
 
 
@@ -327,7 +342,8 @@ def _validate(config: Config) -> None:
     for section, smallest, keys in (
         (train, 1, ("shot", "train_h", "val_size", "batch_size", "epochs", "val_episodes", "batch_size_val", "print_freq")),
         (train, 0, ("workers", "base_lr", "power", "momentum", "weight_decay", "save_minutes", "iterations", "warmup", "min_lr")),
-        (test, 1, ("test_num",)),
+        (test, 0, ("test_num", "draw_workers")),
+        (config.Data, 0, ("support_pixels",)),
         (config.Runtime, 1, ("processes",)),
         (config.Runtime, 0, ("threads", "cache_gb")),
     ):
@@ -342,6 +358,11 @@ def _validate(config: Config) -> None:
     need("Train.validate_every", train.validate_every, train.validate_every >= 0, "0 or more")
     need("Train.keep", train.keep, min(train.keep, default=1) >= 1, "steps, from 1 on")
     need("Test_Finetune.seeds", test.seeds, len(test.seeds) > 0, "at least one seed")
+    starts = {"ours": get_args(Start), "workers": ("image",), "numpy": ("pair", "class", "cycle"), "fold": ("class",)}
+    starts = starts[test.generator]
+    need("Train.draw", train.draw, train.draw in starts, f"{' or '.join(starts)} with Test_Finetune.generator={test.generator}")
+    need("Test_Finetune.draw_workers", test.draw_workers, (test.draw_workers > 0) == (test.generator == "workers"),
+         "the published number of workers with Test_Finetune.generator=workers, else 0")
     if len(set(test.seeds)) < len(test.seeds):
         raise UserError(f"Test_Finetune.seeds = {test.seeds}: a seed is there twice")
     config.Method.check()

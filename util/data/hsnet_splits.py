@@ -14,11 +14,10 @@ from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
 from util.data.episodes import EpisodeSpec
-from util.data.index import Index
+from util.data.index import Index, Record
 from util.data.manifest import ManifestEpisodes
+from util.data.replay import Candidates, Drawn, by_numpy
 from util.errors import UserError
 from util.files import atomic
 
@@ -46,14 +45,6 @@ class Pairs(NamedTuple):
         return found
 
 
-class Drawn(NamedTuple):
-    """One episode; images under their names in the file."""
-
-    query: str
-    cls: int  # 1-based
-    supports: tuple[str, ...]
-
-
 def read(splits: Path, data_set: str, part: str, fold: int) -> Pairs:
     """Read one list: part "trn" or "val".
 
@@ -72,37 +63,21 @@ def read(splits: Path, data_set: str, part: str, fold: int) -> Pairs:
     return Pairs(path, pairs)
 
 
-def draw(listed: Pairs, data_set: str, classes: Sequence[int], shot: int, count: int = COUNT, seed: int = SEED) -> list[Drawn]:
+def draw(listed: Pairs, data_set: str, classes: Sequence[int], shot: int, count: int = COUNT,
+         seed: int = SEED) -> list[Drawn[str]]:  # fmt: skip
     """Draw the first `count` episodes as the published test does.
 
     PASCAL: pair after pair. COCO: a class of `classes`, then an image of it. Supports, other images of the class, may repeat.
     Raises UserError for a class with a single image: the published loop would not end.
     """
-    random, by_class = np.random.RandomState(seed), listed.by_class()
-
-    def choice(values: Sequence) -> object:  # numpy's choice(values, 1, replace=False), without an array of all values
-        return values[random.permutation(len(values))[0]]
-
-    for cls in classes:
-        if len(by_class.get(cls, [])) < 2:
-            raise UserError(f"{listed.file}: class {cls} has {len(by_class.get(cls, []))} image(s), an episode needs two")
-    episodes = []
-    for i in range(count):
-        if data_set == "pascal":
-            query, cls = listed.pairs[i % len(listed.pairs)]
-        else:
-            cls = choice(classes)
-            query = choice(by_class[cls])
-        supports: list[str] = []
-        while len(supports) < shot:
-            support = choice(by_class[cls])
-            if support != query:
-                supports.append(support)
-        episodes.append(Drawn(query, cls, tuple(supports)))
-    return episodes
+    start = "pair" if data_set == "pascal" else "class"
+    try:
+        return by_numpy(Candidates(listed.pairs, listed.by_class(), classes), start, shot, count, seed)
+    except UserError as error:
+        raise UserError(f"{listed.file}: {error}") from error
 
 
-def digest(episodes: Sequence[Drawn]) -> str:
+def digest(episodes: Sequence[Drawn[str]]) -> str:
     """Return the first 16 hex digits of the SHA-256 of lines `query|class, 0-based|support...`."""
     return sha256("\n".join("|".join((e.query, str(e.cls - 1), *e.supports)) for e in episodes).encode()).hexdigest()[:16]
 
@@ -112,7 +87,7 @@ def image_name(data_set: str, name: str) -> str:
     return f"JPEGImages/{name}.jpg" if data_set == "pascal" else name
 
 
-def verdict(episodes: Sequence[Drawn], data_set: str, fold: int, shot: int) -> str:
+def verdict(episodes: Sequence[Drawn[str]], data_set: str, fold: int, shot: int) -> str:
     """Say whether these are the published episodes."""
     found, known = digest(episodes), PUBLISHED.get((data_set, shot))
     if known is None:
@@ -139,7 +114,7 @@ def write_training_list(path: Path, splits: Path, data_set: str, fold: int) -> i
     return len(images)
 
 
-def as_manifest(drawn: Sequence[Drawn], data_set: str, index: Index, shot: int, seed: int = SEED) -> ManifestEpisodes:
+def as_manifest(drawn: Sequence[Drawn[str]], data_set: str, index: Index, shot: int, seed: int = SEED) -> ManifestEpisodes:
     """Look the images up in an index. Raises UserError for one that it does not have."""
     at = {record.image: i for i, record in enumerate(index.records)}
 
@@ -151,6 +126,24 @@ def as_manifest(drawn: Sequence[Drawn], data_set: str, index: Index, shot: int, 
 
     specs = [EpisodeSpec(i, place(e.query), e.cls, tuple(map(place, e.supports))) for i, e in enumerate(drawn)]
     return ManifestEpisodes(index, shot, seed, specs)
+
+
+def known_pairs(listed: Pairs, data_set: str, records: Sequence[Record], classes: Sequence[int]) -> set[tuple[str, int]]:
+    """Return the (image, class) of a list, images as Data.val_list names them.
+
+    Raises UserError for an image that it does not have, and for one whose label lacks the class: a list of another index.
+    """
+    pixels = {record.image: record.pixels for record in records}
+    pairs = [(image_name(data_set, image), cls) for image, cls in listed.pairs]
+    for what, wrong in (
+        ("name a class that is not novel in this fold", [p for p in pairs if p[1] not in classes]),
+        ("name an image that is not in Data.val_list", [p for p in pairs if p[0] not in pixels]),
+        ("name an image whose label does not show the class", [p for p in pairs if p[1] not in pixels.get(p[0], (p[1],))]),
+    ):
+        if wrong:
+            raise UserError(f"{listed.file}: {len(wrong):,} of its {len(pairs):,} lines {what}; the first: {wrong[0][0]}, class "
+                            f"{wrong[0][1]}. It belongs to another fold or another list")  # fmt: skip
+    return set(pairs)
 
 
 def compare(listed: Pairs, data_set: str, index: Index) -> str:
