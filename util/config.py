@@ -242,24 +242,27 @@ def protocol_names() -> list[str]:
 
 
 def protocol_layer(name: str, data_set: str) -> dict[str, dict]:
-    """Return the sections and keys that a protocol fixes for a data set.
+    """Return the sections and keys that a protocol fixes for a data set: those of the protocol it extends, then its own.
 
     Raises:
-        UserError: no such protocol.
+        UserError: no such protocol, or a part of its file that is neither a section of a config nor a data set.
     """
     if name not in protocol_names():
         raise UserError(f"Test_Finetune.protocol = {name!r}{_meant(name, protocol_names())}; there are "
                         f"{', '.join(protocol_names())} in {PROTOCOLS}")
-    content = _read(PROTOCOLS / f"{name}.yaml")
-    sections = {f.name for f in dataclasses.fields(Config)}
-    by_data_set = {name: content.pop(name) or {} for name in [*content] if name not in sections}
+    file, sections = PROTOCOLS / f"{name}.yaml", [f.name for f in dataclasses.fields(Config)]
+    content = _read(file)
+    base = content.pop("extends", None)
+    layer = protocol_layer(base, data_set) if base else {}
+    by_data_set = {part: content.pop(part) or {} for part in [*content] if part not in sections}
     sets = [folder.name for folder in CONFIGS.iterdir() if folder.is_dir() and folder not in (PROTOCOLS, SYSTEMS)]
     for part in by_data_set:
         if part != data_set and part not in sets:
-            raise UserError(f"{PROTOCOLS / name}.yaml: {part!r} is no section of a config and no data set"
-                            f"{_meant(part, [*sections, *sets]) or '; sections are ' + ', '.join(sorted(sections))}")
-    special = by_data_set.get(data_set, {})
-    return {section: content.get(section, {}) | special.get(section, {}) for section in content | special}
+            raise UserError(f"{file}: {part!r} is no section of a config and no data set"
+                            f"{_meant(part, [*sections, *sets]) or '; sections are ' + ', '.join(sections)}")
+    for own in (content, by_data_set.get(data_set, {})):
+        layer = {section: layer.get(section, {}) | own.get(section, {}) for section in layer | own}
+    return layer
 
 
 def _override(text: str) -> dict[str, dict]:
