@@ -43,6 +43,11 @@ KEYS = {  # key -> its words in a report, and those of its values
     "Method.offset": ("taken from scores of seen classes", {}),
     "Data.min_pixels": ("smallest object", {}),
     "Test_Finetune.ann_type": ("support annotation", {}),
+    "Test_Finetune.grid": ("scored on", {"original": "the pixels of the file", "square": "the network's square, truth squashed",
+                                         "letterbox": "a square on the longer side, the rest void"}),
+    "Test_Finetune.void": ("void pixels", {"ignore": "do not count", "background": "count as background"}),
+    "Test_Finetune.mean": ("mean over", {"m0": "all classes of the fold, one never drawn counts 0 (M0)",
+                                         "m1": "the classes that were drawn (M1)"}),
     "Test_Finetune.test_num": ("episodes per seed", {}),
     "Test_Finetune.seeds": ("seeds", {}),
     "Test_Finetune.episodes": ("episodes of a file, hash", {}),
@@ -54,7 +59,8 @@ KEYS = {  # key -> its words in a report, and those of its values
 # Keys that name a file, whose content counts: what the file is of.
 FILES = {"Test_Finetune.episodes": "episodes", "Test_Finetune.classes": "classes", "Method.bank": "text bank"}
 # Keys added later, with the values that all protocols had before: a hash counts them only where they differ.
-LATER = {"Method.offset": 0.1, "Train.draw": "image", "Train.augment": True, "Train.antialias": False}
+LATER = {"Method.offset": 0.1, "Train.draw": "image", "Train.augment": True, "Train.antialias": False,
+         "Test_Finetune.grid": "original", "Test_Finetune.void": "ignore", "Test_Finetune.mean": "m0"}
 
 
 @dataclass(frozen=True)

@@ -123,14 +123,14 @@ class EpisodeSource(Source):
         """Return the protocol's endless list of episodes over an index."""
         return EpisodeList(index, self.config.Train.shot, seed, shuffle, start=self.config.Train.draw)
 
-    def drawn(self, seed: int, count: int) -> EpisodeList:
-        """Return the episodes over the novel classes; the first `count` are for evaluation.
+    def drawn(self, seed: int) -> EpisodeList:
+        """Return the episodes over the novel classes.
 
         Raises:
-            UserError: a novel class has no image or no episode among them.
+            UserError: a novel class has no image. (One without an episode counts as `Test_Finetune.mean` says.)
         """
         episodes = self.listed(self.index(training=False), seed)
-        check_novel(episodes, self.fold, self.names, count)
+        check_novel(episodes, self.fold, self.names)
         return episodes
 
     def training(self) -> EpisodeDataset:
@@ -142,18 +142,15 @@ class EpisodeSource(Source):
         train = self.config.Train
         if train.selection == "base":
             return self.listed(self.index(training=False, base=True), train.manual_seed)
-        return self.drawn(train.manual_seed, train.val_episodes)
+        return self.drawn(train.manual_seed)
 
     def test_episodes(self) -> dict[int, AnyEpisodes]:
         """Return the episodes of each seed: drawn, or read from the file Test_Finetune.episodes."""
         test = self.config.Test_Finetune
         if not test.episodes:
-            return {seed: self.drawn(seed, test.test_num) for seed in test.seeds}
-        found = read_manifest(test.episodes, self.records("val_list"), self.fold.novel, self.config.Train.shot,
-                              repeats=self.config.Train.draw != "image", names=self.names.names)  # fmt: skip
-        for episodes in found.values():
-            check_novel(episodes, self.fold, self.names, len(episodes))
-        return found
+            return {seed: self.drawn(seed) for seed in test.seeds}
+        return read_manifest(test.episodes, self.records("val_list"), self.fold.novel, self.config.Train.shot,
+                             repeats=self.config.Train.draw != "image", names=self.names.names)  # fmt: skip
 
     def episodes(self, episodes: AnyEpisodes) -> EpisodeDataset:
         """Return the data set of these episodes for evaluation."""
