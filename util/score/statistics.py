@@ -173,8 +173,7 @@ def _resample(table: EpisodeTable, values: np.ndarray, resamples: int, seed: int
 
 def _scores(sums: np.ndarray, absent: int) -> tuple[np.ndarray, np.ndarray]:
     """mIoU and FB-IoU of summed counts, ... C 4 (spec "PI-CLIP" section 1, Evaluation), as util.score.metrics.FewShotMeter."""
-    classes = sums.shape[-2]
-    miou = (sums[..., 0] / np.maximum(sums[..., 1], 1)).mean(-1) * (classes / (classes + absent))
+    miou = (sums[..., 0] / np.maximum(sums[..., 1], 1)).sum(-1) / (sums.shape[-2] + absent)
     hit, union, background_hit, background_union = np.moveaxis(sums.sum(-2), -1, 0)
     background = np.where(background_union > 0, background_hit / np.maximum(background_union, 1), 1.0)
     return miou, (hit / union + background) / 2
