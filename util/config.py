@@ -129,6 +129,10 @@ class Test_Finetune:
     crf: bool = False  # dense systems: also score the prediction after the paper's CRF (pip install pydensecrf2)
     maps: str = ""  # dense systems: folder that gets a label map of every tested image, PNGs of class ids under the images' paths
     baselines: bool = False  # also score trivial predictions on the same episodes
+    # Few-shot rules of scoring (util/score/rules.py): the pixels that are counted, void pixels, and the classes of the mean.
+    grid: Literal["original", "square", "letterbox"] = "original"
+    void: Literal["ignore", "background"] = "ignore"
+    mean: Literal["m0", "m1"] = "m0"  # m0: a class never drawn counts 0; m1: it is left out
 
 
 @dataclass

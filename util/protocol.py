@@ -23,9 +23,9 @@ KEYS = {  # key -> its words in a report, and those of its values
     "Train.draw": ("episodes start from", {"image": "an image", "pair": "an (image, class) pair; supports may repeat",
                                            "class": "a class, then an image of it; supports may repeat",
                                            "cycle": "class after class, then an image of it; supports may repeat"}),
-    "Test_Finetune.generator": ("episodes are drawn", {"ours": "by ours", "workers": "by Python's random in loader workers (PFENet)",
-                                                       "numpy": "by numpy's legacy generator (HSNet)",
-                                                       "fold": "by one generator a fold (FSS-SAM3)"}),
+    "Test_Finetune.generator": ("drawn by", {"ours": "ours", "workers": "Python's random in loader workers (PFENet)",
+                                             "numpy": "numpy's legacy generator (HSNet)",
+                                             "fold": "one generator a fold (FSS-SAM3)"}),
     "Test_Finetune.draw_workers": ("loader workers of the draw", {}),
     "Train.augment": ("augmentation", {True: "yes", False: "none"}),
     "Train.antialias": ("antialiased", {True: "yes", False: "no"}),
@@ -52,6 +52,11 @@ KEYS = {  # key -> its words in a report, and those of its values
     "Data.support_pixels": ("smallest object of a support", {}),
     "Data.pair_lists": ("pair lists of a folder, hash", {}),
     "Test_Finetune.ann_type": ("support annotation", {}),
+    "Test_Finetune.grid": ("scored on", {"original": "the pixels of the file", "square": "the network's square, truth squashed",
+                                         "letterbox": "a square on the longer side, the rest void"}),
+    "Test_Finetune.void": ("void pixels", {"ignore": "do not count", "background": "count as background"}),
+    "Test_Finetune.mean": ("mean over", {"m0": "all classes of the fold, one never drawn counts 0 (M0)",
+                                         "m1": "the classes that were drawn (M1)"}),
     "Test_Finetune.test_num": ("episodes per seed", {}),
     "Test_Finetune.seeds": ("seeds", {}),
     "Test_Finetune.episodes": ("episodes of a file, hash", {}),
@@ -65,7 +70,8 @@ FILES = {"Test_Finetune.episodes": "episodes", "Test_Finetune.classes": "classes
          "Data.pair_lists": "pair lists"}  # fmt: skip
 # Keys added later, with the values that all protocols had before: a hash counts them only where they differ.
 LATER = {"Method.offset": 0.1, "Train.draw": "image", "Train.augment": True, "Train.antialias": False,
-         "Test_Finetune.generator": "ours", "Test_Finetune.draw_workers": 0, "Data.support_pixels": 0}  # fmt: skip
+         "Test_Finetune.generator": "ours", "Test_Finetune.draw_workers": 0, "Data.support_pixels": 0,
+         "Test_Finetune.grid": "original", "Test_Finetune.void": "ignore", "Test_Finetune.mean": "m0"}  # fmt: skip
 # The side belongs to a system, unless a protocol fixes it.
 IF_FIXED = ("Train.val_size",)
 PARTS = {  # all else is of the training, the texts and the annotation

@@ -135,24 +135,23 @@ class EpisodeSource(Source):
         """How many episodes a seed of the test has; None: all of a file, or one pass (Test_Finetune.test_num=0)."""
         return None if self.config.Test_Finetune.episodes else self.config.Test_Finetune.test_num or None
 
-    def drawn(self, seed: int, count: int | None) -> EpisodeList:
-        """Return the episodes over the novel classes; the first `count` (None: one pass) are for evaluation.
+    def drawn(self, seed: int) -> EpisodeList:
+        """Return the episodes over the novel classes.
 
         Raises:
-            UserError: a novel class has no image or no episode among them.
+            UserError: a novel class has no image. (One without an episode counts as `Test_Finetune.mean` says.)
         """
         episodes = self.listed(self.index(training=False), seed)
-        check_novel(episodes, self.fold, self.names, count or len(episodes))
+        check_novel(episodes, self.fold, self.names)
         return episodes
 
     def replayed(self, seed: int) -> ManifestEpisodes:
         """Return the episodes of a seed as a published code draws them (Test_Finetune.generator).
 
-        Raises UserError where its draw would not end. A novel class without an episode is as published: M0 counts it as 0.
+        Raises UserError where its draw would not end.
         """
         train, test, index = self.config.Train, self.config.Test_Finetune, self.index(training=False)
-        episodes = self.listed(index, seed)  # which looks for classes with too few images
-        check_novel(episodes, self.fold, self.names)
+        episodes = self.drawn(seed)  # which looks for classes with too few images
         count, classes = self.count or len(episodes), self.fold.novel
         if test.generator == "workers":
             drawn = replay.by_workers(index, train.shot, count, seed, test.draw_workers)
@@ -176,7 +175,7 @@ class EpisodeSource(Source):
         train = self.config.Train
         if train.selection == "base":
             return self.listed(self.index(training=False, base=True), train.manual_seed)
-        return self.drawn(train.manual_seed, train.val_episodes)
+        return self.drawn(train.manual_seed)
 
     def test_episodes(self) -> dict[int, AnyEpisodes]:
         """Return the episodes of each seed: drawn, or read from the file Test_Finetune.episodes."""
@@ -184,12 +183,9 @@ class EpisodeSource(Source):
         if not test.episodes and test.generator != "ours":
             return {seed: self.replayed(seed) for seed in test.seeds}
         if not test.episodes:
-            return {seed: self.drawn(seed, self.count) for seed in test.seeds}
-        found = read_manifest(test.episodes, self.records("val_list"), self.fold.novel, self.config.Train.shot,
-                              repeats=self.config.Train.draw != "image", names=self.names.names)  # fmt: skip
-        for episodes in found.values():
-            check_novel(episodes, self.fold, self.names, len(episodes))
-        return found
+            return {seed: self.drawn(seed) for seed in test.seeds}
+        return read_manifest(test.episodes, self.records("val_list"), self.fold.novel, self.config.Train.shot,
+                             repeats=self.config.Train.draw != "image", names=self.names.names)  # fmt: skip
 
     def episodes(self, episodes: AnyEpisodes) -> EpisodeDataset:
         """Return the data set of these episodes for evaluation."""

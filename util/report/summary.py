@@ -151,13 +151,24 @@ def baseline_rows(result: Mapping) -> list[dict]:
 
 
 def warnings(result: Mapping) -> list[str]:
-    """Return the result's warnings; with them, that it is below one of its own baselines."""
-    found, own = [*result.get("warnings", [])], result["mean"].get("miou")
+    """Return the result's warnings; with them, classes never drawn, and that it is below one of its own baselines."""
+    found, own = [*result.get("warnings", []), *undrawn(result)], result["mean"].get("miou")
     better = [row for row in baseline_rows(result) if not row["own"] and own is not None and row["miou"] > own]
     if better:
         names = ", ".join(f"{row['name']} ({100 * row['miou']:.1f})" for row in better)
         found.append(f"with mIoU {100 * own:.1f} this system is below its own baselines, so it has not learnt enough: {names}")
     return found
+
+
+def undrawn(result: Mapping) -> list[str]:
+    """Return a warning about classes of the fold without an episode, seed by seed; [] where every class has one."""
+    found = [f"of seed {seed['seed']}: {', '.join(class_name(result, c) for c in seed['undrawn'])}"
+             for seed in result["seeds"] if seed.get("undrawn")]  # fmt: skip
+    if not found:
+        return []
+    left_out = ((result.get("config") or {}).get("Test_Finetune") or {}).get("mean") == "m1"
+    return [f"classes never drawn, {'; '.join(found)}. " + ("They are left out of mIoU (M1)" if left_out else
+            "Each counts 0 in mIoU (M0, as published; Test_Finetune.mean=m1 leaves them out)")]  # fmt: skip
 
 
 def variant_rows(result: Mapping) -> list[dict]:

@@ -13,6 +13,7 @@ from util.data.source import EpisodeSource
 from util.score.causes import spread
 from util.score.metrics import FewShotMeter, SemanticMeter
 from util.score.priors import PriorMeter
+from util.score.rules import DEFAULT, Rule
 from util.score.table import EpisodeTable, Row
 from util.score.task import How, Predict, Scores, Test
 
@@ -31,32 +32,36 @@ class FewShotTask(EpisodeSource):
         return Test("validation", self.episodes(self.validation_episodes()), self.config.Train.val_episodes)
 
     def tests(self) -> dict[int, Test]:
-        count = None if self.config.Test_Finetune.episodes else self.config.Test_Finetune.test_num
-        return {seed: Test(f"seed {seed}", self.episodes(episodes), count or len(episodes))
+        return {seed: Test(f"seed {seed}", self.episodes(episodes), self.count or len(episodes))
                 for seed, episodes in self.test_episodes().items()}
 
     def evaluate(self, predict: Predict, test: Test, how: How) -> Scores:
-        return evaluate_episodes(predict, test.data, test.count, self.fold, how, test.label)
+        return evaluate_episodes(predict, test.data, test.count, self.fold, how, test.label, Rule.of(self.config))
 
     def table(self, scores: Mapping[int, Scores]) -> EpisodeTable:
-        count = None if self.config.Test_Finetune.episodes else self.config.Test_Finetune.test_num
-        return EpisodeTable.of(episode_hash(self.test_episodes(), count), {seed: found.rows for seed, found in scores.items()})
+        rows = {seed: found.rows for seed, found in scores.items()}
+        absent = Rule.of(self.config).absent(self.classes, {row.cls for some in rows.values() for row in some})
+        return EpisodeTable.of(episode_hash(self.test_episodes(), self.count), rows, absent=absent)
 
 
 def evaluate_episodes(
-    predict: Predict, data: EpisodeDataset, count: int, fold: Fold, how: How, label: str = "test"
+    predict: Predict, data: EpisodeDataset, count: int, fold: Fold, how: How, label: str = "test", rule: Rule = DEFAULT
 ) -> Scores:
     """Evaluate episodes 0..count-1, shared out among the processes. Their number and the batch size change no count.
 
+    All scores but the base learner's follow the rule.
+
     Returns:
         record: `FewShotMeter.result()` of the final prediction with, where the system has them, `meta_miou` (few-shot branch
-        alone), `base_miou` (base learner on the base classes), `prior_quality` (`PriorMeter.result`), `baselines` and
-        `skipped`, messages about episodes that could not be read (`Data.on_error`); and a row for every other episode.
+        alone), `base_miou` (base learner on the base classes), `prior_quality` (`PriorMeter.result`), `baselines`, `undrawn`,
+        novel classes without an episode, and `skipped`, messages about episodes that could not be read (`Data.on_error`);
+        and a row for every other episode.
     """
     context, classes = how.context, sorted(episodes_per_class(data.episodes, count))
     names = data.episodes.index.names
-    meters: dict[str, FewShotMeter] = defaultdict(lambda: FewShotMeter(classes, context.device, names))
-    base, priors = SemanticMeter((0, *fold.base), context.device), PriorMeter(classes, context.device)
+    absent = rule.absent(fold.novel, classes)
+    meters: dict[str, FewShotMeter] = defaultdict(lambda: FewShotMeter(classes, context.device, names, absent))
+    base, priors = SemanticMeter((0, *fold.base), context.device), PriorMeter(classes, context.device, absent)
     rows: list[Row] = []
     loader = how.loader(data, count)
     with how.log.progress(len(loader), label) as bar:
@@ -64,17 +69,19 @@ def evaluate_episodes(
             episode: Episode = episode.to(context.device, non_blocking=True)
             with context.autocast():
                 prediction = predict(episode)
-            for i, placed in enumerate(episode.placed):
-                truth, cls, number = episode.original_mask[i], int(episode.cls[i]), int(episode.number[i])
+            side = episode.query.shape[-1]
+            for i, file in enumerate(episode.placed):
+                placed, truth = rule.place(file, side), rule.truth(episode.original_mask[i], side)
+                cls, number = int(episode.cls[i]), int(episode.number[i])
                 pred = prediction.decide(i, placed)
                 counts = meters["final"].update(pred, truth, cls)
-                where = spread(pred, episode.original_label[i], cls)
+                where = spread(pred, rule.truth(episode.original_label[i], side), cls)
                 rows.append(Row(number, cls, data.episodes.spec(number).query, counts, where))
                 priors.update({name: prediction.maps[name][i] for name in prediction.priors}, truth, cls, placed)
                 if prediction.meta is not None:
                     meters["meta"].update(placed.restore(prediction.meta[i]).argmax(0), truth, cls)
                 if prediction.base is not None:
-                    base.update(placed.restore(prediction.base[i]).argmax(0), episode.original_base[i])
+                    base.update(file.restore(prediction.base[i]).argmax(0), episode.original_base[i])
                 for name, mask in prediction.baselines.items():
                     scores = torch.stack([~mask[i], mask[i]]).float()
                     meters[f"baseline {name}"].update(placed.restore(scores).argmax(0), truth, cls)
@@ -89,6 +96,8 @@ def evaluate_episodes(
         record["meta_miou"] = results["meta"]["miou"]
     if base.state[1:].any() and base.state[:, 1:].any():
         record["base_miou"] = base.result()["miou"]
+    if undrawn := [c for c in fold.novel if c not in classes]:
+        record["undrawn"] = undrawn
     if quality := priors.result(context):
         record["prior_quality"] = quality
     baselines = {name.removeprefix("baseline "): {key: result[key] for key in ("miou", "fb_iou")}

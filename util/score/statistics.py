@@ -66,7 +66,7 @@ def pooled(table: EpisodeTable) -> dict[str, float]:
     Intersections and unions are summed over all seeds before the division; a report's mean divides per seed and then
     averages. With the same number of episodes per seed the two differ by far less than their spread.
     """
-    miou, fb_iou = _scores(np.stack([table.counts[table.cls == c].sum(0) for c in np.unique(table.cls)]))
+    miou, fb_iou = _scores(np.stack([table.counts[table.cls == c].sum(0) for c in np.unique(table.cls)]), table.absent)
     return {"miou": float(miou), "fb_iou": float(fb_iou)}
 
 
@@ -81,8 +81,8 @@ def bootstrap(table: EpisodeTable, resamples: int = 2000, seed: int = 0) -> dict
     the same bits. A class with a single query adds no width.
     """
     sums = _resample(table, table.counts, resamples, seed)
-    miou, fb_iou = _scores(sums)
-    per_class = {int(c): _interval(sums[:, i, 0] / sums[:, i, 1]) for i, c in enumerate(np.unique(table.cls))}
+    miou, fb_iou = _scores(sums, table.absent)
+    per_class = {int(c): _interval(sums[:, i, 0] / np.maximum(sums[:, i, 1], 1)) for i, c in enumerate(np.unique(table.cls))}
     return {"miou": _interval(miou), "fb_iou": _interval(fb_iou), "per_class": per_class}
 
 
@@ -95,7 +95,7 @@ def compare(a: Mapping, b: Mapping, resamples: int = 2000, seed: int = 0) -> Com
     if reasons := _differences(a, b, first, second):
         return Comparison(False, reasons)
     sums = _resample(first, np.hstack([first.counts, second.counts]), resamples, seed)
-    differences = _scores(sums[..., 4:])[0] - _scores(sums[..., :4])[0]
+    differences = _scores(sums[..., 4:], second.absent)[0] - _scores(sums[..., :4], first.absent)[0]
     mious = pooled(first)["miou"], pooled(second)["miou"]
     tail = min((differences <= 0).sum(), (differences >= 0).sum())
     p_value = float(min(1, 2 * (1 + tail) / (1 + resamples)))
@@ -171,9 +171,9 @@ def _resample(table: EpisodeTable, values: np.ndarray, resamples: int, seed: int
     return sums
 
 
-def _scores(sums: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _scores(sums: np.ndarray, absent: int) -> tuple[np.ndarray, np.ndarray]:
     """mIoU and FB-IoU of summed counts, ... C 4 (spec "PI-CLIP" section 1, Evaluation), as util.score.metrics.FewShotMeter."""
-    miou = (sums[..., 0] / np.maximum(sums[..., 1], 1)).mean(-1)
+    miou = (sums[..., 0] / np.maximum(sums[..., 1], 1)).sum(-1) / (sums.shape[-2] + absent)
     hit, union, background_hit, background_union = np.moveaxis(sums.sum(-2), -1, 0)
     background = np.where(background_union > 0, background_hit / np.maximum(background_union, 1), 1.0)
     return miou, (hit / union + background) / 2

@@ -39,6 +39,7 @@ class EpisodeTable:
     query   which image is segmented; without that column the number (all seeds then share its image)
     spread  N 3: util.score.causes.Spread; None where an older report has no such columns
     dense   an image has a row for each class in its truth or prediction
+    absent  classes without a row that count 0 in the mean over classes
     """
 
     hash: str
@@ -49,23 +50,24 @@ class EpisodeTable:
     query: np.ndarray
     spread: np.ndarray | None = None
     dense: bool = False
+    absent: int = 0
 
     def __len__(self) -> int:
         return len(self.seed)
 
     @classmethod
-    def of(cls, digest: str, rows: Mapping[int, Sequence[Row]], dense: bool = False) -> EpisodeTable:
+    def of(cls, digest: str, rows: Mapping[int, Sequence[Row]], dense: bool = False, absent: int = 0) -> EpisodeTable:
         """Build a table from the rows of each seed."""
         lines = [(seed, row.number, row.cls, *row.counts, row.query, *row.spread) for seed, some in rows.items() for row in some]
         table = np.array(lines, np.int64).reshape(len(lines), 11)
         table = table[np.lexsort((table[:, 2], table[:, 1], table[:, 0]))]
-        return cls(digest, *table[:, :3].T, table[:, 3:7], table[:, 7], table[:, 8:], dense)
+        return cls(digest, *table[:, :3].T, table[:, 3:7], table[:, 7], table[:, 8:], dense, absent)
 
     def to_json(self) -> dict[str, Any]:
         """Return what `read_episodes` reads, spread included. One text per row keeps the file small."""
         columns = np.column_stack([self.seed, self.number, self.cls, self.counts, self.query, self.spread])
         return {"hash": self.hash, "columns": " ".join([*COLUMNS, QUERY, *SPREAD]), "dense": self.dense,
-                "rows": [" ".join(map(str, row)) for row in columns.tolist()]}
+                **({"absent": self.absent} if self.absent else {}), "rows": [" ".join(map(str, row)) for row in columns.tolist()]}
 
     def at(self, keys: np.ndarray) -> EpisodeTable:
         """Return the rows of the given (seed, number, class), N 3 ascending; zeros where a row does not exist."""
@@ -107,11 +109,13 @@ def read_episodes(result: Mapping) -> EpisodeTable:
                 raise ValueError("need intersection <= predicted <= union, 0 <= on_others <= predicted - intersection")
         except (AttributeError, OverflowError, ValueError) as error:
             raise UserError(f"the report's episode row {i + 1}, {row!r}, is malformed: {error}") from error
-    dense = bool(found.get("dense"))
+    dense, absent = bool(found.get("dense")), found.get("absent", 0)
+    if not isinstance(absent, int) or absent < 0:
+        raise UserError(f"the report's \"episodes\" are malformed: absent = {absent!r}, expected a number of classes")
     rows = rows[np.lexsort((rows[:, 2], rows[:, 1], rows[:, 0]))]
     if (twice := (np.diff(rows[:, : 2 + dense], axis=0) == 0).all(1)).any():
         seed, number = rows[int(twice.argmax()), :2]
         raise UserError(f"the report has episode {number} of seed {seed} twice")
     query = rows[:, 7] if len(names) > 7 else rows[:, 1]
     spread = rows[:, 8:] if len(names) > 8 else None
-    return EpisodeTable(str(found["hash"]), rows[:, 0], rows[:, 1], rows[:, 2], rows[:, 3:7], query, spread, dense)
+    return EpisodeTable(str(found["hash"]), rows[:, 0], rows[:, 1], rows[:, 2], rows[:, 3:7], query, spread, dense, absent)
