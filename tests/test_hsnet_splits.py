@@ -89,7 +89,7 @@ def test_wrong_lists(splits: Path) -> None:
     (splits / "pascal/val/fold1.txt").write_text("2007_000032 6\n")
     (splits / "pascal/val/fold2.txt").write_text("2007_000032__11\n2007_000033__12\n")
     for data_set, fold, says in (
-        ("coco", 0, r"fold0\.pkl: not a pickled dict .*exec"),
+        ("coco", 0, r"fold0\.pkl: not a pickle of dicts.*exec"),
         ("coco", 2, r"fold2\.pkl: expected \{class"),
         ("pascal", 1, r"fold1\.txt:1: expected a line like"),
         ("pascal", 3, r"fold3\.txt: cannot be read"),

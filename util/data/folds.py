@@ -52,7 +52,8 @@ def shown(classes: Iterable[int], names: Sequence[str] = ()) -> str:
 def fold_of(config: Config) -> Fold:
     """Return the fold of a config: by the rule of its data set, or from Data.folds, else from folds.yaml beside the class names.
 
-    In a split without novel classes all classes are base (seen) classes: full supervision.
+    In a split without novel classes all classes are base (seen) classes: full supervision. In a file with the one word `all` all
+    classes are novel in every split: a data set that is only tested on.
     """
     train, data = config.Train, config.Data
     if data.folds and train.data_set in NUM_CLASSES:
@@ -65,12 +66,21 @@ def fold_of(config: Config) -> Fold:
             beside = f" Data.class_names = {data.class_names} has no folds.yaml beside it." if data.class_names else ""
             raise UserError(f"{error}.{beside}") from None
     names = read_class_names(data.class_names)
+    if _is_test_set(file):
+        return Fold(train.data_set, train.split, tuple(range(1, len(names.names) + 1)), ())
     folds = read_folds(file, names)
     if train.split not in range(len(folds)):
         raise UserError(f"Train.split: unknown fold {train.split!r}; {file} has split0 to split{len(folds) - 1}")
     novel = folds[train.split]
     base = tuple(c for c in range(1, len(names.names) + 1) if c not in novel)
     return Fold(train.data_set, train.split, novel, base)
+
+
+def _is_test_set(file: Path) -> bool:
+    try:
+        return parse_yaml(file.read_text(encoding="utf-8-sig"), f"Data.folds: {file}") == "all"
+    except (OSError, ValueError):  # `read_folds` says what is wrong
+        return False
 
 
 def fold(data_set: str, split: int, use_split_coco: bool = True) -> Fold:

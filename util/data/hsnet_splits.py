@@ -7,9 +7,7 @@ The published test draws its episodes one after the other from numpy's legacy ge
 every list decide them, and they can only be repeated with these very lists. `python -m util.data hsnet` writes them as a file.
 """
 
-import io
-import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
@@ -19,7 +17,7 @@ from util.data.index import Index, Record
 from util.data.manifest import ManifestEpisodes
 from util.data.replay import Candidates, Drawn, by_numpy
 from util.errors import UserError
-from util.files import atomic
+from util.files import atomic, load_plain
 
 COUNT, SEED = 1000, 0  # episodes of the published test
 # First 16 hex digits of `digest`, by (data set, shot), fold after fold.
@@ -57,7 +55,7 @@ def read(splits: Path, data_set: str, part: str, fold: int) -> Pairs:
         content = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); give data/splits of HSNet's repository") from error
-    pairs = _text(path, content) if data_set == "pascal" else _pickle(path, content)
+    pairs = _text(path, content) if data_set == "pascal" else _pickle(path)
     if not pairs:
         raise UserError(f"{path}: no image in it")
     return Pairs(path, pairs)
@@ -164,18 +162,8 @@ def _text(path: Path, content: bytes) -> list[tuple[str, int]]:
     return pairs
 
 
-class _Plain(pickle.Unpickler):
-    """Refuses everything but dict, list, str and int, so that a foreign file runs no code."""
-
-    def find_class(self, module: str, name: str) -> Callable:
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
-
-
-def _pickle(path: Path, content: bytes) -> list[tuple[str, int]]:
-    try:
-        found = _Plain(io.BytesIO(content)).load()
-    except Exception as error:  # a broken pickle fails in many ways
-        raise UserError(f"{path}: not a pickled dict of lists ({error})") from error
+def _pickle(path: Path) -> list[tuple[str, int]]:
+    found = load_plain(path)
     if not isinstance(found, dict) or not all(
         isinstance(cls, int) and isinstance(images, list) and all(isinstance(image, str) for image in images)
         for cls, images in found.items()

@@ -2,6 +2,7 @@
 
     python -m util.prepare pascal --voc DIR_OR_TAR --sbd DIR_OR_TGZ
     python -m util.prepare coco --images DIR --annotations JSON [JSON ...]
+    python -m util.prepare fss | isic | lung | suim | deepglobe | isaid | pascal_part | paco_part | lvis --from DIR_OR_ARCHIVE
     python -m util.prepare voc | coco_stuff | context --root DIR      (folders as mmsegmentation has them: only lists are made)
 
 Existing files are kept, so the same command continues after an interruption. Lists are written last.
@@ -14,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from util.errors import UserError
+from util.prepare.sets import FACTS
 
 ROOT = {"pascal": Path("data/VOCdevkit/VOC2012"), "coco": Path("data/MSCOCO2014")}  # as in config/*/base.yaml
 FOLDERS = {  # data roots as in config/*/zero_shot.yaml
@@ -36,6 +38,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     coco.add_argument("--images", type=Path, required=True, help="the folder that holds train2014 and val2014")
     coco.add_argument("--annotations", type=Path, nargs="+", required=True, metavar="JSON",
                       help="instances_train2014.json, instances_val2014.json; the file name says which split it is")
+    for name, facts in FACTS.items():
+        command = commands.add_parser(name, help=f"a data set to test on: {', '.join(facts.variants)}")
+        command.add_argument("--from", type=Path, required=True, dest="source", metavar="DIR_OR_ARCHIVE",
+                             help="the folder, or its zip or tar archive, which goes to OUT/source")
+        command.add_argument("--variant", default="", help=f"where there are several: {', '.join(facts.variants)}")
+        command.add_argument("--out", type=Path, help=f"the data root (default data/{name})")
     for name, (root, words) in FOLDERS.items():
         command = commands.add_parser(name, help=words)
         command.add_argument("--root", type=Path, default=root, help="the data root, which is only read (default %(default)s)")
@@ -51,16 +59,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def prepare(argv: Sequence[str] | None) -> None:
     args = vars(parse(argv))
     data_set = args.pop("data_set")
-    if data_set in FOLDERS:
+    if data_set in FOLDERS or data_set in FACTS:
         args["data_set"] = data_set
     if args["partial"] and not args["lists"]:
         raise UserError(f"--partial needs --lists DIR: lists/{data_set} is for the lists of the whole data set")
     args["lists"] = args["lists"] or Path("lists") / data_set
     try:
-        module = importlib.import_module(f"util.prepare.{'folders' if data_set in FOLDERS else data_set}")
+        name = "folders" if data_set in FOLDERS else "sets" if data_set in FACTS else data_set
+        importlib.import_module(f"util.prepare.{name}").prepare(**args)
     except ModuleNotFoundError as error:  # scipy, pycocotools: not needed for training
         raise UserError(f"the package {error.name} is missing; `python env.py` prepares .venv with it") from error
-    module.prepare(**args)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
