@@ -245,7 +245,7 @@ def protocol_names() -> list[str]:
     return sorted(file.stem for file in PROTOCOLS.glob("*.yaml"))
 
 
-def protocol_layer(name: str, data_set: str) -> dict[str, dict]:
+def protocol_layer(name: str, data_set: str, within: tuple[str, ...] = ()) -> dict[str, dict]:
     """Return the sections and keys that a protocol fixes for a data set: those of the protocol it extends, then its own.
 
     Raises:
@@ -257,7 +257,9 @@ def protocol_layer(name: str, data_set: str) -> dict[str, dict]:
     file, sections = PROTOCOLS / f"{name}.yaml", [f.name for f in dataclasses.fields(Config)]
     content = _read(file)
     base = content.pop("extends", None)
-    layer = protocol_layer(base, data_set) if base else {}
+    if base in (*within, name):
+        raise UserError(f"{file}: `extends` runs in a circle")
+    layer = protocol_layer(base, data_set, (*within, name)) if base else {}
     by_data_set = {part: content.pop(part) or {} for part in [*content] if part not in sections}
     sets = [folder.name for folder in CONFIGS.iterdir() if folder.is_dir() and folder not in (PROTOCOLS, SYSTEMS)]
     for part in by_data_set:

@@ -18,6 +18,7 @@ The result, scores being fractions 0..1 (key: content; * = may be missing):
     setting*, unit*     what the result is of, beside the data set; what a sample is called ("split 0 · 1-shot" and "episodes")
     baselines*          {name: {miou, fb_iou*}}
     protocol_hash*      text; protocol["name"] is the protocol's name
+    protocol_parts*     {part: hash}: `util.protocol.Protocol.parts`
     episodes*           {hash, columns, rows}: whole pixel counts of every episode, a text each, see util/score/statistics.py
     interval*           {score: [low, high], per_class*: {id: [low, high]}}: 95 %, `util.score.statistics.bootstrap`
     causes*             why episodes fail: `util.score.causes.tally`

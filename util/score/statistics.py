@@ -135,7 +135,7 @@ def _differences(a: Mapping, b: Mapping, first: EpisodeTable, second: EpisodeTab
     names = [f"{r['protocol'].get('name', 'unnamed')} ({r['protocol_hash']})" for r in (a, b)]
     reasons = []
     if a["protocol_hash"] != b["protocol_hash"]:
-        reasons.append(f"protocol: {names[0]} and {names[1]}" + _keys(a["protocol"], b["protocol"]))
+        reasons.append(f"protocol: {names[0]} and {names[1]}" + _parts(a, b) + _keys(a["protocol"], b["protocol"]))
     for key in ("data_set", "split", "shot"):
         if a.get(key) != b.get(key):
             reasons.append(f"{key}: {a.get(key)} and {b.get(key)}")
@@ -146,6 +146,15 @@ def _differences(a: Mapping, b: Mapping, first: EpisodeTable, second: EpisodeTab
         reasons.append("episodes: the hash is the same but the rows tell of other episodes: one left broken images out "
                        "(Data.on_error=skip), or a file was changed")
     return reasons
+
+
+def _parts(a: Mapping, b: Mapping) -> str:
+    """Return which of the six parts of a protocol differ (`util.protocol.PARTS`), or "" where a report is older than they are."""
+    parts = a.get("protocol_parts"), b.get("protocol_parts")
+    if not all(isinstance(found, Mapping) for found in parts):
+        return ""
+    other = [part for part in dict.fromkeys([*parts[0], *parts[1]]) if parts[0].get(part) != parts[1].get(part)]
+    return f"; other parts: {', '.join(other)}" if other else "; the six parts are equal, training or texts are not"
 
 
 def _keys(a: Mapping, b: Mapping) -> str:
