@@ -1,19 +1,23 @@
 """Few-shot episodes as a task: predictions at file size, whole-number counts summed over processes."""
 
 from collections import defaultdict
-from collections.abc import Mapping
-from typing import ClassVar
+from collections.abc import Callable, Mapping
+from functools import cache
+from typing import Any, ClassVar
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from util.data.episodes import Episode, EpisodeDataset, episodes_per_class
 from util.data.folds import Fold
 from util.data.manifest import episode_hash
 from util.data.source import EpisodeSource
+from util.data.transforms import Placed
 from util.score.causes import spread
-from util.score.metrics import FewShotMeter, SemanticMeter
+from util.score.metrics import Counts, FewShotMeter, SemanticMeter
 from util.score.priors import PriorMeter
-from util.score.rules import DEFAULT, Rule
+from util.score.rules import DEFAULT, Rule, tally, under
 from util.score.table import EpisodeTable, Row
 from util.score.task import How, Predict, Scores, Test
 
@@ -46,6 +50,22 @@ class FewShotTask(EpisodeSource):
         return EpisodeTable.of(episode_hash(self.test_episodes(), count), rows, absent=absent)
 
 
+def on_grids(prediction: Any, i: int, file: Placed, side: int) -> Callable[[str], Tensor]:
+    """Return a function from a grid to the prediction of episode i on it, H W {0, 1}; each is made once.
+
+    The image's part of the letterbox square is that of the original grid, also where shots vote (their vote is one of the image).
+    """
+
+    @cache
+    def decide(grid: str) -> Tensor:
+        pred = prediction.decide(i, Rule(grid).place(file, side))
+        if grid == "letterbox":
+            pred[: file.hw[0], : file.hw[1]] = decide("original")
+        return pred
+
+    return decide
+
+
 def evaluate_episodes(
     predict: Predict, data: EpisodeDataset, count: int, fold: Fold, how: How, label: str = "test", rule: Rule = DEFAULT
 ) -> Scores:
@@ -75,10 +95,12 @@ def evaluate_episodes(
             for i, file in enumerate(episode.placed):
                 placed, truth = rule.place(file, side), rule.truth(episode.original_mask[i], side)
                 cls, number = int(episode.cls[i]), int(episode.number[i])
-                pred = prediction.decide(i, placed)
-                counts = meters["final"].update(pred, truth, cls)
-                where = spread(pred, rule.truth(episode.original_label[i], side), cls)
-                rows.append(Row(number, cls, data.episodes.spec(number).query, counts, where))
+                decide = on_grids(prediction, i, file, side)
+                counted = tally(decide, episode.original_mask[i], side, file.canvas != file.hw)
+                counts = Counts(*under(np.array([counted]), rule.grid, rule.void)[0].tolist())
+                meters["final"].add(counts, cls)
+                where = spread(decide(rule.grid), rule.truth(episode.original_label[i], side), cls)
+                rows.append(Row(number, cls, data.episodes.spec(number).query, counts, where, counted))
                 priors.update({name: prediction.maps[name][i] for name in prediction.priors}, truth, cls, placed)
                 if prediction.meta is not None:
                     meters["meta"].update(placed.restore(prediction.meta[i]).argmax(0), truth, cls)
