@@ -39,6 +39,7 @@ from util.run.place import Experiment, before_file, owned
 from util.score import causes, crf
 from util.score import statistics as stats
 from util.score.priors import THRESHOLDS, title
+from util.score.rescore import rescore
 from util.score.task import How, Scores, Task
 
 FIRST = 6  # pictures of samples that every run has
@@ -185,7 +186,7 @@ def summary(config: Config, place: Experiment, context: Context, scored: Scored,
     samples = sum(seed["episodes"] for seed in seeds)
     table = task.table(scored.scores)
     tests = task.tests()
-    return {
+    found = {
         "system": place.arch, "data_set": place.data_set, "split": config.Train.split, "shot": config.Train.shot,
         "setting": task.setting, "unit": task.unit,
         "backbone": f"{config.Method.backbone}" + (f" (width {config.Method.width})" if config.Method.width != 64 else ""),
@@ -203,6 +204,7 @@ def summary(config: Config, place: Experiment, context: Context, scored: Scored,
         "episodes": table.to_json(), "interval": stats.bootstrap(table),
         "causes": causes.tally(table.cls, table.counts, table.spread),
     }  # fmt: skip
+    return found | ({"rules": rescore([found])} if table.tallies is not None else {})
 
 
 def provenance(config: Config, scored: Scored) -> dict[str, str]:
