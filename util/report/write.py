@@ -23,6 +23,7 @@ The result, scores being fractions 0..1 (key: content; * = may be missing):
     rules*              the same predictions under each rule: `util.score.rescore.rescore`
     causes*             why episodes fail: `util.score.causes.tally`
     curves*             {name of a training run: `util.run.curves.read`}; the system's own run has the system's name
+    control*            `util.score.statistics.support_gap`, names (reads class names), rows (as episodes)
     leak_free*          {mean, sd, differences}: the same system evaluated without the leaks of the published protocol, and
                         the differences as texts
     date*               text; filled in when missing
@@ -78,6 +79,7 @@ def text_table(result: Mapping) -> str:
     for name, mean, sd, note in rows:
         spread = f" ± {100 * sd:5.2f}" if sd is not None and len(result["seeds"]) > 1 else ""
         lines.append(f"  {name:<{width}}  {100 * mean:6.2f}{spread}  {note}".rstrip() + mark)
+    lines += [f"  {line}" + (mark if result.get("control") else "") for line in summary.control_lines(result)]
     return "\n".join(lines)
 
 
@@ -134,6 +136,7 @@ def render(result: Mapping, cards: Sequence[Card]) -> str:
         "dense": summary.dense(result), "cases": summary.cases(result), "pairs": summary.confused_rows(result),
         "variants": summary.variant_rows(result), "setting": summary.setting(result), "unit": summary.unit(result),
         "columns": [(k, label(k)) for k, _ in scores(result)], "baselines": summary.baseline_rows(result),
+        "control": summary.control_lines(result),
         "facts": {"Protocol": result["protocol"], "Environment": result["environment"], "Time": result.get("time", {})},
         "rules": rules.table(result["rules"]) if result.get("rules") else [],
         "flags": [line for flag in (result.get("rules") or {}).get("flags", []) for line in rules.flags(result, flag)],

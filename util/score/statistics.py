@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +106,19 @@ def paired(first: EpisodeTable, second: EpisodeTable, resamples: int = 2000, see
     """Return differences of mIoU, second minus first, on the same resampled queries. The tables have the same rows."""
     sums = resample(first, np.hstack([first.counts, second.counts]), resamples, seed)
     return _scores(sums[..., 4:], second.absent)[0] - _scores(sums[..., :4], first.absent)[0]
+
+
+def support_gap(table: EpisodeTable, control: EpisodeTable, resamples: int = 2000, seed: int = 0) -> dict[str, Any]:
+    """Compare a result with its control, the same queries with supports of another class.
+
+    Returns:
+        episodes: how many are in both; miou of these, control, its mIoU, gap, miou - control, and its 95 % interval (paired
+        over query images); fractions.
+    """
+    own, control = (replace(some, absent=table.absent) for some in table.common(control))
+    mious = pooled(own)["miou"], pooled(control)["miou"]
+    return {"episodes": len(own), "miou": mious[0], "control": mious[1], "gap": mious[0] - mious[1],
+            "interval": interval(paired(control, own, resamples, seed))}  # fmt: skip
 
 
 def describe(comparison: Comparison, a: Mapping, b: Mapping) -> str:

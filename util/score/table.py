@@ -87,6 +87,12 @@ class EpisodeTable:
         counts = np.where(found[:, None], self.counts[place], 0)
         return EpisodeTable(self.hash, *keys.T, counts, np.where(found, self.query[place], keys[:, 1]), dense=self.dense)
 
+    def common(self, other: EpisodeTable) -> tuple[EpisodeTable, EpisodeTable]:
+        """Return the rows of both tables with a (seed, number, class) that both have."""
+        keys = [np.column_stack([t.seed, t.number, t.cls]) for t in (self, other)]
+        both = np.array(sorted(set(map(tuple, keys[0].tolist())) & set(map(tuple, keys[1].tolist()))), np.int64).reshape(-1, 3)
+        return self.at(both), other.at(both)
+
 
 def align(a: EpisodeTable, b: EpisodeTable) -> tuple[EpisodeTable, EpisodeTable]:
     """Give dense tables the same rows: a class that one of two predictions finds in an image gets a row in both."""
