@@ -39,6 +39,8 @@ from util.run.place import Experiment, before_file, owned
 from util.score import causes, crf
 from util.score import statistics as stats
 from util.score.priors import THRESHOLDS, title
+from util.score.rescore import rescore
+from util.score.table import EpisodeTable
 from util.score.task import How, Scores, Task
 
 FIRST = 6  # pictures of samples that every run has
@@ -92,6 +94,7 @@ def test(config: Config, place: Experiment, context: Context, log: RunLog) -> No
     if other:
         config_free, differences = other
         log.info(f"without leaks: {'; '.join(differences)}")
+        config_free = replace(config_free, Test_Finetune=replace(config_free.Test_Finetune, control=False))
         mean, sd = summarise(score(config_free, place, context, log, cache).seeds)
         result["leak_free"] = {"mean": mean, "sd": sd, "differences": differences}
         if context.main:
@@ -116,7 +119,8 @@ def score(config: Config, place: Experiment, context: Context, log: RunLog, cach
 
     predict = functools.partial(system.predict, baselines=config.Test_Finetune.baselines)
     asked, scores = config.Test_Finetune, {}
-    how = replace(How.of(config, context, log), crf=asked.crf, maps=Path(asked.maps) if asked.maps else None)
+    how = replace(How.of(config, context, log), crf=asked.crf, maps=Path(asked.maps) if asked.maps else None, trivial=True,
+                  control=asked.control)  # fmt: skip
     tests = task.tests()
     for seed, test in tests.items():
         later = sum(how.steps(other) for other in [*tests.values()][len(scores) + 1 :])
@@ -185,7 +189,7 @@ def summary(config: Config, place: Experiment, context: Context, scored: Scored,
     samples = sum(seed["episodes"] for seed in seeds)
     table = task.table(scored.scores)
     tests = task.tests()
-    return {
+    found = {
         "system": place.arch, "data_set": place.data_set, "split": config.Train.split, "shot": config.Train.shot,
         "setting": task.setting, "unit": task.unit,
         "backbone": f"{config.Method.backbone}" + (f" (width {config.Method.width})" if config.Method.width != 64 else ""),
@@ -204,6 +208,12 @@ def summary(config: Config, place: Experiment, context: Context, scored: Scored,
         "episodes": table.to_json(), "interval": stats.bootstrap(table),
         "causes": causes.tally(table.cls, table.counts, table.spread),
     }  # fmt: skip
+    if table.tallies is not None:
+        found["rules"] = rescore([found])
+    control = EpisodeTable.of(table.hash, {seed: scores.control for seed, scores in scored.scores.items()})
+    if len(control):
+        found["control"] = stats.support_gap(table, control) | {"names": system.reads_text, "rows": control.to_json()}
+    return found
 
 
 def provenance(config: Config, scored: Scored) -> dict[str, str]:

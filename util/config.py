@@ -128,7 +128,8 @@ class Test_Finetune:
     classes: str = ""  # systems that take any names: file of classes to predict instead of the data set's, as Data.class_names
     crf: bool = False  # dense systems: also score the prediction after the paper's CRF (pip install pydensecrf2)
     maps: str = ""  # dense systems: folder that gets a label map of every tested image, PNGs of class ids under the images' paths
-    baselines: bool = False  # also score trivial predictions on the same episodes
+    baselines: bool = False  # also score training-free predictions on the same episodes
+    control: bool = False  # few-shot: every episode once more with supports of another class, for the support gap; twice the time
     # Few-shot rules of scoring (util/score/rules.py): the pixels that are counted, void pixels, and the classes of the mean.
     grid: Literal["original", "square", "letterbox"] = "original"
     void: Literal["ignore", "background"] = "ignore"

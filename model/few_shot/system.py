@@ -8,11 +8,13 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.backbone import BaseLearner
 from model.backbone.encoder import Encoder
 from model.clip.load import without_clip
+from model.few_shot.contrast import contrast_to, stage_features, support_means
 from model.few_shot.memo import Memo
 from model.few_shot.parts import binary_mask, gram, scene_difference
 from model.few_shot.prior import CosinePrior, Features, Prior, View
@@ -37,6 +39,7 @@ class Decoded:
     votes: Tensor | None = None  # B K 2 h w, see Prediction
 
 
+CELLS = 32  # side of the grid of the contrast map: features of a whole image are large
 IDENTITY = ("Method.priors", "Train.filter_novel", "Train.crop", "Train.selection")  # of every few-shot checkpoint
 
 
@@ -217,19 +220,40 @@ class FewShot(System):
         return {"correlation": decoded.correlations[-1].float()} if decoded.correlations else {}
 
     def baselines(self, batch: Episode, features: Features, maps: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return predictions without training: everything is foreground; a prior, which is in 0..1, above one half.
+        """Return predictions without training: a prior, which is in 0..1, above one half; the contrast map above zero.
 
-        The cosine one is PFENet's prior, on this system's own features.
+        The cosine one is PFENet's prior, on this system's own features; so is the contrast map.
         """
         cosine = maps.get("cosine")
         if cosine is None:
             cosine = CosinePrior()(batch, features).float().mean(1)[:, 0]
         side = batch.query_mask.shape[1:]
-        found = {"everything foreground": torch.ones_like(batch.query_mask, dtype=torch.bool),
-                 "cosine prior > 0.5": resize(cosine[:, None], side)[:, 0] > 0.5}
+        found = {"cosine prior > 0.5": resize(cosine[:, None], side)[:, 0] > 0.5,
+                 "contrast > 0": resize(self.contrast(batch)[:, None], side)[:, 0] > 0}
         if "vtp" in maps:
             found["text prior (VTP) > 0.5"] = resize(maps["vtp"][:, None], side)[:, 0] > 0.5
         return found
+
+    def contrast(self, batch: Episode) -> Tensor:
+        """Return contrast maps, B h w: `model.few_shot.contrast` on the encoder's features of whole images."""
+        device, images = batch.query.device, batch.support.flatten(0, 1)
+        masks = batch.support_mask.flatten(0, 1)
+
+        def means(rows: Sequence[int] | slice) -> dict[str, Tensor]:
+            found = [support_means(x, mask) for x, mask in zip(self.unit_features(images[rows]), masks[rows], strict=True)]
+            return {"means": torch.stack(found)}
+
+        query = self.memo.rows("contrast", batch.query_key, device, lambda rows: {"unit": self.unit_features(batch.query[rows])})
+        support = self.memo.rows("contrast means", sum(batch.support_key, []), device, means)
+        shots = support["means"].unflatten(0, (len(batch.query), -1))
+        return torch.stack([contrast_to(x.float(), given) for x, given in zip(query["unit"], shots, strict=True)])
+
+    def unit_features(self, images: Tensor) -> Tensor:
+        """Return unit features of N images, N C h w, on a grid of at most `CELLS` x `CELLS`, so that a cache can keep them."""
+        stages = self.encoder(images, None, last=4)
+        unit = stage_features(stages[3].float(), stages[4].float())
+        h, w = (min(length, CELLS) for length in unit.shape[2:])
+        return unit if (h, w) == unit.shape[2:] else F.normalize(F.adaptive_avg_pool2d(unit, (h, w)), dim=1)
 
     def encoders(self, training: bool) -> list[nn.Module]:
         return [] if self.uses_base_learner else [self.encoder]

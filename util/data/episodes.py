@@ -368,11 +368,14 @@ class EpisodeDataset(Dataset):
         return len(self.episodes)
 
     def __getitem__(self, i: int) -> Episode:
-        spec = self.episodes.spec(i)
-        to_mask = mask_table(spec.cls)
+        return self.swapped(i, i)
+
+    def swapped(self, i: int, donor: int) -> Episode:
+        """Return episode i with the supports of episode `donor`, which show that episode's class."""
+        spec, other = self.episodes.spec(i), self.episodes.spec(donor)
         record = self.episodes.index.records[spec.query]
-        supports = [self.episodes.index.records[s] for s in spec.supports]
-        shots = [self._shot(s, to_mask, generator(self.episodes.seed, i, "shot", k)) for k, s in enumerate(supports)]
+        supports, to_mask = [self.episodes.index.records[s] for s in other.supports], mask_table(other.cls)
+        shots = [self._shot(s, to_mask, generator(self.episodes.seed, donor, "shot", k)) for k, s in enumerate(supports)]
         image, label = read_pair(self.root / record.image, self.root / record.label, self.values)
         present = torch.zeros(self.num_classes, dtype=torch.bool)
         present[[c - 1 for c in record.annotated]] = True

@@ -100,12 +100,16 @@ class FewShotMeter:
         """
         if cls not in self.classes:
             raise ValueError(f"class {cls} is not one of the counted classes {list(self.classes)}")
+        background, foreground = intersection_union(confusion(pred, target, 2)).tolist()
+        return self.add(Counts(*foreground, *background), cls)
+
+    def add(self, counts: Counts, cls: int) -> Counts:
+        """Add the counts of one episode and return them."""
         row = self.classes.index(cls)
-        counts = intersection_union(confusion(pred, target, 2))
-        self.counts[row] += counts.to(self.counts.device)
+        pairs = torch.tensor([counts[2:], counts[:2]], dtype=torch.int64)
+        self.counts[row] += pairs.to(self.counts.device)
         self.episodes[row] += 1
-        background, foreground = counts.tolist()
-        return Counts(*foreground, *background)
+        return counts
 
     def merge(self, other: FewShotMeter) -> None:
         """Add the counts of another meter of the same classes."""
