@@ -25,7 +25,7 @@ from model import System, configure, content_hash, needs_clip, open_tested, syst
 from model.verify import trace_all
 from util import cli, protocol
 from util.cache import TensorCache, open_cache
-from util.config import Config
+from util.config import Config, home_of
 from util.report.gallery import gallery
 from util.report.summary import label, prior_quality, summarise
 from util.report.viz import Card
@@ -52,6 +52,8 @@ def main() -> None:
     arguments = cli.parse(__doc__, episodes=True)
     config = configure(arguments.config, arguments.arch, arguments.overrides)
     place = Experiment.from_config_path(arguments.arch, arguments.config, config.Runtime.output)
+    if config.Test_Finetune.trained_on:  # a result of its own, beside those of other weights
+        place = replace(place, net=config.Test_Finetune.trained_on.replace("/", "_"))
     context = distributed.start(arguments.gpus, config.Runtime)
     try:
         preflight.make_data(config, context)
@@ -138,6 +140,7 @@ def weight_file(config: Config, place: Experiment) -> Path:
         return NONE
     if config.Test_Finetune.weight != "auto":
         return Path(config.Test_Finetune.weight)
+    place = place.home(config.Test_Finetune.trained_on)
     return place.last if config.Train.selection == "last" and place.last.is_file() else place.best
 
 
@@ -149,7 +152,7 @@ def ready(config: Config, place: Experiment) -> None:
     frozen = weight.suffix == ".safetensors"  # a published checkpoint brings everything along
     if frozen and weight.is_file():
         meta = read_meta(weight)
-        wanted = identity(place.arch, cls.facts, with_selection(config, place.arch, weight))
+        wanted = identity(place.arch, cls.facts, with_selection(home_of(config), place.arch, weight))
         findings.append(preflight.attempt("checkpoint", lambda: check_identity(weight, meta, wanted) or str(weight)))
         frozen = EXPORT not in meta and cls.facts.frozen
     clip = needs_clip(place.arch, config)
@@ -194,7 +197,7 @@ def summary(config: Config, place: Experiment, context: Context, scored: Scored,
         "setting": task.setting, "unit": task.unit,
         "backbone": f"{config.Method.backbone}" + (f" (width {config.Method.width})" if config.Method.width != 64 else ""),
         "priors": system.prior_names, "checkpoint": str(scored.weight),
-        "protocol": used.describe(system.reads_text, task.says) | trained_with(scored.weight),
+        "protocol": used.describe(system.reads_text, task.says) | trained_with(config, scored.weight),
         "protocol_hash": used.hash, "protocol_parts": used.parts, "mark": system.mark,
         "warnings": [*system.warnings, *skipped(seeds, task.unit)],
         "environment": environment(context.device) | provenance(config, scored),
@@ -240,15 +243,17 @@ def learning_curves(config: Config, place: Experiment, weight: Path) -> dict[str
         return {}
     files, before = {place.arch: weight}, system_class(place.arch).facts.before
     if before:
-        files["base learner"] = before_file(config, place, before)
+        files["base learner"] = before_file(config, place.home(config.Test_Finetune.trained_on), before)
     found = {name: curves.read(file.parents[1] / curves.FILE) for name, file in files.items()}
     return {name: points for name, points in found.items() if points}
 
 
-def trained_with(weight: Path) -> dict[str, str]:
+def trained_with(config: Config, weight: Path) -> dict[str, str]:
     """What a checkpoint of ours tells of its training that the protocol of the test does not."""
+    home = config.Test_Finetune.trained_on
+    found = {"weights trained on": home} if home else {}
     vocabulary = read_meta(weight).get("vocabulary") if weight.suffix == ".safetensors" else None
-    return {"text vocabulary in training": vocabulary} if vocabulary else {}
+    return found | ({"text vocabulary in training": vocabulary} if vocabulary else {})
 
 
 def pictures(context: Context, scored: Scored) -> list[Card]:

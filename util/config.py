@@ -11,11 +11,23 @@ from typing import Any, Literal, get_args
 
 import yaml
 
-from util.errors import UserError, nearest
-from util.yaml_text import parse_yaml, set_key, short
+from util.errors import UserError
+from util.layers import (
+    CONFIGS,
+    PROTOCOLS,
+    SYSTEMS,
+    data_layers,
+    file_layers,
+    home_file,
+    mapping,
+    meant,
+    network_layers,
+    override,
+    read_layer,
+    system_layers,
+)  # fmt: skip
+from util.yaml_text import set_key
 
-CONFIGS = Path(__file__).parents[1] / "config"
-PROTOCOLS, SYSTEMS = CONFIGS / "protocol", CONFIGS / "system"  # one file per protocol; per system, its keys on every data set
 STRICT = "strict"  # the protocol of a system that no paper has one for
 
 Start = Literal["image", "pair", "class", "cycle"]  # what an episode starts from
@@ -116,6 +128,7 @@ class Method:
 @dataclass
 class Test_Finetune:
     weight: str = "auto"  # checkpoint; auto: snapshot/best of the experiment; published .pth files are imported
+    trained_on: str = ""  # DATASET/EXP/NET whose weights are tested on this data set; "": its own. Few-shot systems only
     ann_type: Literal["mask", "bbox"] = "mask"  # support annotation
     protocol: str = "auto"  # a file of config/protocol; auto: that of the system's paper (config/system), else `strict`
     leak_free: bool = True  # where the protocol leaks, also test without: another vocabulary, the last epoch's weights
@@ -175,12 +188,15 @@ def load_config(path: str | Path, arch: str | None = None, overrides: list[str] 
     """
     path, loose = Path(path), options is None
     config = Config(Method=(options or Method)())
-    *bases, fold = _layers(path)
-    system, recipe = _system_layers(path, arch)
-    layers = [*system, *bases, *recipe, fold, *((Path("command line"), _override(text)) for text in overrides or [])]
+    *bases, fold = file_layers(path)
+    system, recipe = system_layers(path, arch)
+    given = [(Path("command line"), override(text)) for text in overrides or []]
+    layers = [*system, *bases, *recipe, fold, *given]
     named = [(content.get("Test_Finetune") or {}).get("protocol") for _, content in [*recipe, *system]]
     paper = next(filter(None, named), STRICT)
     _apply(config, layers, loose)  # first without the protocol: which one, and of which data set?
+    if config.Test_Finetune.trained_on:
+        layers = [*network_layers(config.Test_Finetune.trained_on, arch), *data_layers([*bases, fold]), *given]
     name = paper if config.Test_Finetune.protocol == "auto" else config.Test_Finetune.protocol
     _apply(config, [(PROTOCOLS / f"{name}.yaml", protocol_layer(name, config.Train.data_set)), *layers], loose)
     config.Test_Finetune.protocol = name
@@ -188,18 +204,13 @@ def load_config(path: str | Path, arch: str | None = None, overrides: list[str] 
     return config
 
 
-def _nearest(path: Path) -> str:
-    """Say what there is in place of a config file that is missing."""
-    known = {folder.name: sorted(folder.glob(f"{folder.name}_*_*.yaml")) for folder in path.parent.parent.glob("*")}
-    files, sets = known.get(path.parent.name), sorted(name for name, files in known.items() if files)
-    if not files:
-        return _meant(path.parent.name, sets) or f"; there are the data sets {', '.join(sets)}" * bool(sets)
-    experiments = ", ".join(sorted({names_of(file)[1] for file in files}))
-    return f"{_meant(path.stem, [file.stem for file in files])}; {files[0].parent.name} has {experiments}"
-
-
-def _meant(name: str, known: list[str]) -> str:
-    return f"; did you mean {near}?" if (near := nearest(name, known)) else ""
+def home_of(config: Config) -> Config:
+    """Return the config with the data that the tested weights learnt from; itself where these are its own."""
+    if not config.Test_Finetune.trained_on:
+        return config
+    home = load_config(home_file(config.Test_Finetune.trained_on), options=None)
+    own = {key: getattr(home.Train, key) for key in ("data_set", "split", "use_split_coco")}
+    return dataclasses.replace(config, Data=home.Data, Train=dataclasses.replace(config.Train, **own))
 
 
 def config_of(content: dict, source: str, overrides: list[str] | None = None, options: type[Method] = Method) -> Config:
@@ -210,7 +221,7 @@ def config_of(content: dict, source: str, overrides: list[str] | None = None, op
     """
     config = Config(Method=options())
     _apply(config, [(Path(source), renewed(content, options))])
-    _apply(config, [(Path("command line"), _override(text)) for text in overrides or []])
+    _apply(config, [(Path("command line"), override(text)) for text in overrides or []])
     _validate(config)
     return config
 
@@ -227,21 +238,6 @@ def renewed(content: dict, options: type[Method]) -> dict:
     return content
 
 
-def names_of(path: str | Path) -> tuple[str, str, str]:
-    """Return (DATASET, EXP, NET) of config/DATASET/DATASET_EXP_NET.yaml.
-
-    Raises:
-        UserError: the file has another kind of name.
-    """
-    path = Path(path)
-    data_set = path.parent.name
-    rest = path.stem.removeprefix(f"{data_set}_")
-    exp, _, net = rest.partition("_")
-    if rest == path.stem or not net:
-        raise UserError(f"config file {path}: expected the name config/DATASET/DATASET_EXP_NET.yaml")
-    return data_set, exp, net
-
-
 def protocol_names() -> list[str]:
     return sorted(file.stem for file in PROTOCOLS.glob("*.yaml"))
 
@@ -253,10 +249,10 @@ def protocol_layer(name: str, data_set: str, within: tuple[str, ...] = ()) -> di
         UserError: no such protocol, or a part of its file that is neither a section of a config nor a data set.
     """
     if name not in protocol_names():
-        raise UserError(f"Test_Finetune.protocol = {name!r}{_meant(name, protocol_names())}; there are "
+        raise UserError(f"Test_Finetune.protocol = {name!r}{meant(name, protocol_names())}; there are "
                         f"{', '.join(protocol_names())} in {PROTOCOLS}")
     file, sections = PROTOCOLS / f"{name}.yaml", [f.name for f in dataclasses.fields(Config)]
-    content = _read(file)
+    content = read_layer(file)
     base = content.pop("extends", None)
     if base in (*within, name):
         raise UserError(f"{file}: `extends` runs in a circle")
@@ -266,66 +262,19 @@ def protocol_layer(name: str, data_set: str, within: tuple[str, ...] = ()) -> di
     for part in by_data_set:
         if part != data_set and part not in sets:
             raise UserError(f"{file}: {part!r} is no section of a config and no data set"
-                            f"{_meant(part, [*sections, *sets]) or '; sections are ' + ', '.join(sections)}")
+                            f"{meant(part, [*sections, *sets]) or '; sections are ' + ', '.join(sections)}")
     for own in (content, by_data_set.get(data_set, {})):
         layer = {section: layer.get(section, {}) | own.get(section, {}) for section in layer | own}
     return layer
 
 
-def _override(text: str) -> dict[str, dict]:
-    """Parse `Section.key=value` into {section: {key: value}}."""
-    name, equals, value = text.partition("=")
-    section, dot, key = name.partition(".")
-    if not equals or not dot:
-        raise UserError(f"override {text!r}: write Section.key=value, for instance Train.epochs=5")
-    return {section: {key: parse_yaml(value, f"override {text!r}: {value!r}")}}
-
-
 def _apply(config: Config, layers: list[tuple[Path, dict]], loose: bool = False) -> None:
     for file, content in layers:
         for section, values in content.items():
-            for key, value in _mapping(values, f"{file}: {section}").items():
+            for key, value in mapping(values, f"{file}: {section}").items():
                 if loose and section == "Method" and not hasattr(config.Method, str(key)):
                     continue
                 set_key(config, section, key, value, str(file))
-
-
-def _layers(path: Path, seen: tuple[Path, ...] = ()) -> list[tuple[Path, dict]]:
-    """Return the file and all files that it extends, base first."""
-    content = _read(path)
-    if path.resolve() in seen:
-        raise UserError(f"{path}: `extends` runs in a circle")
-    base = content.pop("extends", None)
-    if base is None:
-        return [(path, content)]
-    if not isinstance(base, str):
-        raise UserError(f"{path}: `extends` must name one file")
-    return [*_layers(path.parent / base, (*seen, path.resolve())), (path, content)]
-
-
-def _system_layers(path: Path, arch: str | None) -> tuple[list[tuple[Path, dict]], list[tuple[Path, dict]]]:
-    """What a system keeps on every data set, and its recipes beside a fold's file; empty lists where there is none."""
-    exp = path.stem.removeprefix(f"{path.parent.name}_").partition("_")[0]
-    system, recipes = [SYSTEMS / f"{arch}.yaml"], [path.parent / f"{arch}.yaml", path.parent / f"{arch}_{exp}.yaml"]
-    return tuple([(file, _read(file)) for file in files if arch and file.is_file()] for files in (system, recipes))
-
-
-def _read(path: Path) -> dict:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise UserError(f"no config file {path}{_nearest(path)}") from error
-    except (OSError, ValueError) as error:  # a folder, no UTF-8, a name that cannot be one
-        raise UserError(f"config file {path} cannot be read ({error})") from error
-    return _mapping(parse_yaml(text, str(path)), str(path))
-
-
-def _mapping(value: Any, where: str) -> dict:
-    if value is None:
-        return {}
-    if not isinstance(value, dict):
-        raise UserError(f"{where}: expected `key: value` lines, found {short(value)}")
-    return value
 
 
 def options_of(values: Method | dict[str, Any], options: type[Method]) -> Method:

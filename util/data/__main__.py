@@ -12,13 +12,14 @@ from pathlib import Path
 
 from util import cli, protocol
 from util.cache import CACHE
-from util.config import Config, load_config, names_of
+from util.config import Config, load_config
 from util.data import hsnet_splits
 from util.data.episodes import episodes_per_class
 from util.data.fold_counts import store, verdict
 from util.data.index import build_index, table
 from util.data.manifest import episode_hash, manifest_text, write_manifest
 from util.data.source import EpisodeSource
+from util.layers import names_of
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -76,6 +76,24 @@ def fold_of(config: Config) -> Fold:
     return Fold(train.data_set, train.split, novel, base)
 
 
+def check_disjoint(home: Fold, home_names: ClassNames, tested: Fold, names: ClassNames) -> None:
+    """Raise UserError where weights learnt a class that they are tested on, under the same name or a known other one."""
+    learnt = {_plain(home_names.names[c - 1]): home_names.names[c - 1] for c in home.base}
+    shared = [names.names[c - 1] for c in tested.novel if _plain(names.names[c - 1]) in learnt]
+    if shared:
+        raise UserError(f"the weights of {home.data_set} split{home.split} learnt {len(shared)} of the {len(tested.novel)} "
+                        f"classes they would be tested on: {', '.join(shared)}. Test classes that they never saw (COCO to PASCAL: "
+                        "the data set coco2pascal, the same split), or name others in Data.folds")
+
+
+SAME = {"airplane": "aeroplane", "motorcycle": "motorbike", "couch": "sofa", "tv": "tvmonitor"}  # COCO's names -> PASCAL's
+
+
+def _plain(name: str) -> str:
+    letters = "".join(character for character in name.lower() if character.isalnum())
+    return SAME.get(letters, letters)
+
+
 def _is_test_set(file: Path) -> bool:
     try:
         return parse_yaml(file.read_text(encoding="utf-8-sig"), f"Data.folds: {file}") == "all"

@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import cache
 from typing import Any, ClassVar
 
@@ -42,7 +43,8 @@ class FewShotTask(EpisodeSource):
 
     def evaluate(self, predict: Predict, test: Test, how: How) -> Scores:
         rule = Rule.of(self.config)
-        scores = evaluate_episodes(predict, test.data, test.count, self.fold, how, test.label, rule)
+        fold = replace(self.fold, base=()) if self.config.Test_Finetune.trained_on else self.fold  # its base classes are no one's
+        scores = evaluate_episodes(predict, test.data, test.count, fold, how, test.label, rule)
         if how.control:
             scores.control = evaluate_control(predict, WrongSupports(test.data, test.count), how, rule)
         return scores
@@ -109,7 +111,7 @@ def evaluate_episodes(
                 priors.update({name: prediction.maps[name][i] for name in prediction.priors}, truth, cls, placed)
                 if prediction.meta is not None:
                     meters["meta"].update(placed.restore(prediction.meta[i]).argmax(0), truth, cls)
-                if prediction.base is not None:
+                if prediction.base is not None and fold.base:
                     base.update(file.restore(prediction.base[i]).argmax(0), episode.original_base[i])
                 if how.trivial:
                     meters["baseline everything foreground"].update(torch.ones_like(truth), truth, cls)
