@@ -82,8 +82,8 @@ def check_disjoint(home: Fold, home_names: ClassNames, tested: Fold, names: Clas
     shared = [names.names[c - 1] for c in tested.novel if _plain(names.names[c - 1]) in learnt]
     if shared:
         raise UserError(f"the weights of {home.data_set} split{home.split} learnt {len(shared)} of the {len(tested.novel)} "
-                        f"classes they would be tested on: {', '.join(shared)}. Test classes that they never saw (COCO to PASCAL: "
-                        "the data set coco2pascal, the same split), or name others in Data.folds")
+                        f"classes they would be tested on: {', '.join(shared)}. Test classes that they never saw (COCO to "
+                        "PASCAL: the data set coco2pascal, the same split), or name others in Data.folds")
 
 
 SAME = {"airplane": "aeroplane", "motorcycle": "motorbike", "couch": "sofa", "tv": "tvmonitor"}  # COCO's names -> PASCAL's
