@@ -68,15 +68,16 @@ def deepglobe(root: Path, flat: bool = False) -> None:
 
 
 def isaid(root: Path) -> None:
-    tiles = root / "iSAID_patches/val"
-    for c in range(1, 16):
-        for n in range(2):
-            name = f"P{c:04d}_{n}"
-            pair(tiles / f"images/{name}.png", tiles / f"masks/{name}_instance_color_RGB.png", n, c)
-    for fold in range(3):
-        lines = [f"P{c:04d}_{n}_instance_color_RGB__{c}" for c in range(5 * fold + 1, 5 * fold + 6) for n in (1, 0)]
-        (root / "splits/val").mkdir(parents=True, exist_ok=True)
-        (root / f"splits/val/fold{fold}.txt").write_text("\n".join(lines) + "\n")
+    for split, folder in (("val", "val"), ("trn", "train")):
+        tiles = root / f"iSAID_patches/{folder}"
+        for c in range(1, 16):
+            for n in range(2):
+                name = f"{split}{c:04d}_{n}"
+                pair(tiles / f"images/{name}.png", tiles / f"masks/{name}_instance_color_RGB.png", n, c)
+        for fold in range(3):
+            lines = [f"{split}{c:04d}_{n}_instance_color_RGB__{c}" for c in range(5 * fold + 1, 5 * fold + 6) for n in (1, 0)]
+            (root / f"splits/{split}").mkdir(parents=True, exist_ok=True)
+            (root / f"splits/{split}/fold{fold}.txt").write_text("\n".join(lines) + "\n")
 
 
 def box(x0: int, y0: int, x1: int, y1: int) -> list[list[float]]:

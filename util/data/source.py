@@ -185,7 +185,8 @@ class EpisodeSource(Source):
         if not test.episodes:
             return {seed: self.drawn(seed) for seed in test.seeds}
         return read_manifest(test.episodes, self.records("val_list"), self.fold.novel, self.config.Train.shot,
-                             repeats=self.config.Train.draw != "image", names=self.names.names)  # fmt: skip
+                             repeats=self.config.Train.draw != "image", names=self.names.names,
+                             of={"data set": self.config.Train.data_set, "split": self.config.Train.split})  # fmt: skip
 
     def episodes(self, episodes: AnyEpisodes) -> EpisodeDataset:
         """Return the data set of these episodes for evaluation."""

@@ -41,6 +41,7 @@ class Found:
     pairs: Sequence[Pair]
     folds: Sequence[Sequence[str]] = ()
     missing: Sequence[str] = field(default=())
+    train: Sequence[Pair] = ()  # of a training list, where the source has one
 
 
 def locate(folder: Path, *names: str) -> Path:
@@ -153,14 +154,25 @@ def deepglobe(root: Path, _: str) -> dict[str, Found]:
 
 
 def isaid(root: Path, _: str) -> dict[str, Found]:
-    """Tiles, masks TILE_instance_color_RGB.png with 0, 1..15 and 255, and lists val/fold{0,1,2}.txt of lines TILE__CLASS."""
-    suffix = "_instance_color_RGB"
-    files = {path.stem: path for path in sorted(root.rglob("*.png")) if "train" not in path.relative_to(root).parts}
-    listed = [next(iter(sorted(root.rglob(f"val/fold{fold}.txt"))), None) for fold in range(3)]
-    if None in listed:
-        raise UserError(f"{root}: no val/fold{listed.index(None)}.txt in it: the lists of iSAID-5i, splits/val")
+    """Tiles, masks TILE_instance_color_RGB.png with 0, 1..15 and 255, and lists {trn,val}/fold{0,1,2}.txt of lines TILE__CLASS.
+
+    The list trn of a fold has pairs of its own classes; training on fold f reads those of the others.
+    """
+    pairs, lost = _tiles(root, "val")
+    learnt, lost_too = _tiles(root, "trn") if [*root.rglob("trn/fold0.txt")] else ([], [])
+    folds = [TILES[5 * fold : 5 * fold + 5] for fold in range(3)]
+    return {"": Found(TILES, pairs, folds, absent("tiles, image or mask", lost + lost_too), learnt)}
+
+
+def _tiles(root: Path, split: str) -> tuple[list[Pair], list[str]]:
+    """Return the pairs of a split's three lists, and the tiles that are not there."""
+    suffix, other = "_instance_color_RGB", "train" if split == "val" else "val"
+    files = {path.stem: path for path in sorted(root.rglob("*.png")) if other not in path.relative_to(root).parts}
     pairs, lost = [], []
-    for fold, path in enumerate(listed):
+    for fold in range(3):
+        path = next(iter(sorted(root.rglob(f"{split}/fold{fold}.txt"))), None)
+        if path is None:
+            raise UserError(f"{root}: no {split}/fold{fold}.txt in it: the lists of iSAID-5i, splits/{split}")
         for number, line in enumerate(path.read_text(encoding="utf-8").split(), start=1):
             tile, _, cls = line.rpartition("__")
             if not (tile and cls.isdigit() and 5 * fold < int(cls) <= 5 * fold + 5):
@@ -171,5 +183,4 @@ def isaid(root: Path, _: str) -> dict[str, Found]:
                 pairs.append(Pair(int(cls), files[tile], files[f"{tile}{suffix}"], int(cls)))
             else:
                 lost.append(tile)
-    folds = [TILES[5 * fold : 5 * fold + 5] for fold in range(3)]
-    return {"": Found(TILES, pairs, folds, absent("tiles, image or mask", lost))}
+    return pairs, lost

@@ -48,7 +48,8 @@ FACTS = {
     "lung": Facts(lung, {"566": {"masks": 566}, "704": {"masks": 704}}, ("", "566", "704")),
     "suim": Facts(suim, {"train and test": {"images": 1635}}),
     "deepglobe": Facts(deepglobe, {"5666": {"images": 5666}, "9174": {"images": 9174}}),
-    "isaid": Facts(isaid, {"iSAID-5i": {"fold 0": 3108, "fold 1": 3657, "fold 2": 3298}}),
+    "isaid": Facts(isaid, {"iSAID-5i": {"fold 0": 3108, "fold 1": 3657, "fold 2": 3298, "to train on": 28232},
+                            "iSAID-5i without training": {"fold 0": 3108, "fold 1": 3657, "fold 2": 3298, "to train on": 0}}),
     "pascal_part": Facts(pascal_part, {"PASCAL-Part": {"classes": 56, "fold 1": 959}}),
     "paco_part": Facts(paco_part, {"PACO-Part": {"parts": 4}}),
     "lvis": Facts(lvis, {"1shot": {"classes": 920}, "5shot": {"classes": 680}}, ("1shot", "5shot")),
@@ -90,11 +91,12 @@ def shown(counts: Counts) -> str:
 
 
 def tally(found: Mapping[str, Found]) -> Counter[str]:
-    """Count images, masks, classes, parts, and the masks of each class and of each fold, by their names."""
+    """Count images, masks, pairs to train on, classes, parts, and the masks of each class and of each fold, by their names."""
     counts = Counter(parts=len(found), classes=sum(len(part.classes) for part in found.values()))
     for part in found.values():
         counts["images"] += len({pair.image.stem for pair in part.pairs})
         counts["masks"] += len(part.pairs)
+        counts["to train on"] += len(part.train)
         for pair in part.pairs:
             counts[part.classes[pair.cls - 1]] += 1
         for number, members in enumerate(part.folds):
@@ -131,7 +133,7 @@ def open_folder(source: Path, out: Path) -> Path:
 def write(found: Found, root: Path, out: Path, name: str, lists: Path, title: str) -> None:
     """Write labels (and crops) and links to the images under out / name, then the lists, whose paths begin at `out`."""
     jobs, lines = [], []
-    for pair in found.pairs:
+    for pair in [*found.pairs, *found.train]:
         inner, cls, kind = pair.image.relative_to(root), f"{pair.cls:03d}", "crops" if pair.box else "images"
         image = Path(name, kind, cls, inner.with_suffix(".png") if pair.box else inner).as_posix()
         label = Path(name, "labels", cls, inner.with_suffix(".png")).as_posix()
@@ -139,7 +141,7 @@ def write(found: Found, root: Path, out: Path, name: str, lists: Path, title: st
             raise UserError(f"{pair.image}: a path must not hold spaces: rename the files, or link them under other names")
         jobs.append((pair, out / image, out / label))
         lines.append((image, label))
-    for cls in sorted({pair.cls for pair in found.pairs if not pair.box}):
+    for cls in sorted({pair.cls for pair in [*found.pairs, *found.train] if not pair.box}):
         link(root, out / name / f"images/{cls:03d}")
     written = sum(each(write_pair, jobs, "labels"))
     print(f"{out / name / 'labels'}: {written:,} labels written, {len(jobs) - written:,} were there")
@@ -148,8 +150,11 @@ def write(found: Found, root: Path, out: Path, name: str, lists: Path, title: st
     (lists / "classes.txt").write_text("".join(f"{line}\n" for line in names), encoding="utf-8")
     folds = [f"split{i}: [{', '.join(map(repr, members))}]\n" for i, members in enumerate(found.folds)]
     (lists / "folds.yaml").write_text(f"# {title}\n" + ("".join(folds) or "all\n"), encoding="utf-8")
-    write_list(lists / "val.txt", lines)
-    print(f"{lists / 'val.txt'}: {len(lines):,} pairs of image and class")
+    count = len(found.pairs)
+    for split, part in (("val", lines[:count]), ("train", lines[count:])):
+        if part:
+            write_list(lists / f"{split}.txt", part)
+            print(f"{lists / split}.txt: {len(part):,} pairs of image and class")
 
 
 def write_pair(job: tuple[Pair, Path, Path]) -> bool:
