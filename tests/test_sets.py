@@ -17,7 +17,7 @@ from util.data.index import read_list
 from util.data.source import EpisodeSource
 from util.data.transforms import read_label
 from util.errors import UserError
-from util.prepare.__main__ import prepare
+from util.prepare.__main__ import SETS, prepare
 from util.prepare.sets import FACTS
 
 MASKS = {"fss": 20, "isic": 9, "lung": 8, "suim": 14, "deepglobe": 12, "isaid": 30, "lvis": 6, "pascal_part": 15, "paco_part": 6}
@@ -32,6 +32,7 @@ def run(name: str, *more: str, draw=None) -> str:
 
 @pytest.mark.parametrize("name", FACTS)
 def test_from_a_folder_to_episodes(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    assert FACTS.keys() == SETS.keys() == layouts.DRAW.keys()
     monkeypatch.chdir(tmp_path)
     layouts.DRAW[name](Path("download"))
     before = {path: path.read_bytes() for path in Path("download").rglob("*") if path.is_file()}

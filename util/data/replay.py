@@ -104,6 +104,8 @@ def by_fold(index: Index, classes: Sequence[int], shot: int, count: int, seed: i
         cls = generator.choice(classes)
         query = generator.choice(index.by_class[cls])
         others = [support for support in index.supports[cls] if support != query]
+        if len(others) < shot:
+            raise UserError(f"class {cls} has {len(others)} image(s) large enough beside a query, {shot} shots need as many")
         drawn.append(Drawn(query, cls, tuple(generator.sample(others, shot))))
     return drawn
 

@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from util.errors import UserError
-from util.prepare.sets import FACTS
 
 ROOT = {"pascal": Path("data/VOCdevkit/VOC2012"), "coco": Path("data/MSCOCO2014")}  # as in config/*/base.yaml
 FOLDERS = {  # data roots as in config/*/zero_shot.yaml
@@ -23,6 +22,13 @@ FOLDERS = {  # data roots as in config/*/zero_shot.yaml
     "coco_stuff": (Path("data/coco_stuff164k"), "COCO-Stuff 164k, 171 classes"),
     "context": (Path("data/VOCdevkit/VOC2010"), "PASCAL Context, 59 classes"),
 }
+SETS = {  # data sets that are only tested on, util/prepare/sets.py
+    "fss": "FSS-1000, its 240 test classes", "isic": "ISIC 2018, skin lesions of three classes",
+    "lung": "chest X-rays, variants 704 and 566", "suim": "SUIM, seven classes under water",
+    "deepglobe": "DeepGlobe, land cover of six classes, variants 5666 and 9174", "isaid": "iSAID-5i, 15 classes in three folds",
+    "pascal_part": "PASCAL-Part, 56 parts in four folds", "paco_part": "PACO-Part, 448 parts in four folds",
+    "lvis": "LVIS-92i, ten folds, variants 1shot and 5shot",
+}  # fmt: skip
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -38,11 +44,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     coco.add_argument("--images", type=Path, required=True, help="the folder that holds train2014 and val2014")
     coco.add_argument("--annotations", type=Path, nargs="+", required=True, metavar="JSON",
                       help="instances_train2014.json, instances_val2014.json; the file name says which split it is")
-    for name, facts in FACTS.items():
-        command = commands.add_parser(name, help=f"a data set to test on: {', '.join(facts.variants)}")
+    for name, words in SETS.items():
+        command = commands.add_parser(name, help=words)
         command.add_argument("--from", type=Path, required=True, dest="source", metavar="DIR_OR_ARCHIVE",
                              help="the folder, or its zip or tar archive, which goes to OUT/source")
-        command.add_argument("--variant", default="", help=f"where there are several: {', '.join(facts.variants)}")
+        command.add_argument("--variant", default="", help="where there are several; else the counts tell it")
         command.add_argument("--out", type=Path, help=f"the data root (default data/{name})")
     for name, (root, words) in FOLDERS.items():
         command = commands.add_parser(name, help=words)
@@ -59,13 +65,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def prepare(argv: Sequence[str] | None) -> None:
     args = vars(parse(argv))
     data_set = args.pop("data_set")
-    if data_set in FOLDERS or data_set in FACTS:
+    if data_set in FOLDERS or data_set in SETS:
         args["data_set"] = data_set
     if args["partial"] and not args["lists"]:
         raise UserError(f"--partial needs --lists DIR: lists/{data_set} is for the lists of the whole data set")
     args["lists"] = args["lists"] or Path("lists") / data_set
     try:
-        name = "folders" if data_set in FOLDERS else "sets" if data_set in FACTS else data_set
+        name = "folders" if data_set in FOLDERS else "sets" if data_set in SETS else data_set
         importlib.import_module(f"util.prepare.{name}").prepare(**args)
     except ModuleNotFoundError as error:  # scipy, pycocotools: not needed for training
         raise UserError(f"the package {error.name} is missing; `python env.py` prepares .venv with it") from error
