@@ -11,6 +11,7 @@ from model.clip.load import HUB_NAME
 from util.config import CLIP, Config
 from util.errors import UserError
 from util.files import ROOT
+from util.pool import cores
 
 
 def asked_config(given: argparse.Namespace, weights: Path) -> Config | None:
@@ -40,7 +41,7 @@ def use_threads(asked: int | None) -> int:
     """
     if asked is not None and asked < 1:
         raise UserError(f"--threads {asked}: must be at least 1")
-    count = asked or max(1, round(len(os.sched_getaffinity(0)) - os.getloadavg()[0]))
+    count = asked or max(1, round(cores() - os.getloadavg()[0]))
     torch.set_num_threads(count)
     return count
 
