@@ -245,9 +245,10 @@ def check(arguments: list[str]) -> int:
         rows = check_config(given.config, given.arch, given.overrides, full=given.full)
         print(f"{given.config}, {given.arch}\n" + table(rows))
         return int(not all(row.ok for row in rows))
-    for config in sorted(ROOT.glob("config/*/*_split0_resnet50.yaml")):  # for information, one config per data set
+    print("what each data set takes; only the one that you run has to be there (env.py check --config FILE looks at one)")
+    for config in sorted(ROOT.glob("config/*/*_split0_resnet50.yaml")):
         name = str(config.relative_to(ROOT))
-        print(f"{name}, {given.arch}\n" + table(check_config(name, given.arch, [], quick=True)))
+        print(f"{name}, {given.arch}\n" + table(check_config(name, given.arch, [], quick=True), missing="absent"))
     return 0
 
 

@@ -11,12 +11,14 @@ from typing import Any, Literal
 
 import yaml
 
+from util import ROOT
 from util.errors import UserError, nearest
 from util.yaml_text import parse_yaml, set_key, short
 
-CONFIGS = Path(__file__).parents[1] / "config"
+CONFIGS = ROOT / "config"
 PROTOCOLS, SYSTEMS = CONFIGS / "protocol", CONFIGS / "system"  # one file per protocol; per system, its keys on every data set
 STRICT = "strict"  # the protocol of a system that no paper has one for
+HUB_NAME = "ViT-B-16-quickgelu/openai"  # the published CLIP, as CLIP.clip_path names it on the hub
 
 
 @dataclass
