@@ -130,7 +130,7 @@ class Match(nn.Module):
 
         # The softmax runs over *query* positions, so each support token spreads one unit of attention over the query
         # and padding tokens are silenced by their value alone.
-        attention = (k @ q.transpose(2, 3) / TEMPERATURE).softmax(3)  # B H M N
+        attention = (k / TEMPERATURE @ q.transpose(2, 3)).softmax(3)  # B H M N
         matched = query + self.dropout(self.o(merge_heads(attention.transpose(2, 3) @ (v * valid))))
         matched = matched + self.ffn(self.norm2(matched), size)
 
