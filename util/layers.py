@@ -3,10 +3,11 @@
 from pathlib import Path
 from typing import Any
 
+from util import ROOT
 from util.errors import UserError, nearest
 from util.yaml_text import parse_yaml, short
 
-CONFIGS = Path(__file__).parents[1] / "config"
+CONFIGS = ROOT / "config"
 PROTOCOLS, SYSTEMS = CONFIGS / "protocol", CONFIGS / "system"  # one file per protocol; per system, its keys on every data set
 TESTED = {"Data": None, "Train": ("data_set", "split", "use_split_coco", "shot"), "Test_Finetune": None}  # of the data; None: all
 
