@@ -58,7 +58,7 @@ def text(results: Sequence[Mapping]) -> str:
     for row in rows:
         if row["group"] != group:
             group = row["group"]
-            lines += ["", _line((group, *COLUMNS[1:]), wide)]
+            lines += ["", _line((group, *COLUMNS[1:5], COLUMNS[5] * bool(row["cells"][5])), wide)]
         lines.append(_line(row["cells"], wide) + mark)
     return "\n".join([*lines, "", "Differences are to the first row of the score, on the same resampled query images."])
 
