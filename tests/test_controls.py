@@ -20,9 +20,9 @@ from util.report.write import render, text_table
 from util.run.distributed import Context
 from util.run.log import RunLog
 from util.score.episodes import evaluate_control, evaluate_episodes
-from util.score.rules import Rule
-from util.score.statistics import support_gap
-from util.score.table import EpisodeTable
+from util.score.rules import Rule, under
+from util.score.statistics import pooled, support_gap
+from util.score.table import EpisodeTable, read_episodes
 from util.score.task import How
 
 ROOT, CPU, COUNT = Path(__file__).parents[1], torch.device("cpu"), 12
@@ -84,6 +84,22 @@ def test_the_support_gap(data, tmp_path) -> None:
         sums[data.episodes.spec(i).cls] += (truth == 1).sum().item(), (truth != 255).sum().item()
     assert baselines["everything foreground"]["miou"] == pytest.approx(np.mean([hit / union for hit, union in sums.values()]))
     assert 0.9 < baselines["mean of the support masks"]["miou"] < 1  # the blocks lie in one corner
+
+
+def test_the_headline_follows_the_rule(data, tmp_path) -> None:
+    """Scores, rows and spread of an evaluation under a rule are those that any evaluation stores for it."""
+    plain_rows, shares = None, {}
+    with RunLog(tmp_path, "log", quiet=True) as log:
+        for rule in (Rule(), M1, Rule("square", "background"), Rule("letterbox", "background", "m1")):
+            found = evaluate_episodes(by_query, data, COUNT, data.fold, How(Context(CPU), log, batch=5), rule=rule)
+            rows = EpisodeTable.of("x", {0: found.rows}, absent=rule.absent(data.fold.novel, {1, 2, 3}))
+            plain_rows = rows if plain_rows is None else plain_rows
+            assert (rows.tallies == plain_rows.tallies).all()
+            assert (rows.counts == under(plain_rows.tallies, rule.grid, rule.void)).all()
+            assert found.record["miou"] == pytest.approx(pooled(rows)["miou"]) and found.record["undrawn"] == [4, 5]
+            assert read_episodes({"episodes": rows.to_json()}).absent == rows.absent
+            shares[rule] = found.record["miou"]
+    assert shares[Rule()] == pytest.approx(shares[M1] * 3 / 5)
 
 
 def test_what_is_said_of_it() -> None:

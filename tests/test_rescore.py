@@ -92,6 +92,7 @@ def test_command_and_page(tmp_path, monkeypatch, capsys) -> None:
     code, text = run("new")
     assert code == 0 and "60 episodes of 15 different query images" in text and "never drawn: bird" in text
     assert sum("%" not in line and "[random CLIP]" in line for line in text.splitlines()) == len(given["rules"]["rows"])
+    assert text.splitlines()[-1].startswith("In a paper: mIoU") and "(c0ffee): file's pixels, void ignored, M0" in text
     for name, says in {"old": "no counts of single episodes", "one": "the counts of one rule alone: evaluate again"}.items():
         code, text = run(name)
         assert code == 2 and str(tmp_path / name) in text and says in text

@@ -58,9 +58,15 @@ def text(results: Sequence[Mapping]) -> str:
     for row in rows:
         if row["group"] != group:
             group = row["group"]
-            lines += ["", _line((group, *COLUMNS[1:]), wide)]
+            lines += ["", _line((group, *COLUMNS[1:5], COLUMNS[5] * bool(row["cells"][5])), wide)]
         lines.append(_line(row["cells"], wide) + mark)
-    return "\n".join([*lines, "", "Differences are to the first row of the score, on the same resampled query images."])
+    headline = found["rows"][0]
+    cited = (f"In a paper: mIoU {100 * headline['value']:.2f} ({summary.interval_text(headline['interval'])}), {of}, "
+             f"{summary.runs(first)}, protocol {summary.protocol(first)}: {found['headline']}")  # fmt: skip
+    if len(results) == 1 and first.get("control"):
+        cited += f"; support gap {summary.gap_text(first['control'])}"
+    lines += ["", "Differences are to the first row of the score, on the same resampled query images.", cited + mark]
+    return "\n".join(lines)
 
 
 def _line(cells: Sequence[str], wide: Sequence[int]) -> str:
