@@ -69,7 +69,7 @@ class TensorCache:
         if self.wanted <= self.budget:
             return ""
         needed, given = self.wanted / 2**30, self.budget / 2**30
-        return (f"the cache held {given:.1f} GB of {needed:.1f}, the rest was computed again: Runtime.cache_gb={needed:.1f} keeps "
+        return (f"the cache held {given:.1f} GB of {needed:.1f}, the rest was made again: Runtime.cache_gb={needed:.1f} keeps "
                 "all in memory, Runtime.cache_dir=FOLDER on a disk")
 
     def _keep(self, key: str, entry: Entry) -> None:
