@@ -14,7 +14,7 @@ from util import cli, protocol
 from util.cache import CACHE
 from util.config import Config, load_config
 from util.data import hsnet_splits
-from util.data.episodes import episodes_per_class
+from util.data.episodes import check_novel, episodes_per_class
 from util.data.fold_counts import store, verdict
 from util.data.index import build_index, table
 from util.data.manifest import episode_hash, manifest_text, write_manifest
@@ -65,7 +65,9 @@ def index(config: Config) -> None:
 def _episodes(source: EpisodeSource) -> Counter[int]:
     """Count the episodes of each class, of the first seed."""
     episodes = next(iter(source.test_episodes().values()))
-    return episodes_per_class(episodes, source.count or len(episodes))
+    count = source.count or len(episodes)
+    check_novel(episodes, source.fold, source.names, count)
+    return episodes_per_class(episodes, count)
 
 
 def export(config: Config, file: str, out: str | None) -> None:
