@@ -10,7 +10,7 @@ from tests.make.reports import result
 from util import cli
 from util.errors import UserError
 from util.report.__main__ import main
-from util.report.write import write_report
+from util.report.write import text_table, write_report
 from util.score.rescore import LABELS, rescore
 from util.score.statistics import pooled
 from util.score.table import EpisodeTable
@@ -74,6 +74,7 @@ def test_folds() -> None:
 def test_command_and_page(tmp_path, monkeypatch, capsys) -> None:
     given = scored(table(classes=2), mark="[random CLIP]")
     given |= {"rules": rescore([given])}
+    assert "never drawn: bird" in text_table(given) and "under M1" in text_table(given)
     page = write_report(tmp_path / "new", given, []).read_text()
     assert 'id="under-each-rule">' in page and "never drawn: bird" in page and LABELS["fb_mean"] in page  # closed at first
     write_report(tmp_path / "old", result(), [])

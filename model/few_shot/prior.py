@@ -35,6 +35,7 @@ class View:
     hidden: Tensor | None = None  # N 512 h' w': base learner before its classifier
     base: Tensor | None = None  # N B+1 h' w': base logits (queries)
     masked4: Tensor | None = None  # N C' h' w': stage 4 of the masked stage 3, masked again (supports)
+    unit: Tensor | None = None  # N C h w: `model.few_shot.system.unit_features` of the whole image
     level2: Tensor | None = None  # N n C h w: all blocks of a stage before their last ReLU (HSNet), in place of the middle
     level3: Tensor | None = None
     level4: Tensor | None = None

@@ -50,6 +50,13 @@ class Options(Method):
     low_fea: Literal["layer1", "layer2", "layer3"] = "layer2"  # stage whose Gram matrices measure scene difference
 
 
+def unit_features(stage3: Tensor, stage4: Tensor) -> Tensor:
+    """Return unit features of N images, N C h w, on a grid of at most `CELLS` x `CELLS`, so that a cache can keep them."""
+    unit = stage_features(stage3.float(), stage4.float())
+    h, w = (min(length, CELLS) for length in unit.shape[2:])
+    return unit if (h, w) == unit.shape[2:] else F.normalize(F.adaptive_avg_pool2d(unit, (h, w)), dim=1)
+
+
 class FewShot(System):
     """A frozen backbone, training-free priors, and the trained head.
 
@@ -153,12 +160,15 @@ class FewShot(System):
         Args:
             mask: N 1 S S of supports, None for queries.
         """
-        deep = bool(needs & {"stage4", "hidden", "base"})
+        deep = bool(needs & {"stage4", "hidden", "base", "unit"})
         stages = self.encoder(images, mask if self.masks_support else None, last=4 if deep else 3)
         middle = torch.cat([stages[3], resize(stages[2], stages[3].shape[2:])], 1)  # of one size except in VGG
         found = {"gram": gram(stages[self.low_stage])} | (self.reduce(middle, mask) if self.fixed_head else {"middle": middle})
         if "stage4" in needs:
             found["stage4"] = stages[4]
+        if "unit" in needs:
+            whole = stages if mask is None or not self.masks_support else self.encoder(images, None, last=4)
+            found["unit"] = unit_features(whole[3], whole[4])
         if needs & {"hidden", "base"}:
             learner: BaseLearner = self.base_learner.module
             hidden = learner.hidden(stages[4])
@@ -206,7 +216,8 @@ class FewShot(System):
     @torch.no_grad()
     def predict(self, batch: Episode, baselines: bool = False) -> Prediction:
         self._check(batch)
-        features, maps, decoded = self.run(batch, *((CosinePrior.query_needs, CosinePrior.support_needs) if baselines else ()))
+        needs = ({"unit"} | CosinePrior.query_needs, {"unit"} | CosinePrior.support_needs) if baselines else ()
+        features, maps, decoded = self.run(batch, *map(frozenset, needs))
         shown = {name: prior.float().flatten(1, -3).mean(1) for name, prior in maps.items()} | self.pictures(decoded)
         side = batch.query.shape[2:]
         scores = (decoded.final, decoded.meta, features.query.base)
@@ -229,31 +240,17 @@ class FewShot(System):
             cosine = CosinePrior()(batch, features).float().mean(1)[:, 0]
         side = batch.query_mask.shape[1:]
         found = {"cosine prior > 0.5": resize(cosine[:, None], side)[:, 0] > 0.5,
-                 "contrast > 0": resize(self.contrast(batch)[:, None], side)[:, 0] > 0}
+                 "contrast > 0": resize(self.contrast(batch, features)[:, None], side)[:, 0] > 0}
         if "vtp" in maps:
             found["text prior (VTP) > 0.5"] = resize(maps["vtp"][:, None], side)[:, 0] > 0.5
         return found
 
-    def contrast(self, batch: Episode) -> Tensor:
+    def contrast(self, batch: Episode, features: Features) -> Tensor:
         """Return contrast maps, B h w: `model.few_shot.contrast` on the encoder's features of whole images."""
-        device, images = batch.query.device, batch.support.flatten(0, 1)
         masks = batch.support_mask.flatten(0, 1)
-
-        def means(rows: Sequence[int] | slice) -> dict[str, Tensor]:
-            found = [support_means(x, mask) for x, mask in zip(self.unit_features(images[rows]), masks[rows], strict=True)]
-            return {"means": torch.stack(found)}
-
-        query = self.memo.rows("contrast", batch.query_key, device, lambda rows: {"unit": self.unit_features(batch.query[rows])})
-        support = self.memo.rows("contrast means", sum(batch.support_key, []), device, means)
-        shots = support["means"].unflatten(0, (len(batch.query), -1))
-        return torch.stack([contrast_to(x.float(), given) for x, given in zip(query["unit"], shots, strict=True)])
-
-    def unit_features(self, images: Tensor) -> Tensor:
-        """Return unit features of N images, N C h w, on a grid of at most `CELLS` x `CELLS`, so that a cache can keep them."""
-        stages = self.encoder(images, None, last=4)
-        unit = stage_features(stages[3].float(), stages[4].float())
-        h, w = (min(length, CELLS) for length in unit.shape[2:])
-        return unit if (h, w) == unit.shape[2:] else F.normalize(F.adaptive_avg_pool2d(unit, (h, w)), dim=1)
+        means = [support_means(unit, mask) for unit, mask in zip(features.support.unit, masks, strict=True)]
+        shots = torch.stack(means).unflatten(0, (len(batch.query), -1))
+        return torch.stack([contrast_to(unit, given) for unit, given in zip(features.query.unit, shots, strict=True)])
 
     def encoders(self, training: bool) -> list[nn.Module]:
         return [] if self.uses_base_learner else [self.encoder]

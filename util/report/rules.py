@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from util.report import summary
-from util.score.rescore import rescore
+from util.score.rescore import LABELS, rescore
 
 COLUMNS = ("", "score", "95 %", "difference", "95 %", "FB-IoU")
 
@@ -35,6 +35,15 @@ def flags(result: Mapping, flag: Mapping[str, Any]) -> list[str]:
         names = ", ".join(f"{summary.class_name(result, c)} ({n})" for c, n in flag["few"].items())
         found.append(f"classes with under five episodes in a seed: {names}")
     return found
+
+
+def notes(result: Mapping) -> list[str]:
+    """Return what a reader of the score must know of its episodes: `flags`, and M1 where a class was never drawn."""
+    found = result.get("rules") or {"rows": [], "flags": []}
+    said = [line for flag in found["flags"] for line in flags(result, flag)]
+    if any(flag["never"] for flag in found["flags"]):
+        said += [f"mIoU {100 * row['value']:.2f} under {row['name']}" for row in found["rows"] if row["name"] == LABELS["m1"]]
+    return said
 
 
 def text(results: Sequence[Mapping]) -> str:

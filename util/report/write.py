@@ -81,6 +81,7 @@ def text_table(result: Mapping) -> str:
         spread = f" ± {100 * sd:5.2f}" if sd is not None and len(result["seeds"]) > 1 else ""
         lines.append(f"  {name:<{width}}  {100 * mean:6.2f}{spread}  {note}".rstrip() + mark)
     lines += [f"  {line}" + (mark if result.get("control") else "") for line in summary.control_lines(result)]
+    lines += [f"  {line}" + (mark if "mIoU" in line else "") for line in rules.notes(result)]
     return "\n".join(lines)
 
 
@@ -140,7 +141,7 @@ def render(result: Mapping, cards: Sequence[Card]) -> str:
         "control": summary.control_lines(result),
         "facts": {"Protocol": result["protocol"], "Environment": result["environment"], "Time": result.get("time", {})},
         "rules": rules.table(result["rules"]) if result.get("rules") else [],
-        "flags": [line for flag in (result.get("rules") or {}).get("flags", []) for line in rules.flags(result, flag)],
+        "flags": rules.notes(result),
         "intervals": bool((result.get("interval") or {}).get("per_class")), "captions": captions,
         "figures": drawn, "causes": causes[-1] if causes else None, "rule": CAUSES,
         "confused": [(summary.class_name(result, c), n) for c, n in result.get("causes", {}).get("confused", {}).items()],

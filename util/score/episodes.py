@@ -97,8 +97,9 @@ def evaluate_episodes(
             with context.autocast():
                 prediction = predict(episode)
             side, trivial = episode.query.shape[-1], {}
-            if how.trivial:  # what supports say about the query by their shape and place alone
-                trivial["mean of the support masks"] = (episode.support_mask == 1).float().mean(1) >= 0.5
+            if how.trivial:  # what can be said without a look at the query
+                trivial = {"everything foreground": torch.ones_like(episode.query_mask, dtype=torch.bool),
+                           "mean of the support masks": (episode.support_mask == 1).float().mean(1) >= 0.5}
             for i, file in enumerate(episode.placed):
                 placed, truth = rule.place(file, side), rule.truth(episode.original_mask[i], side)
                 cls, number = int(episode.cls[i]), int(episode.number[i])
@@ -113,8 +114,6 @@ def evaluate_episodes(
                     meters["meta"].update(placed.restore(prediction.meta[i]).argmax(0), truth, cls)
                 if prediction.base is not None and fold.base:
                     base.update(file.restore(prediction.base[i]).argmax(0), episode.original_base[i])
-                if how.trivial:
-                    meters["baseline everything foreground"].update(torch.ones_like(truth), truth, cls)
                 for name, mask in (prediction.baselines | trivial).items():
                     scores = torch.stack([~mask[i], mask[i]]).float()
                     meters[f"baseline {name}"].update(placed.restore(scores).argmax(0), truth, cls)
