@@ -99,6 +99,7 @@ def test_the_headline_follows_the_rule(data, tmp_path) -> None:
             assert found.record["miou"] == pytest.approx(pooled(rows)["miou"]) and found.record["undrawn"] == [4, 5]
             assert read_episodes({"episodes": rows.to_json()}).absent == rows.absent
             shares[rule] = found.record["miou"]
+        assert evaluate_control(by_query, WrongSupports(data, 1), How(Context(CPU), log), M1) == []  # one class: no control
     assert shares[Rule()] == pytest.approx(shares[M1] * 3 / 5)
 
 

@@ -140,6 +140,9 @@ def evaluate_episodes(
 def evaluate_control(predict: Predict, data: WrongSupports, how: How, rule: Rule) -> list[Row]:
     """Evaluate the wrong-support control; return a row for every episode that has one, of all processes."""
     rows: list[Row] = []
+    if not len(data):
+        how.log.warning("no support gap: the control needs episodes of two classes")
+        return rows
     loader = how.loader(data, len(data))
     with how.log.progress(len(loader), "wrong supports") as bar:
         for episode in loader:
