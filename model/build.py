@@ -252,9 +252,9 @@ def initialise(encoder: Encoder, source: str) -> None:
     if source == "none":
         return
     if source == "hub":
-        encoder.load_imagenet(hub_state(encoder), encoder.hub)
+        encoder.load_weights(hub_state(encoder), encoder.hub)
     elif Path(source).is_file():
-        encoder.load_imagenet(load_state(Path(source)), source)
+        encoder.load_weights(load_state(Path(source)), source)
     else:
         made = " `python -m model.backbone.lite0` makes it." if "lite0" in source else ""
         raise UserError(f"Method.backbone_weight: no file {source!r}.{made} Put ImageNet weights there (resnet50_v2.pth of "

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from model.backbone import PatchEncoder
 from model.few_shot import insid3 as I
-from model.few_shot.contrast import contrast, stage_features
+from model.backbone.encoder import stage_features
+from model.few_shot.contrast import contrast
 from util.data.wrong_supports import wrong_supports
 from util.errors import UserError
 

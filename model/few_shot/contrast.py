@@ -1,6 +1,7 @@
-"""Contrast map: similarity to the supports' object minus similarity to their background. Nothing is trained.
+"""Contrast map: similarity to the supports' object minus similarity to their background, so positive where the
+object is more similar. Nothing is trained.
 
-A cell's feature is a patch token (ViT) or stages 3 and 4 side by side (CNN); positive where the object is more similar.
+A cell's feature is that of `ImageEncoder.cells`: a patch token (ViT), or stages 3 and 4 side by side (CNN).
 """
 
 from collections.abc import Sequence
@@ -9,14 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.ops import resize
 from util.errors import UserError
-
-
-def stage_features(stage3: Tensor, stage4: Tensor) -> Tensor:
-    """Unit features of a CNN on the grid of stage 3: each stage to unit length, both with equal weight. B (C3 + C4) h w."""
-    stages = (stage3, resize(stage4, stage3.shape[2:], corners=False))
-    return torch.cat([F.normalize(stage, dim=1) for stage in stages], 1) / 2**0.5
 
 
 def contrast(target: Tensor, supports: Tensor, masks: Sequence[Tensor]) -> Tensor:
