@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.backbone import PatchEncoder
-from model.few_shot import insid3 as I
 from model.backbone.encoder import stage_features
+from model.few_shot import insid3 as I
 from model.few_shot.contrast import contrast
 from util.data.wrong_supports import wrong_supports
 from util.errors import UserError

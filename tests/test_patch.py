@@ -1,5 +1,7 @@
 """Patch encoders: bit-equal to timm at several grids, own statistics, and what they refuse."""
 
+import re
+
 import pytest
 import timm
 import torch
@@ -93,15 +95,15 @@ def test_cells_cover_the_whole_image() -> None:
 
 def test_names_of_dinov3s_own_file() -> None:
     encoder = PatchEncoder("vit_small_patch16_dinov3")
-    theirs = {key.replace("gamma_1", "ls1.gamma").replace("gamma_2", "ls2.gamma").replace("reg_token", "storage_tokens"): value + 1
+    theirs = {re.sub(r"gamma_(\d)", r"ls\1.gamma", key).replace("reg_token", "storage_tokens"): value + 1
               for key, value in encoder.body.state_dict().items()}  # fmt: skip
     encoder.load_weights(theirs | {"rope_embed.periods": torch.zeros(16), "blocks.0.attn.qkv.bias": torch.zeros(1152)}, "hub.pth")
     assert torch.equal(encoder.body.blocks[3].gamma_2, theirs["blocks.3.ls2.gamma"])
 
 
 def test_what_it_refuses() -> None:
-    for name, says in (("vit_smal_patch16_dinov3", "near names: vit_small_patch16_dinov3"), ("vit_tiny_patch16_224.none", "there are"),
-                       ("naflexvit_base_patch16_gap", "cannot build it as a pyramid")):  # fmt: skip
+    for name, says in (("vit_smal_patch16_dinov3", "near names: vit_small_patch16_dinov3"),
+                       ("vit_tiny_patch16_224.none", "there are"), ("naflexvit_base_patch16_gap", "cannot build it as a pyramid")):  # fmt: skip
         with pytest.raises(UserError, match=says):
             build_encoder(f"timm:{name}", kind=ImageEncoder)
     with pytest.raises(UserError, match="one grid of features; this system needs a pyramid"):

@@ -41,8 +41,8 @@ def build_encoder(backbone: str, width: int = 64, stem: str = "deep", dilated: b
     name, pyramid = backbone.removeprefix("timm:"), issubclass(kind, Encoder)
     patches = gives_patches(name)
     if patches and pyramid:
-        raise UserError(f"Method.backbone = {backbone!r} gives {PatchEncoder.reads}; this system needs {kind.reads}. Systems that train "
-                        f"nothing take it, and priors beside a CNN (Method.patches={backbone}). {OTHERS}")
+        raise UserError(f"Method.backbone = {backbone!r} gives {PatchEncoder.reads}; this system needs {kind.reads}. Systems "
+                        f"that train nothing take it, and priors beside a CNN (Method.patches={backbone}). {OTHERS}")
     if patches:
         return PatchEncoder(name, published)
     try:

@@ -92,7 +92,7 @@ class TimmEncoder(Encoder):
         return stage3
 
     def translate(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        flat = {re.sub(r"^(stem|stages)\.(\d+)\.", r"\1_\2.", key): value for key, value in state.items()}  # as timm cuts four levels
+        flat = {re.sub(r"^(stem|stages)\.(\d+)\.", r"\1_\2.", key): value for key, value in state.items()}  # ConvNeXt, cut
         return {f"body.{key}": value for key, value in (state | flat).items()}
 
 

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from model.backbone import BaseLearner
-from model.backbone.encoder import Encoder
+from model.backbone.encoder import Encoder, stage_features
 from model.clip.load import without_clip
 from model.few_shot.memo import Memo
 from model.few_shot.parts import binary_mask, gram, scene_difference
-from model.few_shot.prior import CosinePrior, Features, Prior, View
+from model.few_shot.prior import READ_TEXT, CosinePrior, Features, Prior, View, parts
 from model.ops import resize
 from model.system import Frozen, Prediction, System, content_hash, load_exactly
 from util.cache import TensorCache
@@ -45,6 +45,8 @@ class Options(Method):
     """Options that every few-shot system with prototypes has."""
 
     low_fea: Literal["layer1", "layer2", "layer3"] = "layer2"  # stage whose Gram matrices measure scene difference
+    patches: str = ""  # an encoder beside the backbone for priors that compare features, timm:NAME; "": the backbone's own stages
+    patches_weight: str = "hub"  # its weights: file | hub | none
 
 
 class FewShot(System):
@@ -76,7 +78,7 @@ class FewShot(System):
         channels = self.encoder.channels
         self.prior_names = [prior.name for prior in priors]
         self.head = self.build_head(channels[2] + channels[3], sum(p.channels for p in priors))
-        if "vtp" in self.prior_names:
+        if "vtp" in parts(self.prior_names):
             self.clip_patch = clip.module.visual.patch
         if "cam" in self.prior_names:
             self.clip_patch = self.priors[0].source.side
@@ -111,7 +113,7 @@ class FewShot(System):
 
     @property
     def reads_text(self) -> bool:
-        return bool({"vtp", "cam"} & set(self.prior_names))
+        return bool(READ_TEXT & set(parts(self.prior_names)))
 
     @property
     def encoder(self) -> Encoder:
@@ -150,7 +152,7 @@ class FewShot(System):
         Args:
             mask: N 1 S S of supports, None for queries.
         """
-        deep = bool(needs & {"stage4", "hidden", "base"})
+        deep = bool(needs & {"stage4", "hidden", "base", "cells"})
         stages = self.encoder(images, mask if self.masks_support else None, last=4 if deep else 3)
         middle = torch.cat([stages[3], resize(stages[2], stages[3].shape[2:])], 1)  # of one size except in VGG
         found = {"gram": gram(stages[self.low_stage])} | (self.reduce(middle, mask) if self.fixed_head else {"middle": middle})
@@ -163,6 +165,9 @@ class FewShot(System):
             found |= {"base": learner.classify(hidden)} if "base" in needs else {}
         if "masked4" in needs:
             found["masked4"] = self.masked4(stages[3], mask)
+        if "cells" in needs:  # of the whole image, also where a support's is masked
+            masked = self.masks_support and mask is not None
+            found["cells"] = self.encoder.cells(images) if masked else stage_features(*stages[3:])
         return found
 
     def masked4(self, stage3: Tensor, mask: Tensor) -> Tensor:
@@ -240,8 +245,8 @@ class FewShot(System):
         load_exactly(self.base_learner.module, ours, name)
 
     def official_name(self, name: str) -> str | None:
-        """Return the published checkpoint's key of a name in our state dict; None for CLIP, which has its own file."""
-        if name.startswith("clip."):
+        """Return the published checkpoint's key of a name in our state dict; None for CLIP and patches, which have own files."""
+        if name.startswith(("clip.", "patches.")):
             return None
         ours, official = next(pair for pair in self.official if name.startswith(pair[0]))
         return official + name.removeprefix(ours)
