@@ -38,6 +38,7 @@ from model.weak.maps import text_bank as class_texts
 from model.weak.system import Weak
 from model.weak.weclip import WeCLIP
 from model.zero_shot.clip_rc import CLIP_RC
+from model.zero_shot.open_vocabulary import NACLIP, SCLIP, ClearCLIP, MaskCLIP, OpenVocabulary, ProxyCLIP
 from model.zero_shot.texts import read_bank
 from model.zero_shot.texts import text_bank as class_bank
 from model.zero_shot.zegclip import ZegCLIP
@@ -53,7 +54,9 @@ from util.score.task import Task
 
 SYSTEMS: dict[str, type[System]] = {"PI_CLIP": PICLIP, "HDMNet": HDMNet, "BAM": BAM, "PFENet": PFENet, "HSNet": HSNet,
                                     "IMR_HSNet": IMRHSNet, "PSPNet": PSPNet, "WeCLIP": WeCLIP, "CLIP_ES": CLIPES,
-                                    "CLIP_RC": CLIP_RC, "ZegCLIP": ZegCLIP, "CONTRAST": Contrast, "INSID3": Insid3}  # fmt: skip
+                                    "CLIP_RC": CLIP_RC, "ZegCLIP": ZegCLIP, "CONTRAST": Contrast, "INSID3": Insid3,
+                                    "MASKCLIP": MaskCLIP, "SCLIP": SCLIP, "NACLIP": NACLIP, "CLEARCLIP": ClearCLIP,
+                                    "PROXYCLIP": ProxyCLIP}  # fmt: skip
 READ_CLIP = {"vtp", "vvp", "cam", *TEXT_MAPS}  # priors that need a CLIP
 
 
@@ -185,9 +188,15 @@ def build_zero_shot(cls: type[ZegCLIP], arch: str, config: Config, fold: Fold, n
     return system
 
 
+def build_open_vocabulary(cls: type[OpenVocabulary], arch: str, config: Config, fold: Fold, names: ClassNames, cache: Path | None
+                          ) -> OpenVocabulary:  # fmt: skip
+    clip, options = load_clip(config.CLIP.clip_path, activation=config.CLIP.activation), options_of(config.Method, cls.Options)
+    return cls(Frozen(clip), names.texts, options, build_patches(config), cache)
+
+
 FAMILIES: dict[type[System], Callable[..., System]] = {FewShot: build_few_shot, TrainingFree: build_training_free,
-                                                      PSPNet: build_base_learner, Weak: build_weak,
-                                                      ZegCLIP: build_zero_shot}  # fmt: skip
+                                                      PSPNet: build_base_learner, Weak: build_weak, ZegCLIP: build_zero_shot,
+                                                      OpenVocabulary: build_open_vocabulary}  # fmt: skip
 
 
 def cam_source(clip: Clip) -> CamSource:

@@ -103,7 +103,8 @@ def test_names_of_dinov3s_own_file() -> None:
 
 def test_what_it_refuses() -> None:
     for name, says in (("vit_smal_patch16_dinov3", "near names: vit_small_patch16_dinov3"),
-                       ("vit_tiny_patch16_224.none", "there are"), ("naflexvit_base_patch16_gap", "cannot build it as a pyramid")):  # fmt: skip
+                       ("vit_tiny_patch16_224.none", "there are"),
+                       ("naflexvit_base_patch16_gap", "cannot build it as a pyramid")):  # fmt: skip
         with pytest.raises(UserError, match=says):
             build_encoder(f"timm:{name}", kind=ImageEncoder)
     with pytest.raises(UserError, match="one grid of features; this system needs a pyramid"):

@@ -287,7 +287,7 @@ class INSID3:
         patch = getattr(encoder, "patch", None)
         if patch and (side < patch[0] or side % patch[0] or side % patch[1]):
             shape = " x ".join(map(str, patch))
-            raise UserError(f"INSID3: a side of {side} pixels is no multiple of the patch ({shape}): choose another Train.val_size")
+            raise UserError(f"INSID3: a side of {side} pixels is no multiple of the patch ({shape})")
         if components is None:
             components = min(round(encoder.channels * SHARE), (side // patch[0]) * (side // patch[1]) - 2) if patch else 0
         self.encoder, self.side, self.components = encoder, side, components

@@ -131,7 +131,7 @@ class TextMapPrior:
         classes = [c for c in self.base if self.vocabulary != "target" and c != cls]
         others = [i for i in range(len(self.names), len(self.words)) if self.words[i] not in (own, *SAME.get(own, ()))]
         if not classes + others:
-            raise UserError(f"Method.priors: no word competes with {own!r} under CLIP.vocabulary={self.vocabulary}, and this CLIP "
+            raise UserError(f"Method.priors: nothing competes with {own!r} under CLIP.vocabulary={self.vocabulary}, as this CLIP "
                             "knows no background word: choose base+target or all")
         return [cls, *classes, *others]
 

@@ -37,7 +37,6 @@ class TrainingFree(System):
 
     task = FewShotTask
     facts = Facts(trained=False)
-    dilated = False
     published: ClassVar[bool] = False  # see `PatchEncoder`
 
     def __init__(self, encoder: Frozen, shot: int, side: int, options: Any):
