@@ -290,6 +290,7 @@ class INSID3:
             raise UserError(f"INSID3: a side of {side} pixels is no multiple of the patch ({shape})")
         if components is None:
             components = min(round(encoder.channels * SHARE), (side // patch[0]) * (side // patch[1]) - 2) if patch else 0
+            components = max(components, 0)
         self.encoder, self.side, self.components = encoder, side, components
         self.tau, self.alpha, self.factors, self.crf = tau, alpha, factors, crf
         self._projector: Tensor | None = None

@@ -68,8 +68,10 @@ class CellPrior:
             return query.new_zeros(query.shape[1:])
         if self.name == "contrast":
             return (SHARPNESS * contrast(query, supports, [*masks])).sigmoid()
-        if self.insid3 is None or self.insid3.side != masks.shape[-1]:
-            self.insid3 = INSID3(self.encoder, masks.shape[-1], None)
+        patch = getattr(self.encoder, "patch", None)
+        side = query.shape[1] * patch[0] if patch else masks.shape[-1]  # `cells` resizes images to whole patches
+        if self.insid3 is None or self.insid3.side != side:
+            self.insid3 = INSID3(self.encoder, side, None)
         found = self.insid3.find(query, supports, masks == 1)
         if self.name == "regions":
             return found.regions.map.clamp(0, 1)
