@@ -23,7 +23,8 @@ from util.errors import UserError
 
 SHARPNESS = 10.0  # of the contrast's sigmoid: a difference of cosines of 0.1 becomes 0.73
 SCALE = 40.0  # of cosines before the softmax, as SCLIP, NACLIP and ProxyCLIP have it by default
-SIDE = 21  # patches along a side, at most: 336 pixels of ViT-B/16, the published working size
+SIDE = 16  # patches along a side that CLIP sees, at most: 256 pixels of ViT-B/16 (published windows: 224), a third of VTP's time
+CELLS = 32  # along a side that INSID3 clusters, at most
 # Names of classes -> background words that are the same thing or a part of it, besides the name itself.
 SAME = {"diningtable": ("desk",), "dining table": ("desk",), "table": ("desk",), "house": ("building",), "shelves": ("shelf",),
         "cabinet": ("wardrobe", "shelf"), "sidewalk": ("road",), "ground": ("sands",), "sand": ("sands",), "stairs": ("stair",),
@@ -68,14 +69,22 @@ class CellPrior:
             return query.new_zeros(query.shape[1:])
         if self.name == "contrast":
             return (SHARPNESS * contrast(query, supports, [*masks])).sigmoid()
+        query, *supports = (coarser(x) for x in (query, *supports))
+        supports = torch.stack(supports)
         patch = getattr(self.encoder, "patch", None)
-        side = query.shape[1] * patch[0] if patch else masks.shape[-1]  # `cells` resizes images to whole patches
+        side = query.shape[1] * patch[0] if patch else masks.shape[-1]  # a black image that gives as many cells
         if self.insid3 is None or self.insid3.side != side:
             self.insid3 = INSID3(self.encoder, side, None)
         found = self.insid3.find(query, supports, masks == 1)
         if self.name == "regions":
             return found.regions.map.clamp(0, 1)
         return found.candidates.similarity.clamp(0, 1) * found.candidates.backward
+
+
+def coarser(unit: Tensor) -> Tensor:
+    """Return unit features C h w on a grid of at most `CELLS` a side."""
+    size = [min(side, CELLS) for side in unit.shape[1:]]
+    return unit if size == [*unit.shape[1:]] else F.normalize(F.adaptive_avg_pool2d(unit, size), dim=0)
 
 
 class TextMapPrior:
@@ -152,7 +161,7 @@ class TextMapPrior:
         return resize(torch.stack(maps)[:, None], features.size, corners=False)
 
     def cosines(self, images: Tensor) -> Tensor:
-        """B 3 S S RGB 0..255 -> B words h w, fp32; the whole image at once, at the published working size at most."""
+        """B 3 S S RGB 0..255 -> B words h w, fp32; the whole image at once, `SIDE` patches at most."""
         trunk = self.clip.visual
         unit = max(trunk.patch, self.maps.variant.multiple)
         side = max(min(round(images.shape[-1] / unit), SIDE * trunk.patch // unit), 1) * unit
