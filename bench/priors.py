@@ -31,8 +31,8 @@ class Given(TextMapPrior):
 
     def use(self, names: Sequence[str], base: Sequence[int] = ()) -> None:
         self.names, self.words = tuple(NAMES), (*NAMES, *(f"background {i}" for i in range(26)))
-        self.bank = F.normalize(torch.randn(len(self.words), self.clip.visual.visual.proj.shape[1]), dim=1)
-        self.base, self.key = range(5, 20), ""
+        self.rows = dict(zip(self.words, F.normalize(torch.randn(46, self.clip.visual.visual.proj.shape[1]), dim=1), strict=True))
+        self.base = range(5, 20)
 
 
 def seconds(call: Callable[[], object], repeats: int) -> float:

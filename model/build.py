@@ -143,7 +143,7 @@ def build_few_shot(cls: type[FewShot], arch: str, config: Config, fold: Fold, na
     for name in CELL_PRIORS:
         makers[name] = partial(CellPrior, name, encoder if own else patches.module, own)
     for name in TEXT_MAPS:
-        makers[name] = lambda name=name: TextMapPrior(name, clip.module, patches and patches.module, names.names, vocabulary,
+        makers[name] = lambda name=name: TextMapPrior(name, clip.module, patches and patches.module, names.texts, vocabulary,
                                                       fold.base, cache)  # fmt: skip
     priors = {name: [makers[part]() for part in name.split("+")] for name in wanted}
     backbone = Frozen(learner if cls.facts.before else encoder)

@@ -88,5 +88,13 @@ def test_what_is_refused(priors: str, more: str, says: str) -> None:
 def test_a_class_without_a_name() -> None:
     system, episode = built("PFENet", "sclip"), random_episode(1)
     episode.cls[:] = 21
-    with pytest.raises(UserError, match="no name of class 21: there are 20"):
+    with pytest.raises(UserError, match="no text of class 21: there are 20"):
         maps(system, episode)
+
+
+def test_another_text_at_prediction() -> None:
+    """Words that were there keep their rows, new ones get theirs; base classes of the training still compete."""
+    prior = built("PFENet", "naclip").priors[0]
+    row = prior.bank[prior.words.index("mug")].clone()
+    prior.use(["lamp", "mug"], range(2, 3))
+    assert torch.equal(prior.bank[1], row) and [prior.words[i] for i in prior.competing(0)] == ["lamp", "mug", "tree"]

@@ -96,7 +96,7 @@ class TextMapPrior:
     Args:
         name: of `model.clip.dense.VARIANTS`.
         encoder: patch encoder of ProxyCLIP.
-        names: of all classes; they may be replaced later (`use`).
+        names: texts of all classes for CLIP; they may be replaced later (`use`).
         vocabulary: CLIP.vocabulary: target (backgrounds alone compete), base+target or all.
         base: 1-based base classes of the fold.
         cache: folder for text banks.
@@ -118,16 +118,25 @@ class TextMapPrior:
                             "Method.patches=timm:vit_base_patch8_224.dino (published), with Method.patches_weight")
         self.name, self.clip, self.vocabulary, self.cache = name, clip, vocabulary, cache
         self.maps = D.DenseClip(clip.visual, variant, encoder.cells if variant.attention == "proxy" else None)
+        self.rows: dict[str, Tensor] = {}  # of words
         self.use(names, base)
+        if names:
+            _ = self.bank  # a word that this CLIP does not know is said before any work
 
     def use(self, names: Sequence[str], base: Sequence[int] = ()) -> None:
         """Use other classes from now on; base: those of them that the training labels."""
         self.names = tuple(names)
-        words = D.known_words(self.clip.text, D.BACKGROUND)
-        self.words = (*self.names, *words)
-        self.bank = D.prompt_bank(self.clip.text, self.words, D.prompts_of(self.clip.text), self.cache) if self.words else None
+        self.words = (*self.names, *D.known_words(self.clip.text, D.BACKGROUND))
         self.base = range(len(self.names)) if self.vocabulary == "all" else [c - 1 for c in base]
-        self.key = content_key(self.bank.cpu().numpy()) if self.words else ""
+
+    @property
+    def bank(self) -> Tensor:
+        """A row for every word, words D; each is made once."""
+        new = [word for word in dict.fromkeys(self.words) if word not in self.rows]
+        if new:
+            made = D.prompt_bank(self.clip.text, new, D.prompts_of(self.clip.text), self.cache)
+            self.rows |= dict(zip(new, made, strict=True))
+        return torch.stack([self.rows[word] for word in self.words]).to(self.clip.visual.visual.proj.device)
 
     def competing(self, cls: int) -> list[int]:
         """Return the words that compete with class `cls` (0-based), itself first.
@@ -136,7 +145,7 @@ class TextMapPrior:
             UserError: the class has no name, or nothing competes with it.
         """
         if cls >= len(self.names):
-            raise UserError(f"Method.priors: {self.name} has no name of class {cls + 1}: there are {len(self.names)} "
+            raise UserError(f"Method.priors: {self.name} has no text of class {cls + 1}: there are {len(self.names)} "
                             "(Data.class_names)")
         own = self.names[cls].casefold()
         classes = [c for c in self.base if self.vocabulary != "target" and c != cls]
@@ -147,17 +156,14 @@ class TextMapPrior:
         return [cls, *classes, *others]
 
     def __call__(self, episode: Episode, features: Features) -> Tensor:
-        if self.bank is None:
-            raise UserError(f"Method.priors: {self.name} has no names to look for")
-        self.bank = self.bank.to(episode.query.device)
+        competing, bank = [self.competing(cls - 1) for cls in episode.cls.tolist()], self.bank
 
         def compute(rows: Sequence[int] | slice) -> dict[str, Tensor]:
             return {"cosines": self.cosines(episode.query[rows])}
 
-        found = features.memo.rows(f"{self.name} {self.key}", episode.query_key, episode.query.device, compute)["cosines"]
-        maps = []
-        for cosines, cls in zip(found, episode.cls.tolist(), strict=True):
-            maps.append((SCALE * cosines[self.competing(cls - 1)]).softmax(0)[0])
+        part = f"{self.name} {content_key(bank.cpu().numpy())}"
+        found = features.memo.rows(part, episode.query_key, episode.query.device, compute)["cosines"]
+        maps = [(SCALE * cosines[words]).softmax(0)[0] for cosines, words in zip(found, competing, strict=True)]
         return resize(torch.stack(maps)[:, None], features.size, corners=False)
 
     def cosines(self, images: Tensor) -> Tensor:
