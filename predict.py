@@ -17,20 +17,26 @@ overlays/NAME.jpg, supports/N.jpg (how they were understood), scores.json, overv
 tool. docs/predict.md tells what counts as the object in a mask, and the rest.
 """
 
+# ruff: noqa: E402 (what is wrong on the command line is said before torch is imported)
+
+from model.predict.arguments import asked_config, parse, use_threads
+from util import cli
+
+if __name__ == "__main__":
+    cli.run(lambda: parse(__doc__))
+
 import argparse
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from model.predict.arguments import asked_config, check_model, model_options, use_threads
 from model.predict.dense_predictor import DensePredictor, Labelling, load_predictor, read_classes
 from model.predict.predictor import Predictor, annotated, find_weights, unmarked
 from model.predict.text_predictor import Segmentation, TextPredictor
-from util import cli
 from util.errors import UserError
 from util.photos.reading import Photo, find, frames, others, read_photo
-from util.photos.results import KINDS, Results
+from util.photos.results import Results
 
 POOR = 0.3  # IoU of an example in its own photo; a lower one is reported:
 WEAK = ("an example is hardly found even in its own photo: expect nothing of others. Is its mask right (supports/)? Was the "
@@ -38,7 +44,7 @@ WEAK = ("an example is hardly found even in its own photo: expect nothing of oth
 
 
 def main() -> None:
-    given = parse()
+    given = parse(__doc__)
     use_threads(given.threads)
     # 1. what is to be done
     if any(given.out.resolve() == Path(query).resolve() for query in given.query):
@@ -168,62 +174,6 @@ def chunks(items: Iterator, size: int) -> Iterator[list]:
             some = []
     if some:
         yield some
-
-
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--support", action=AddSupport, default=[], metavar="IMAGE", help="example; its --mask or --box follows")
-    parser.add_argument("--mask", action=AddSupport, metavar="PNG", help="where the object is: 0 background, the rest object")
-    parser.add_argument("--box", action=AddSupport, metavar="X0,Y0,X1,Y1", help="or a box around it")
-    parser.add_argument("--text", help="what it is, in any words; systems with CLIP's text prior need it")
-    parser.add_argument("--classes", metavar="NAMES", help="of a zero-shot system: other classes than those of its training, as "
-                        "names separated by commas, or as a file with a name a line (NAME | text for CLIP)")
-    parser.add_argument("--query", nargs="+", required=True, help="images, folders, patterns, videos")
-    parser.add_argument("--out", type=Path, default=Path("found"), help="folder for the results (default found)")
-    parser.add_argument("--polygons", choices=KINDS, help="also write the masks for another tool")
-    parser.add_argument("--every", type=int, default=1, metavar="N", help="of a video, every N-th frame")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), help="default: bf16 on a GPU that has it")
-    model_options(parser)
-    given = parser.parse_intermixed_args(joined(sys.argv[1:]))
-    if given.every < 1:
-        raise UserError(f"--every {given.every}: must be at least 1")
-    check_model(given)
-    if given.classes is not None and not given.weights:
-        raise UserError("--classes: name the weights of a system that labels every pixel, too (--weights FILE)")
-    if given.clip is not None and (given.support or not given.text):  # checked before a CLIP is downloaded
-        raise UserError("--clip finds what --text names: give a text, and no --support; examples need a trained system")
-    return given
-
-
-def joined(words: Sequence[str]) -> list[str]:
-    """Join --box with a value that begins with a minus sign: argparse takes it for an option."""
-    found: list[str] = []
-    for word in words:
-        if found and found[-1] == "--box" and word.startswith("-") and "," in word:
-            found[-1] += f"={word}"
-        else:
-            found.append(word)
-    return found
-
-
-class AddSupport(argparse.Action):
-    """--support begins a support; --mask and --box belong to the one before them."""
-
-    def __call__(self, parser, namespace, value, option=None) -> None:  # noqa: ANN001
-        if option == "--support":
-            namespace.support = [*namespace.support, {"image": value, "mask": None, "boxes": []}]
-        elif not namespace.support:
-            parser.error(f"{option} {value}: give its --support first")
-        elif option == "--mask":
-            if namespace.support[-1]["mask"] is not None:
-                parser.error(f"--mask {value}: the support before it has a mask already")
-            namespace.support[-1]["mask"] = value
-        else:
-            try:
-                x0, y0, x1, y1 = map(float, value.split(","))
-            except ValueError:
-                parser.error(f"--box {value}: give four numbers with commas and no blanks, x0,y0,x1,y1 as in 10,20,200,300")
-            namespace.support[-1]["boxes"].append([x0, y0, x1, y1])
 
 
 if __name__ == "__main__":

@@ -80,7 +80,7 @@ def test(config: Config, place: Experiment, context: Context, log: RunLog) -> No
     """Seeds x samples, the same without leaks, a table, a report."""
     # 1. scores under the protocol
     config = with_selection(config, place.arch, weight_file(config, place))
-    cache = open_cache(config.Runtime.cache_gb, config.Runtime.cache_dir)
+    cache = open_cache(config.Runtime.cache_gb, config.Runtime.cache_dir, context.device)
     started = time.monotonic()
     scored = score(config, place, context, log, cache)
     result = summary(config, place, context, scored, time.monotonic() - started) if context.main else {}
@@ -96,6 +96,8 @@ def test(config: Config, place: Experiment, context: Context, log: RunLog) -> No
         result["leak_free"] = {"mean": mean, "sd": sd, "differences": differences}
         if context.main:
             page = write_report(place.result, result, cards)
+    if verdict := cache.verdict():
+        log.info(verdict)
     if context.main:
         log.info("\n" + text_table(result))
         log.info(f"report: {page}")

@@ -169,11 +169,17 @@ def matcher(net: nn.Module, query: Tensor, supports: list[Tensor], masks: list[T
         merged = torch.cat([match(level.match, q, torch.cat(encoded), inside, size), corners(priors, size)], 1)
         matched.append(level.merge["bn"](level.merge["conv"](merged)).relu())
         query, supports = as_map(q, size), [as_map(x, size) for x in encoded]
-    out = net.levels[2].parse(matched[2])
+    out = one_by_one(net.levels[2].parse, matched[2])
     for i in (1, 0):
         out = F.interpolate(out, matched[i].shape[2:], mode="bilinear", align_corners=False)
-        out = out + net.levels[i].parse(matched[i] + out)
-    return net.head(out)
+        out = out + one_by_one(net.levels[i].parse, matched[i] + out)
+    return one_by_one(net.head, out)
+
+
+def one_by_one(layers: nn.Sequential, x: Tensor) -> Tensor:
+    for layer in layers:
+        x = layer(x)
+    return x
 
 
 def as_map(tokens: Tensor, size: tuple[int, int]) -> Tensor:

@@ -3,11 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from model.backbone import build_encoder
 from model.few_shot.ensemble import Ensemble, KShotWeights
-from model.few_shot.matcher import Match, Matcher, merge_heads, split_heads
+from model.few_shot.matcher import Decoder, Match, Matcher, merge_heads, split_heads
 from model.few_shot.parts import gram, inside, masked_average, max_cosine
 from model.few_shot.prior import join
 from model.losses import distillation_loss, segmentation_loss
@@ -58,6 +58,27 @@ def test_batchnorm_of_the_matcher_is_fixed_in_training() -> None:
     matcher = Matcher(priors=2).train()
     norms = [m for m in matcher.modules() if isinstance(m, torch.nn.BatchNorm2d)]
     assert norms and not any(m.training for m in norms) and any(m.training for m in matcher.modules())
+
+
+def test_decoder_is_its_layers_one_after_the_other() -> None:
+    """At the border too; with any statistics; and so are all gradients."""
+    torch.manual_seed(0)
+    decoder = Decoder(3, 2, nn.BatchNorm2d(2), nn.ReLU()).double().eval()
+    for norm in decoder:
+        if isinstance(norm, nn.BatchNorm2d):
+            for values in (norm.weight, norm.bias, norm.running_mean):
+                nn.init.normal_(values)
+            nn.init.uniform_(norm.running_var, 0.5, 2)
+    x = torch.randn(2, 3, 5, 4, dtype=torch.float64, requires_grad=True)
+    plain = x
+    for layer in decoder:
+        plain = layer(plain)
+    torch.testing.assert_close(decoder(x), plain)
+    wanted = [x, *decoder.parameters()]
+    found, expected = (torch.autograd.grad(y.square().sum(), wanted) for y in (decoder(x), plain))
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+    assert all(g.any() for g in found)
 
 
 def test_max_cosine_on_a_made_up_case() -> None:

@@ -10,7 +10,7 @@ from PIL import Image
 from model.backbone import build_encoder
 from model.few_shot import imr_hsnet
 from model.few_shot.conv4d import Cosines, unit
-from model.few_shot.hsnet import Encoder4d, Head, HSNet
+from model.few_shot.hsnet import Encoder4d, Head, HSNet, vote_scores
 from model.system import Frozen
 from tests.golden.check_hsnet import check_units, load
 from tests.make import abstract_index, random_episode
@@ -75,6 +75,9 @@ def test_vote_counts_against_the_largest_number_of_votes() -> None:
     assert vote(torch.cat([masks, masks[:1]])).tolist() == [[1, 1, 0, 0]]  # three and two of four
     assert vote(torch.cat([masks, masks[1:2]])).tolist() == [[1, 0, 0, 0]]  # one of three is not
     assert not vote(torch.zeros(3, 1, 4)).any()
+    for some in (masks, torch.cat([masks, masks[:1]]), torch.cat([masks, masks[1:2]])):
+        logits = torch.stack([1 - some, some], 1)[None].float()  # B K 2 h w
+        assert torch.equal(vote_scores(logits).argmax(1)[0], vote(some))
 
 
 @torch.no_grad()

@@ -45,11 +45,24 @@ def test_help_does_nothing(module: str, tmp_path: Path) -> None:
 def test_mistakes_are_answered_without_torch(words: list[str], said: str, capfd: pytest.CaptureFixture) -> None:
     """By both programs, in a second: importing torch takes several."""
     for program in ("train", "test"):
-        start = ["--config", DEMO, "--arch", "PI_CLIP", *words]
-        code = ("import runpy, sys; sys.modules['torch.nn'] = None\n"
-                f"sys.argv = {[f'{program}.py', *start]}\nrunpy.run_path('{program}.py', run_name='__main__')")  # fmt: skip
-        run = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True, timeout=60)
+        run = without_torch(f"{program}.py", ["--config", DEMO, "--arch", "PI_CLIP", *words])
         assert run.returncode == (0 if said == "usage" else 2) and said in run.stdout + run.stderr, run.stderr
+
+
+@pytest.mark.parametrize(("words", "said"), [
+    (["--help"], "usage"), ([], "--query"), (["--query", "a.jpg", "--every", "0"], "--every 0: must be at least 1"),
+    (["--query", "a.jpg", "--clip"], "give a text"), (["--mask", "a.png", "--query", "b.jpg"], "give its --support first"),
+])  # fmt: skip
+def test_predict_answers_without_torch(words: list[str], said: str) -> None:
+    run = without_torch("predict.py", words)
+    assert run.returncode == (0 if said == "usage" else 2) and said in run.stdout + run.stderr, run.stderr
+
+
+def without_torch(program: str, words: list[str]) -> subprocess.CompletedProcess:
+    """Run a program where torch cannot be imported."""
+    code = ("import runpy, sys; sys.modules['torch.nn'] = None\n"
+            f"sys.argv = {[program, *words]}\nrunpy.run_path('{program}', run_name='__main__')")  # fmt: skip
+    return subprocess.run([sys.executable, "-c", code], text=True, capture_output=True, timeout=60)
 
 
 def test_early_knows_what_the_systems_have() -> None:

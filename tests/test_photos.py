@@ -17,9 +17,10 @@ from tests.make import upright
 from util.data import transforms
 from util.data.transforms import read_image
 from util.errors import UserError
+from util.photos import KINDS
 from util.photos.polygons import Coco, polygons, rle
 from util.photos.reading import ORIENTATION, Photo, box_mask, doubt, find, read_mask, read_photo
-from util.photos.results import KINDS, Results
+from util.photos.results import Results
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

@@ -15,6 +15,7 @@ import yaml
 from PIL import Image
 
 import predict
+from model.predict import arguments
 from model.predict.predictor import NAMED, Predictor
 from tests.make import ROOT, star
 from tests.make.runs import run_program
@@ -35,7 +36,7 @@ def program(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> C
 
 
 def test_boxes_that_begin_with_a_minus_sign() -> None:
-    assert predict.joined(["--box", "-5,1,9,9", "--box", "1,2,3,4", "--query", "-"]) == [
+    assert arguments.joined(["--box", "-5,1,9,9", "--box", "1,2,3,4", "--query", "-"]) == [
         "--box=-5,1,9,9", "--box", "1,2,3,4", "--query", "-"]
 
 

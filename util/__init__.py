@@ -1,1 +1,5 @@
-"""What every system shares: config, data, checkpoints, metrics, logs. Never imports `model`."""
+
+
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]  # of the repository

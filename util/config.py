@@ -11,12 +11,14 @@ from typing import Any, Literal
 
 import yaml
 
+from util import ROOT
 from util.errors import UserError, nearest
 from util.yaml_text import parse_yaml, set_key, short
 
-CONFIGS = Path(__file__).parents[1] / "config"
+CONFIGS = ROOT / "config"
 PROTOCOLS, SYSTEMS = CONFIGS / "protocol", CONFIGS / "system"  # one file per protocol; per system, its keys on every data set
 STRICT = "strict"  # the protocol of a system that no paper has one for
+HUB_NAME = "ViT-B-16-quickgelu/openai"  # the published CLIP, as CLIP.clip_path names it on the hub
 
 
 @dataclass
@@ -126,8 +128,8 @@ class Test_Finetune:
 @dataclass
 class Runtime:
     precision: Literal["fp32", "bf16"] = "fp32"  # autocast; Grad-CAM, losses and metrics stay fp32. bf16 on a CPU needs AVX-512
-    # Testing and validation: memory of each process (the GPU's on a GPU) for what depends on one image; PASCAL at 473 fills 8.
-    cache_gb: float = 8.0
+    # Testing and validation: memory of each process (the GPU's on a GPU) for what depends on one image.
+    cache_gb: float | None = None  # none: half of what is free (a quarter beside a training)
     cache_dir: str = ""  # folder that keeps it for later runs too (some 10 MB an image at 473)
     processes: int = 1  # on the CPU: how many share the work (train.sh and test.sh start them); with GPUs, one for each
     threads: int = 0  # CPU threads per process; 0: all cores, divided among the processes
@@ -329,11 +331,12 @@ def _validate(config: Config) -> None:
         (train, 0, ("workers", "base_lr", "power", "momentum", "weight_decay", "save_minutes", "iterations", "warmup", "min_lr")),
         (test, 1, ("test_num",)),
         (config.Runtime, 1, ("processes",)),
-        (config.Runtime, 0, ("threads", "cache_gb")),
+        (config.Runtime, 0, ("threads",)),
     ):
         for key in keys:
             need(f"{type(section).__name__}.{key}", getattr(section, key), getattr(section, key) >= smallest,
                  "at least 1" if smallest else "0 or more")
+    need("Runtime.cache_gb", config.Runtime.cache_gb, (config.Runtime.cache_gb or 0) >= 0, "0 or more, or empty")
     if not 0 < train.scale_min <= train.scale_max:
         raise UserError(f"Train.scale_min = {train.scale_min}, scale_max = {train.scale_max}: need 0 < min <= max")
     for key in ("train_h", "val_size"):

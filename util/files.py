@@ -17,7 +17,6 @@ from torch import Tensor
 
 from util.errors import UserError
 
-ROOT = Path(__file__).parents[1]  # of the repository
 NUMBERS = {torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.bool, torch.uint8, torch.int8, torch.int16,
            torch.int32, torch.int64}  # fmt: skip
 

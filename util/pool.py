@@ -1,6 +1,7 @@
 """Run a function over many jobs on all cores."""
 
 import contextlib
+import os
 import signal
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -8,6 +9,11 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 from util.errors import UserError
+
+
+def cores() -> int:
+    """Return how many cores this process may use. (macOS and Windows cannot say; there it is all of them.)"""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def parallel(function: Callable[[Any], Any], jobs: Collection[Any], workers: int, chunk: int) -> Iterator[Any]:

@@ -25,10 +25,9 @@ from model import SYSTEMS
 from model.predict.arguments import asked_config, check_model, model_options, use_threads
 from model.predict.predictor import NAMED, Predictor, find_weights
 from model.predict.text_predictor import TextPredictor
-from util import cli
+from util import ROOT, cli
 from util.cache import TensorCache
 from util.errors import UserError
-from util.files import ROOT
 
 OLDEST = (6, 31)  # gradio
 MEMORY = 2**28  # bytes of features that are kept: pictures of strangers do not come back

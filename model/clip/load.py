@@ -38,7 +38,6 @@ from util.files import load_state, local_path, zip_members
 # The TorchScript archives we open: OpenAI's ViT-B-16.pt and RN50.pt. Such archives carry code, so any other is refused.
 OPENAI_VIT_B_16 = "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f"
 OPENAI_RN50 = "afeb0e10f9e5a86da6080e35cf09123aca3b358a0c3e3b6c78a7b63bc04b6762"
-HUB_NAME = "ViT-B-16-quickgelu/openai"
 
 
 def _archive(source: str | Path) -> tuple[str, str]:

@@ -130,7 +130,7 @@ class Match(nn.Module):
 
         # The softmax runs over *query* positions, so each support token spreads one unit of attention over the query
         # and padding tokens are silenced by their value alone.
-        attention = (k @ q.transpose(2, 3) / TEMPERATURE).softmax(3)  # B H M N
+        attention = (k / TEMPERATURE @ q.transpose(2, 3)).softmax(3)  # B H M N
         matched = query + self.dropout(self.o(merge_heads(attention.transpose(2, 3) @ (v * valid))))
         matched = matched + self.ffn(self.norm2(matched), size)
 
@@ -162,7 +162,7 @@ class Level(nn.Module):
         self.merge = nn.ModuleDict({
             "conv": nn.Conv2d(width + priors, width, 3, padding=1, bias=False), "bn": nn.BatchNorm2d(width),
         })  # fmt: skip
-        self.parse = nn.Sequential(*decoder(width, width), nn.BatchNorm2d(width), nn.ReLU())
+        self.parse = Decoder(width, width, nn.BatchNorm2d(width), nn.ReLU())
 
     def encode(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
         x, size = self.embed(x)
@@ -175,13 +175,47 @@ class Level(nn.Module):
         return F.relu(self.merge["bn"](self.merge["conv"](x)))
 
 
-def decoder(width: int, out: int) -> list[nn.Module]:
-    """1x1, BN, 3x3, BN, 1x1 with four times the width inside; no activation between."""
-    inner = 4 * width
-    return [
-        nn.Conv2d(width, inner, 1), nn.BatchNorm2d(inner), nn.Conv2d(inner, inner, 3, padding=1), nn.BatchNorm2d(inner),
-        nn.Conv2d(inner, out, 1),
-    ]  # fmt: skip
+class Decoder(nn.Sequential):
+    """1x1, BN, 3x3, BN, 1x1 with four times the width inside, and what follows it.
+
+    No activation stands between the five and their BNs keep their statistics, so they are one 3x3 convolution, and the gradient
+    of its weights leads back to theirs. That is 17 times fewer multiplications at 64 channels, forward and backward. The 3x3
+    pads with zeros what the first 1x1 has given a bias to, so the border has a bias of its own: a channel of ones carries it.
+    """
+
+    def __init__(self, width: int, out: int, *after: nn.Module):
+        inner = 4 * width
+        super().__init__(
+            nn.Conv2d(width, inner, 1), nn.BatchNorm2d(inner), nn.Conv2d(inner, inner, 3, padding=1), nn.BatchNorm2d(inner),
+            nn.Conv2d(inner, out, 1), *after,
+        )  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self.composed()
+        x = F.conv2d(F.pad(x, (0, 0, 0, 0, 0, 1), value=1.0), weight, bias, padding=1)
+        for module in [*self][5:]:
+            x = module(x)
+        return x
+
+    def composed(self) -> tuple[Tensor, Tensor]:
+        """Return the weight out (width + 1) 3 3, its last channel for an input of ones, and the bias out; float32."""
+        first, norm1, middle, norm2, last, *_ = self
+        with torch.autocast(first.weight.device.type, enabled=False):
+            scale1, shift1 = affine(norm1)
+            scale2, shift2 = affine(norm2)
+            before = torch.cat([scale1[:, None] * first.weight[..., 0, 0], (scale1 * first.bias + shift1)[:, None]], 1)
+            behind = last.weight[..., 0, 0]
+            inner = len(before)
+            reduced = ((behind * scale2) @ middle.weight.flatten(1)).view(-1, inner, 3, 3)  # out inner 3 3
+            weight = torch.einsum("oihw,ic->ochw", reduced, before)
+            bias = behind @ (scale2 * middle.bias + shift2) + last.bias
+        return weight, bias
+
+
+def affine(norm: nn.modules.batchnorm._BatchNorm) -> tuple[Tensor, Tensor]:
+    """Return a BatchNorm with fixed statistics as a factor and a summand of each channel."""
+    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    return scale, norm.bias - scale * norm.running_mean
 
 
 class Matcher(nn.Module):
@@ -200,7 +234,7 @@ class Matcher(nn.Module):
             Level(width, priors, kernel, stride, heads, reduction)
             for kernel, stride, heads, reduction in ((1, 1, 2, 4), (3, 2, 4, 2), (3, 2, 8, 1))
         )
-        self.head = nn.Sequential(*decoder(width, 2))
+        self.head = Decoder(width, 2)
 
     def train(self, mode: bool = True) -> "Matcher":
         super().train(mode)

@@ -1,20 +1,26 @@
-"""Options that name a model, for predict.py and the web page."""
+"""Command line of predict.py, and the options that name a model, which the web page has, too.
+
+What is wrong on a command line is said before torch is imported, which takes seconds: nothing here imports it at once.
+"""
 
 import argparse
 import os
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
-from model.build import SYSTEMS, configure, recorded
-from model.clip.load import HUB_NAME
-from util.config import CLIP, Config
+from model import early
+from util import ROOT
+from util.config import CLIP, HUB_NAME, Config
 from util.errors import UserError
-from util.files import ROOT
+from util.photos import KINDS
+from util.pool import cores
 
 
 def asked_config(given: argparse.Namespace, weights: Path) -> Config | None:
     """Return the config of --config and the overrides of a command line; None: the one recorded with the weights."""
+    from model.build import configure, recorded
+
     if given.config:
         return configure(given.config, given.arch or "", given.overrides)
     return recorded(weights, given.overrides) if given.overrides else None
@@ -29,7 +35,7 @@ def model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="cpu, cuda, ...; default: the GPU where there is one")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads; default: as many as there are free cores")
     parser.add_argument("--config", help="of a published .pth: config/DATASET/DATASET_EXP_NET.yaml")
-    parser.add_argument("--arch", help=f"of a published .pth: {', '.join(SYSTEMS)}")
+    parser.add_argument("--arch", help=f"of a published .pth: {', '.join(early.systems())}")
     parser.add_argument("overrides", nargs="*", metavar="Section.key=value", help="where files are now, CLIP.clip_path=...")
 
 
@@ -40,7 +46,9 @@ def use_threads(asked: int | None) -> int:
     """
     if asked is not None and asked < 1:
         raise UserError(f"--threads {asked}: must be at least 1")
-    count = asked or max(1, round(len(os.sched_getaffinity(0)) - os.getloadavg()[0]))
+    import torch
+
+    count = asked or max(1, round(cores() - os.getloadavg()[0]))
     torch.set_num_threads(count)
     return count
 
@@ -59,3 +67,60 @@ def check_model(given: argparse.Namespace) -> None:
     name = given.clip or CLIP.clip_path
     found = next((path for path in (Path(name), ROOT / name) if path.exists()), None)
     given.clip = str(found or given.clip or HUB_NAME)
+
+
+def parse(description: str) -> argparse.Namespace:
+    """Parse the command line of predict.py. Raises UserError for options that do not go together."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--support", action=AddSupport, default=[], metavar="IMAGE", help="example; its --mask or --box follows")
+    parser.add_argument("--mask", action=AddSupport, metavar="PNG", help="where the object is: 0 background, the rest object")
+    parser.add_argument("--box", action=AddSupport, metavar="X0,Y0,X1,Y1", help="or a box around it")
+    parser.add_argument("--text", help="what it is, in any words; systems with CLIP's text prior need it")
+    parser.add_argument("--classes", metavar="NAMES", help="of a zero-shot system: other classes than those of its training, as "
+                        "names separated by commas, or as a file with a name a line (NAME | text for CLIP)")
+    parser.add_argument("--query", nargs="+", required=True, help="images, folders, patterns, videos")
+    parser.add_argument("--out", type=Path, default=Path("found"), help="folder for the results (default found)")
+    parser.add_argument("--polygons", choices=KINDS, help="also write the masks for another tool")
+    parser.add_argument("--every", type=int, default=1, metavar="N", help="of a video, every N-th frame")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), help="default: bf16 on a GPU that has it")
+    model_options(parser)
+    given = parser.parse_intermixed_args(joined(sys.argv[1:]))
+    if given.every < 1:
+        raise UserError(f"--every {given.every}: must be at least 1")
+    check_model(given)
+    if given.classes is not None and not given.weights:
+        raise UserError("--classes: name the weights of a system that labels every pixel, too (--weights FILE)")
+    if given.clip is not None and (given.support or not given.text):  # checked before a CLIP is downloaded
+        raise UserError("--clip finds what --text names: give a text, and no --support; examples need a trained system")
+    return given
+
+
+def joined(words: Sequence[str]) -> list[str]:
+    """Join --box with a value that begins with a minus sign: argparse takes it for an option."""
+    found: list[str] = []
+    for word in words:
+        if found and found[-1] == "--box" and word.startswith("-") and "," in word:
+            found[-1] += f"={word}"
+        else:
+            found.append(word)
+    return found
+
+
+class AddSupport(argparse.Action):
+    """--support begins a support; --mask and --box belong to the one before them."""
+
+    def __call__(self, parser, namespace, value, option=None) -> None:  # noqa: ANN001
+        if option == "--support":
+            namespace.support = [*namespace.support, {"image": value, "mask": None, "boxes": []}]
+        elif not namespace.support:
+            parser.error(f"{option} {value}: give its --support first")
+        elif option == "--mask":
+            if namespace.support[-1]["mask"] is not None:
+                parser.error(f"--mask {value}: the support before it has a mask already")
+            namespace.support[-1]["mask"] = value
+        else:
+            try:
+                x0, y0, x1, y1 = map(float, value.split(","))
+            except ValueError:
+                parser.error(f"--box {value}: give four numbers with commas and no blanks, x0,y0,x1,y1 as in 10,20,200,300")
+            namespace.support[-1]["boxes"].append([x0, y0, x1, y1])

@@ -27,13 +27,13 @@ from model.few_shot.map_prior import TextMapPrior, parts_of
 from model.few_shot.prior import TextPrior
 from model.few_shot.system import FewShot
 from model.predict.text_predictor import Segmentation, TextPredictor, as_list, choose_device, choose_precision, longest_side
+from util import ROOT
 from util.cache import TensorCache
 from util.config import Config
 from util.data.episodes import Episode, EpisodeMaker, Shot, collate
 from util.data.folds import ClassNames, Fold, read_class_names
 from util.data.transforms import IGNORE, ValTransform
 from util.errors import UserError
-from util.files import ROOT
 from util.photos.reading import Box, Photo, Source, box_mask, doubt, read_mask, read_photo, shrink
 from util.run.checkpoint import EXPORT, read_meta
 from util.run.distributed import Context

@@ -22,10 +22,10 @@ import torch
 from model.build import recorded
 from model.predict.dense_predictor import DensePredictor, load_predictor
 from model.predict.predictor import Predictor
-from util import cli
+from util import ROOT, cli
 from util.config import Config
 from util.errors import UserError
-from util.files import ROOT, atomic, load_tensors
+from util.files import atomic, load_tensors
 from util.report.write import check_keys, text_table
 from util.run.checkpoint import EXPORT, read_meta, save_weights
 from util.score.statistics import read_result

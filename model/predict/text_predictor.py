@@ -17,10 +17,10 @@ import torch
 
 from model.build import text_bank
 from model.clip import Clip, load_clip
-from model.clip.load import HUB_NAME
 from model.few_shot.prior import TextPrior
 from model.ops import resize
 from model.system import Frozen
+from util.config import HUB_NAME
 from util.data.transforms import clip_input
 from util.errors import UserError
 from util.photos.reading import MAX_SIDE, Source, read_photo, shrink

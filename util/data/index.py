@@ -23,7 +23,7 @@ from util.data.image_labels import Labels, classes_of
 from util.data.transforms import IGNORE, check_sizes, image_hw, read_label
 from util.errors import BrokenFile, UserError
 from util.files import save_json
-from util.pool import parallel
+from util.pool import cores, parallel
 
 MIN_PIXELS = 2 * 32 * 32
 SCAN_VERSION = 1  # raise it when the content of Record changes: old caches are then not read
@@ -91,7 +91,7 @@ def scan(
             if len(records) == len(pairs):
                 return records
 
-    workers = len(os.sched_getaffinity(0)) if workers is None else workers
+    workers = cores() if workers is None else workers
     read = partial(_try_record, _Reader(root, class_names.names, values, given, masks))
     progress = partial(tqdm, total=len(pairs), desc=f"reading the labels of {list_file.name}", disable=None)
     if workers < 2 or len(pairs) < SERIAL_BELOW:

@@ -18,7 +18,6 @@ from util.photos import polygons
 from util.photos.reading import Photo, shrink
 from util.report import viz
 
-KINDS = ("coco", "coco-rle", "labelme", "yolo", "label-studio")  # of exports
 UNFINISHED = "unfinished"  # folder of a run that has not come to its end
 OVERLAY_SIDE = 1600  # pixels: overlays of larger photos are reduced to it
 SHEET = 30  # pictures of overview.jpg at most, supports first

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from util.data.transforms import IGNORE, read_label
 from util.errors import UserError
 from util.files import atomic
-from util.pool import parallel
+from util.pool import cores, parallel
 
 NAME = re.compile(r"[\w-][\w.-]*", re.ASCII)  # an image id or file name: no folder, blank or backslash
 SERIAL_BELOW = 200  # fewer files are faster without worker processes
@@ -84,7 +84,7 @@ def is_done(path: Path, hw: tuple[int, int], classes: int) -> bool:
 def each(function: Callable[[Any], Any], jobs: Collection[Any], what: str) -> Iterator[Any]:
     """Run `function` over every job, in order, on all cores, with a progress bar."""
     progress = partial(tqdm, total=len(jobs), desc=what, disable=None)
-    workers = len(os.sched_getaffinity(0))
+    workers = cores()
     if workers < 2 or len(jobs) < SERIAL_BELOW:
         yield from progress(map(function, jobs))
         return

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from util.config import Runtime
 from util.errors import Terminated, UserError
+from util.pool import cores
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ def start(gpus: int, runtime: Runtime) -> Context:
     if gpus:
         torch.cuda.set_device(device)
     else:
-        torch.set_num_threads(runtime.threads or max(1, len(os.sched_getaffinity(0)) // local_world))
+        torch.set_num_threads(runtime.threads or max(1, cores() // local_world))
     if runtime.precision == "bf16" and (reason := no_bf16(device)):
         raise UserError(f"Runtime.precision=bf16: {reason}; use fp32")
     if world > 1:

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
+from util import ROOT
 from util.config import Config
 from util.data.folds import ClassNames, fold_of, read_class_names
 from util.data.index import Record
-from util.files import ROOT
 
 CODE = "code"  # of `sources`: it may change on the way, which is said
 

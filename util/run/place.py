@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from util import ROOT
 from util.config import Config, Method, config_of, names_of
 from util.errors import UserError
-from util.files import ROOT
 from util.run.checkpoint import read_meta
 from util.yaml_text import parse_yaml
 

@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from util import ROOT
 from util.config import Config
 from util.data.episodes import check_novel, draw
 from util.data.index import read_list
 from util.data.source import EpisodeSource, Source
 from util.data.transforms import read_image, read_pair
 from util.errors import BrokenFile, UserError
-from util.files import ROOT, local_path
+from util.files import local_path
 from util.run.checkpoint import check_identity, read_meta
 from util.run.distributed import Context
 from util.run.identity import Facts, identity, start_identity

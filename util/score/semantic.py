@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import os
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
@@ -18,7 +17,7 @@ from util.data.source import ImageSource
 from util.data.transforms import IGNORE
 from util.errors import UserError
 from util.files import atomic, written
-from util.pool import pool
+from util.pool import cores, pool
 from util.score.causes import Spread
 from util.score.metrics import Counts, SemanticMeter, worst_pairs
 from util.score.table import EpisodeTable, Row
@@ -103,7 +102,7 @@ def after(how: How, channels: Sequence[int], variants: Mapping[str, SemanticMete
     waits for the last ones.
     """
     table = np.array([*channels, *[IGNORE] * (256 - len(channels))], np.uint8)  # channel -> class
-    workers, waiting = max(1, len(os.sched_getaffinity(0)) // how.context.world), deque()
+    workers, waiting = max(1, cores() // how.context.world), deque()
 
     def write(name: str, label: np.ndarray) -> None:
         if how.maps is not None:

@@ -55,11 +55,17 @@ def voc(root: Path, classes: Path | None, out: Path) -> Found:
 
 def _pngs(root: Path, images: Path, masks: Path, sets: Path, classes: Path | None, out: Path) -> Found:
     """Pair a folder of images and a folder of masks by their stems."""
-    for place in (root, images, masks):
-        if not place.is_dir():
-            raise UserError(f"{place}: no such folder; {root} must hold {images.name}/ and {masks.name}/ (docs/custom-data.md)")
+    if not root.is_dir():
+        raise UserError(f"{root}: no such folder")
+    named = classes or root / "classes.txt"
+    needed = {f"{images.name}/": images.is_dir(), f"{masks.name}/": masks.is_dir(),
+              named.name: named.is_file() or (root / "labelmap.txt").is_file()}  # fmt: skip
+    if lacking := [name for name, there in needed.items() if not there]:
+        raise UserError(f"{root} has no {' and no '.join(lacking)}. Needed are {images.name}/ (a.jpg), {masks.name}/ (a.png: a "
+                        "pixel's value is the line of its class in classes.txt, 0 is background) and classes.txt (a name a "
+                        "line); docs/custom-data.md shows one")
     colours = read_labelmap(root / "labelmap.txt") if (root / "labelmap.txt").is_file() else None
-    names = _names(classes or root / "classes.txt", colours)
+    names = _names(named, colours)
     pictures, others = stems(images, SUFFIXES)
     labels, strange = stems(masks, (".png",))
     if strange and not labels:
