@@ -158,6 +158,7 @@ def ready(config: Config, place: Experiment) -> None:
         findings.append(preflight.attempt("checkpoint", lambda: check_identity(weight, meta, wanted) or str(weight)))
         frozen = EXPORT not in meta and cls.facts.frozen
     clip = needs_clip(place.arch, config)
+    frozen = frozen or weight == NONE and cls.facts.frozen  # a system that trains nothing may have a frozen encoder
     preflight.require(preflight.Start(config, place, cls.facts, cls.task, clip, ("val_list",), frozen), findings)
 
 

@@ -12,7 +12,8 @@ FLOORS = [  # each may import from its own row's room and from all rows before
     {"model.predict", "model.verify"}, {"demo", "bench"}, {"programs", "tests"},
 ]  # fmt: skip
 FLOOR = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}
-NAMES = {"demo", "PI_CLIP", "HDMNet", "BAM", "PFENet", "HSNet", "IMR_HSNet", "PSPNet", "WeCLIP", "CLIP_ES", "CLIP_RC", "ZegCLIP"}
+NAMES = {"demo", "PI_CLIP", "HDMNet", "BAM", "PFENet", "HSNet", "IMR_HSNet", "PSPNet", "WeCLIP", "CLIP_ES", "CLIP_RC", "ZegCLIP",
+         "CONTRAST", "INSID3", "MASKCLIP", "SCLIP", "NACLIP", "CLEARCLIP", "PROXYCLIP"}
 LONGEST = 400
 
 

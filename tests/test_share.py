@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from model import configure, load_weights, open_system, open_tested
 from model.predict.predictor import Predictor
@@ -157,7 +158,13 @@ def test_the_result_in_a_shared_file_is_about_it(piclip: Path, tmp_path: Path) -
     told = json.dumps(read_meta(out)) + out.with_suffix(".md").read_text()
     assert str(tmp_path) not in told and str(ROOT) not in told and told.count("made from photos") == 3 and "with e.txt" in told
     assert read_meta(out)["result"]["mean"] == scores and read_meta(out)["result"]["protocol_hash"] == "47a2"
-    assert "43.21" in out.with_suffix(".md").read_text()
+    card = out.with_suffix(".md").read_text()
+    assert "43.21" in card.split("---")[2]
+    (index,) = yaml.safe_load(card.split("---")[1])["model-index"]  # as hubs read it
+    (found,) = index["results"]
+    assert [(m["type"], m["value"]) for m in found["metrics"]] == [("mean_iou", 43.21), ("fb_iou", 60.0)]
+    told = {"protocol": "strict with e.txt", "hash": "47a2"}
+    assert found["dataset"] == {"type": "demo", "name": "demo, fold 0, 1-shot", "args": told}
     os.utime(file, (0, 0))
     assert "older than the checkpoint" in export(snapshot, out)[0] and not read_meta(out)["result"]
     save_json(file, report | {"checkpoint": "exp/run/snapshot/last.safetensors"})

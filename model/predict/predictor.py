@@ -23,6 +23,7 @@ from model.backbone.pspnet import PSPNet
 from model.build import build_system, load_weights, priors_of, recorded, system_class, text_bank
 from model.few_shot.cam_prior import TEMPLATE, CamPrior
 from model.few_shot.hsnet import HSNet
+from model.few_shot.map_prior import TextMapPrior, parts_of
 from model.few_shot.prior import TextPrior
 from model.few_shot.system import FewShot
 from model.predict.text_predictor import Segmentation, TextPredictor, as_list, choose_device, choose_precision, longest_side
@@ -64,12 +65,15 @@ class Predictor:
             ValTransform(config.Train.val_size, config.Train.resized_val, config.Train.antialias), fold,
             clip_size=config.CLIP.clip_size if system.clip_patch else None, patch=system.clip_patch or 1, evaluation=True,
         )  # fmt: skip
-        self.text_prior = next((prior for prior in system.priors if isinstance(prior, TextPrior)), None)
+        priors = parts_of(system.priors)
+        self.text_prior = next((prior for prior in priors if isinstance(prior, TextPrior)), None)
+        self.text_maps = [prior for prior in priors if isinstance(prior, TextMapPrior)]
         self.cam_prior = next((prior for prior in system.priors if isinstance(prior, CamPrior)), None)
         self.needs_masks = self.cam_prior is None
-        self.takes_text = self.text_prior is not None or not self.needs_masks
+        reads = self.text_prior is not None or bool(self.text_maps)
+        self.takes_text = reads or not self.needs_masks
         self.notes: tuple[str, ...] = ()
-        self._text_alone = TextPredictor(system.clip, device, precision) if self.text_prior else None
+        self._text_alone = TextPredictor(system.clip, device, precision) if reads else None
         self._cls = 1  # of the object: 1, or the row of its text in the bank of the CAM
         self._groups: list[list[Shot]] | None = None  # of K shots; text alone: none
         self._examples: list[tuple[Photo, np.ndarray, bool]] = []  # with its mask; whether the mask comes from boxes
@@ -99,6 +103,9 @@ class Predictor:
         fold, names = trained_on(found)
         system = build_system(found.arch, config, fold, names if cam else NO_NAMES)
         load_weights(system, config, Experiment.of_checkpoint(found.path, found.arch, config), found.path)
+        for prior in parts_of(system.priors):
+            if isinstance(prior, TextMapPrior):
+                prior.vocabulary = found.config.CLIP.vocabulary
         return cls(system, config, fold, names, chosen, choose_precision(precision, chosen), found.meta.get("note", ""))
 
     def set_support(self, images: Source | Sequence[Source] | None = None, masks: Source | Sequence[Source | None] | None = None,
@@ -128,6 +135,10 @@ class Predictor:
             self._cls = self._use_names(text)
         elif self.text_prior:
             self.text_prior.use(text_bank(self.system.clip, [text]))
+        for prior in self.text_maps if shots else ():
+            known = self.names.texts
+            base = [known[c - 1] for c in self.fold.base if c <= len(known) and known[c - 1] != text]
+            prior.use([text, *base], range(2, 2 + len(base)))
         if isinstance(self.system, HSNet):
             self.system.shot = max(1, len(shots))  # as many as there are: they vote
         shot, count = self.system.shot, len(shots)

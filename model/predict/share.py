@@ -18,6 +18,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+import yaml
 
 from model.build import recorded
 from model.predict.dense_predictor import DensePredictor, load_predictor
@@ -26,6 +27,7 @@ from util import ROOT, cli
 from util.config import Config
 from util.errors import UserError
 from util.files import atomic, load_tensors
+from util.report.summary import label
 from util.report.write import check_keys, text_table
 from util.run.checkpoint import EXPORT, read_meta, save_weights
 from util.score.statistics import read_result
@@ -35,7 +37,7 @@ CARD = """---
 library_name: pytorch
 pipeline_tag: image-segmentation
 tags: [{tag}]
----
+{index}---
 
 # {system}, {data_set} {setting}
 
@@ -204,7 +206,21 @@ def model_card(file: str, predictor: Predictor | DensePredictor, meta: dict[str,
         facts.append(f"- CLIP is not inside: it comes from `{meta['config']['CLIP']['clip_path']}`, checked by that hash")
     table = f"```\n{text_table(report)}\n```" if report else "Not tested yet."
     return CARD.format_map(meta | says | {"file": file, "facts": "\n".join([*facts, *(f"- {note}" for note in meta["notes"])]),
-                                          "table": table})  # fmt: skip
+                                          "table": table, "index": model_index(file, says, report)})  # fmt: skip
+
+
+def model_index(file: str, says: dict[str, Any], report: dict[str, Any]) -> str:
+    """Return the result as hubs read it (YAML `model-index`, percent); "" where there is none."""
+    if not report:
+        return ""
+    name = f"{report['system']} {Path(file).stem}"
+    metrics = [{"type": "mean_iou" if key == "miou" else key, "name": label(key), "value": round(100 * report["mean"][key], 2)}
+               for key in ("miou", "hiou", "fb_iou") if report["mean"].get(key) is not None]  # fmt: skip
+    result = {"task": {"type": "image-segmentation", "name": says["tag"].replace("-", " ")},
+              "dataset": {"type": report["data_set"], "name": f"{report['data_set']}, {says['setting']}",
+                          "args": {"protocol": report["protocol"]["name"], "hash": report["protocol_hash"]}},
+              "metrics": metrics}  # fmt: skip
+    return yaml.safe_dump({"model-index": [{"name": name, "results": [result]}]}, sort_keys=False, allow_unicode=True)
 
 
 def few_shot_card(file: str, meta: dict[str, Any], predictor: Predictor) -> dict[str, Any]:

@@ -298,6 +298,22 @@ class KeepTransform:
         return Placed(tuple(hw), tuple(hw), corners=False)
 
 
+def working_size(height: int, width: int, short: int, long: int = 2048) -> tuple[int, int]:
+    """Return the size that an image is resized to: the short side becomes `short`, the long one at most `long`."""
+    factor = min(long / max(height, width), short / min(height, width))
+    return int(height * factor + 0.5), int(width * factor + 0.5)
+
+
+class WorkingTransform(KeepTransform):
+    """Resize to `working_size` in whole grey levels, as the training-free open-vocabulary systems do."""
+
+    def __call__(self, rng: np.random.Generator | None, image: np.ndarray, labels: Sequence[np.ndarray]) -> Augmented:
+        height, width = working_size(*image.shape[:2], self.short)
+        image = cv2.resize(image.astype(np.uint8), (width, height), interpolation=cv2.INTER_LINEAR).astype(np.float32)
+        labels = [cv2.resize(x, (width, height), interpolation=cv2.INTER_NEAREST) for x in labels]
+        return image, image, labels
+
+
 def _squash_image(image: np.ndarray, size: int, antialias: bool = False) -> np.ndarray:
     if antialias:
         squashed = Image.fromarray(image.astype(np.uint8)).resize((size, size), Image.Resampling.BILINEAR)
