@@ -43,8 +43,8 @@ from model.zero_shot.texts import read_bank
 from model.zero_shot.texts import text_bank as class_bank
 from model.zero_shot.zegclip import ZegCLIP
 from util.cache import CACHE
-from util.config import Config, Method, load_config, options_of
-from util.data.folds import ClassNames, Fold, read_class_names
+from util.config import Config, Method, home_of, load_config, options_of
+from util.data.folds import ClassNames, Fold, check_disjoint, fold_of, read_class_names
 from util.errors import UnknownKey, UserError, nearest
 from util.files import load_published, load_state, load_tensors
 from util.run.checkpoint import EXPORT, check_frozen, check_identity, read_meta
@@ -217,9 +217,22 @@ def text_bank(clip: Frozen, texts: Sequence[str], cache: Path | None = None) -> 
 
 
 def open_system(arch: str, config: Config) -> tuple[System, Task]:
-    """Build a system and the task with its data; backbone, base learner and head are without weights."""
-    task = system_class(arch).task(config)
-    system = build_system(arch, config, task.fold, task.names, CACHE)
+    """Build a system and the task with its data; backbone, base learner and head are without weights.
+
+    Raises UserError where the weights come from another data set (Test_Finetune.trained_on) and that cannot be tested.
+    """
+    task, home = system_class(arch).task(config), home_of(config)
+    fold = task.fold
+    if home is not config:
+        if not issubclass(system_class(arch), FewShot):
+            raise UserError(f"Test_Finetune.trained_on = {config.Test_Finetune.trained_on}: {arch} predicts the classes it "
+                            "learnt; only few-shot systems are tested on other data sets")
+        if config.CLIP.vocabulary == "base+target":
+            raise UserError("CLIP.vocabulary = base+target: the base classes are of another data set (Test_Finetune.trained_on); "
+                            "choose target, present or all")
+        fold = fold_of(home)
+        check_disjoint(fold, read_class_names(home.Data.class_names), task.fold, task.names)
+    system = build_system(arch, config, fold, task.names, CACHE)
     task.clip_patch = system.clip_patch
     return system, task
 
@@ -241,6 +254,7 @@ def load_weights(system: System, config: Config, place: Experiment, weight: Path
     if not system.facts.trained:
         load_frozen(system, config, place)
         return
+    config, place = home_of(config), place.home(config.Test_Finetune.trained_on)
     if not weight.is_file():
         raise UserError(f"Test_Finetune.weight = {config.Test_Finetune.weight}: no checkpoint {weight}. Train first: "
                         f"`ARCH={place.arch} NET={place.net} sh train.sh {place.command} GPUS`")

@@ -5,7 +5,7 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-GROUND = ("errors", "config", "protocol", "files", "cache", "cli", "pool", "yaml_text")
+GROUND = ("errors", "config", "protocol", "files", "cache", "cli", "pool", "yaml_text", "layers")
 FLOORS = [  # each may import from its own row's room and from all rows before
     {"util"}, {"util.data"}, {"util.run", "util.prepare"}, {"util.score"}, {"util.report"}, {"util.photos"},
     {"model"}, {"model.clip"}, {"model.backbone"}, {"model.few_shot", "model.weak", "model.zero_shot"}, {"model.build"},

@@ -14,7 +14,7 @@ from torch import Tensor
 from model.backbone import ImageEncoder
 from model.clip import Clip
 from model.clip import dense as D
-from model.few_shot.contrast import contrast
+from model.few_shot.contrast import coarser, contrast
 from model.few_shot.insid3 import INSID3
 from model.few_shot.prior import Features, Prior, join
 from model.ops import full, resize
@@ -24,7 +24,6 @@ from util.errors import UserError
 SHARPNESS = 10.0  # of the contrast's sigmoid: a difference of cosines of 0.1 becomes 0.73
 SCALE = 40.0  # of cosines before the softmax, as SCLIP, NACLIP and ProxyCLIP have it by default
 SIDE = 16  # patches along a side that CLIP sees, at most: 256 pixels of ViT-B/16 (published windows: 224), a third of VTP's time
-CELLS = 32  # along a side that INSID3 clusters, at most
 # Names of classes -> background words that are the same thing or a part of it, besides the name itself.
 SAME = {"diningtable": ("desk",), "dining table": ("desk",), "table": ("desk",), "house": ("building",), "shelves": ("shelf",),
         "cabinet": ("wardrobe", "shelf"), "sidewalk": ("road",), "ground": ("sands",), "sand": ("sands",), "stairs": ("stair",),
@@ -79,12 +78,6 @@ class CellPrior:
         if self.name == "regions":
             return found.regions.map.clamp(0, 1)
         return found.candidates.similarity.clamp(0, 1) * found.candidates.backward
-
-
-def coarser(unit: Tensor) -> Tensor:
-    """Return unit features C h w on a grid of at most `CELLS` a side."""
-    size = [min(side, CELLS) for side in unit.shape[1:]]
-    return unit if size == [*unit.shape[1:]] else F.normalize(F.adaptive_avg_pool2d(unit, size), dim=0)
 
 
 class TextMapPrior:

@@ -34,7 +34,7 @@ class View:
     stage4: Tensor | None = None  # N C' h' w'
     hidden: Tensor | None = None  # N 512 h' w': base learner before its classifier
     base: Tensor | None = None  # N B+1 h' w': base logits (queries)
-    cells: Tensor | None = None  # N C" h w: unit features of the whole image, `ImageEncoder.cells`
+    cells: Tensor | None = None  # N C" h w: unit features of the whole image (`ImageEncoder.cells`, `contrast.coarser`)
     masked4: Tensor | None = None  # N C' h' w': stage 4 of the masked stage 3, masked again (supports)
     level2: Tensor | None = None  # N n C h w: all blocks of a stage before their last ReLU (HSNet), in place of the middle
     level3: Tensor | None = None

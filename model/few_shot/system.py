@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from model.backbone import BaseLearner
 from model.backbone.encoder import Encoder, stage_features
 from model.clip.load import without_clip
+from model.few_shot.contrast import coarser, contrast_to, support_means
 from model.few_shot.memo import Memo
 from model.few_shot.parts import binary_mask, gram, scene_difference
 from model.few_shot.prior import READ_TEXT, CosinePrior, Features, Prior, View, parts
@@ -167,7 +168,8 @@ class FewShot(System):
             found["masked4"] = self.masked4(stages[3], mask)
         if "cells" in needs:  # of the whole image, also where a support's is masked
             masked = self.masks_support and mask is not None
-            found["cells"] = self.encoder.cells(images) if masked else stage_features(*stages[3:])
+            cells = self.encoder.cells(images) if masked else stage_features(*stages[3:])
+            found["cells"] = coarser(cells.float())
         return found
 
     def masked4(self, stage3: Tensor, mask: Tensor) -> Tensor:
@@ -208,7 +210,8 @@ class FewShot(System):
     @torch.no_grad()
     def predict(self, batch: Episode, baselines: bool = False) -> Prediction:
         self._check(batch)
-        features, maps, decoded = self.run(batch, *((CosinePrior.query_needs, CosinePrior.support_needs) if baselines else ()))
+        needs = ({"cells"} | CosinePrior.query_needs, {"cells"} | CosinePrior.support_needs) if baselines else ()
+        features, maps, decoded = self.run(batch, *map(frozenset, needs))
         shown = {name: prior.float().flatten(1, -3).mean(1) for name, prior in maps.items()} | self.pictures(decoded)
         side = batch.query.shape[2:]
         scores = (decoded.final, decoded.meta, features.query.base)
@@ -222,19 +225,26 @@ class FewShot(System):
         return {"correlation": decoded.correlations[-1].float()} if decoded.correlations else {}
 
     def baselines(self, batch: Episode, features: Features, maps: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return predictions without training: everything is foreground; a prior, which is in 0..1, above one half.
+        """Return predictions without training: a prior, which is in 0..1, above one half; the contrast map above zero.
 
-        The cosine one is PFENet's prior, on this system's own features.
+        The cosine one is PFENet's prior, on this system's own features; so is the contrast map.
         """
         cosine = maps.get("cosine")
         if cosine is None:
             cosine = CosinePrior()(batch, features).float().mean(1)[:, 0]
         side = batch.query_mask.shape[1:]
-        found = {"everything foreground": torch.ones_like(batch.query_mask, dtype=torch.bool),
-                 "cosine prior > 0.5": resize(cosine[:, None], side)[:, 0] > 0.5}
+        found = {"cosine prior > 0.5": resize(cosine[:, None], side)[:, 0] > 0.5,
+                 "contrast > 0": resize(self.contrast(batch, features)[:, None], side)[:, 0] > 0}
         if "vtp" in maps:
             found["text prior (VTP) > 0.5"] = resize(maps["vtp"][:, None], side)[:, 0] > 0.5
         return found
+
+    def contrast(self, batch: Episode, features: Features) -> Tensor:
+        """Return contrast maps, B h w: `model.few_shot.contrast` on the encoder's features of whole images."""
+        masks = batch.support_mask.flatten(0, 1)
+        means = [support_means(unit, mask) for unit, mask in zip(features.support.cells, masks, strict=True)]
+        shots = torch.stack(means).unflatten(0, (len(batch.query), -1))
+        return torch.stack([contrast_to(unit, given) for unit, given in zip(features.query.cells, shots, strict=True)])
 
     def encoders(self, training: bool) -> list[nn.Module]:
         return [] if self.uses_base_learner else [self.encoder]

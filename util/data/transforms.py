@@ -150,7 +150,8 @@ class Placed:
 
     hw       height and width of the file
     canvas   height and width in file pixels of what the network saw: `hw` where the aspect ratio was ignored (squash) or kept
-             without padding; the square on the longer side where the image was letterboxed
+             without padding; the square on the longer side where the image was letterboxed. Smaller than `hw`: the rest of `hw`
+             was not seen, its scores are 0
     corners  align_corners of the bilinear way back; the few-shot systems say True, mmsegmentation's False
     """
 
@@ -170,6 +171,9 @@ class Placed:
         batch = scores.float() if scores.dim() == 4 else scores.float()[None]
         full = F.interpolate(batch, size=self.canvas, mode="bilinear", align_corners=self.corners)
         full = full[..., : self.hw[0], : self.hw[1]]
+        unseen = [length - seen for length, seen in zip(self.hw, full.shape[-2:], strict=True)]
+        if any(unseen):
+            full = F.pad(full, (0, unseen[1], 0, unseen[0]))
         return full if scores.dim() == 4 else full[0]
 
 

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from util import ROOT
-from util.config import Config
+from util.config import Config, home_of
 from util.data.episodes import check_novel, draw
 from util.data.index import read_list
 from util.data.source import EpisodeSource, Source
@@ -132,6 +132,7 @@ def data_root(config: Config) -> Finding:
 
 def before(config: Config, place: Experiment, arch: str) -> Finding:
     """Check that the checkpoint of the run before exists. (Its fold and network are checked when it is loaded.)"""
+    config, place = home_of(config), place.home(config.Test_Finetune.trained_on)
     file = before_file(config, place, arch)
     if file.is_file() and file.suffix == ".safetensors":
         wanted = identity(arch, Facts(), config)
