@@ -57,7 +57,8 @@ class Sweep:
 
     def folder(self, cell: Cell) -> Path:
         """Runtime.output of a cell; base learners of all cells of a fold lie in OUT/base."""
-        kind = "base" if cell.arch == "PSPNet" else f"{cell.priors.replace(',', '+') or 'own'}/shot{cell.shot}/seed{cell.seed}"
+        priors = cell.priors.replace("+", "-with-").replace(",", "+")  # a joined one, A+B, is not two, A,B
+        kind = "base" if cell.arch == "PSPNet" else f"{priors or 'own'}/shot{cell.shot}/seed{cell.seed}"
         return Path(self.out) / kind
 
     def experiment(self, cell: Cell) -> Path:
@@ -90,7 +91,7 @@ def run(sweep: Sweep, cell: Cell, gpus: int, device: str | None) -> str:
     if device is not None:
         environment["CUDA_VISIBLE_DEVICES"] = device
     with (folder / "sweep.log").open("a") as log:
-        for script in ("train.sh", "test.sh"):
+        for script in ("train.sh", "test.sh") if system_class(cell.arch).facts.trained else ("test.sh",):
             command = ["sh", script, f"split{cell.fold}", sweep.data_set, str(gpus), *sweep.arguments(cell)]
             code = subprocess.run(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT).returncode
             if code:

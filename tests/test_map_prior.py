@@ -1,5 +1,8 @@
 """Training-free maps as priors: what they compute, which words compete, patch encoders beside a CNN, and what is refused."""
 
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,7 +11,9 @@ from model import build_system, configure
 from model.few_shot.contrast import contrast
 from model.few_shot.map_prior import SHARPNESS
 from model.few_shot.system import FewShot
-from tests.make import CONFIG
+from model.predict.predictor import Predictor
+from model.predict.share import export
+from tests.make import CONFIG, make, star
 from tests.make.batches import keyed, random_episode
 from util.cache import TensorCache
 from util.data.episodes import Episode
@@ -98,3 +103,18 @@ def test_another_text_at_prediction() -> None:
     row = prior.bank[prior.words.index("mug")].clone()
     prior.use(["lamp", "mug"], range(2, 3))
     assert torch.equal(prior.bank[1], row) and [prior.words[i] for i in prior.competing(0)] == ["lamp", "mug", "tree"]
+
+
+def test_the_predictor_takes_any_name(scenes: Path, tmp_path: Path) -> None:
+    """A novel name competes with the base classes, as in evaluation; the same from a file that is shared."""
+    _, weight = make(tmp_path, "PFENet", "Method.priors=[contrast,naclip]", "CLIP.vocabulary=base+target")
+    images, masks = star(scenes)
+    export(weight, tmp_path / "shared.safetensors")
+    found = []
+    for file in (weight, tmp_path / "shared.safetensors"):
+        predictor = Predictor.from_checkpoint(file, device="cpu")
+        predictor.set_support(images[0], masks[0], "star")
+        prior = predictor.text_maps[0]
+        assert predictor.takes_text and len(prior.competing(0)) == 1 + 15 + 1  # itself, the base classes, and "tree"
+        found.append(predictor.predict(images[1]).maps)
+    assert set(found[0]) == {"contrast", "naclip"} and all(np.array_equal(found[0][name], found[1][name]) for name in found[0])

@@ -94,3 +94,13 @@ def test_wrong_input(wrong: list[str], message: str, tmp_path: Path, runs: Runs,
     with pytest.raises(UserError, match=message):
         call(monkeypatch, *wrong, "--out", str(tmp_path))
     assert not runs.commands
+
+
+def test_what_trains_nothing_is_tested_alone(runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a joined prior has a folder of its own."""
+    systems = ["CONTRAST", "PFENet:contrast,naclip", "PFENet:contrast+naclip"]
+    call(monkeypatch, "demo", "--systems", *systems, "--folds", "0", "--out", str(tmp_path))
+    ran = [(c[0], c[4]) for c in runs.commands]
+    assert ran.count(("train.sh", "PFENet")) == ran.count(("test.sh", "PFENet")) == 2
+    assert ("test.sh", "CONTRAST") in ran and ("train.sh", "CONTRAST") not in ran
+    assert {"own", "contrast+naclip", "contrast-with-naclip"} <= {path.name for path in tmp_path.iterdir()}

@@ -115,12 +115,12 @@ class Train:
 class Method:
     """What all systems share; a system's own options extend it (`class Options(Method)` beside the system)."""
 
-    backbone: str = "resnet50"  # resnet50 | resnet101 | vgg16_bn | vgg16 | timm:NAME
+    backbone: str = "resnet50"  # resnet50 | resnet101 | vgg16_bn | vgg16 | timm:NAME (docs/extending.md, An encoder)
     width: int = 64  # ResNet base width; 64 is the published network
     stem: Literal["deep", "plain"] = "deep"  # ResNet's: semseg's three 3x3, or torchvision's 7x7 (HSNet)
     backbone_weight: str = "hub"  # ImageNet weights the base learner starts from: file | hub | none
     pre_weight: str = "auto"  # base learner checkpoint; auto: the one trained for this fold
-    priors: list[str] | None = None  # cosine | similarity | vtp | vvp; None: the system's own
+    priors: list[str] | None = None  # of model/few_shot/prior.py::PRIORS, A+B joins two into one map; None: the system's own
 
     def check(self) -> None:
         """Raises UserError for values that cannot be; a system extends it for its own options."""

@@ -142,7 +142,8 @@ class TextMapPrior:
                             "(Data.class_names)")
         own = self.names[cls].casefold()
         classes = [c for c in self.base if self.vocabulary != "target" and c != cls]
-        others = [i for i in range(len(self.names), len(self.words)) if self.words[i] not in (own, *SAME.get(own, ()))]
+        left_out = {own, *SAME.get(own, ()), *(self.names[c].casefold() for c in classes)}  # no word twice
+        others = [i for i in range(len(self.names), len(self.words)) if self.words[i] not in left_out]
         if not classes + others:
             raise UserError(f"Method.priors: nothing competes with {own!r} under CLIP.vocabulary={self.vocabulary}, as this CLIP "
                             "knows no background word: choose base+target or all")
