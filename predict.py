@@ -7,6 +7,7 @@
     --weights imr_hsnet.safetensors --text dog --support a.jpg     examples without masks, where the system needs none (IMR-HSNet)
     --clip --text cat                       no training at all: rough masks from OpenAI's CLIP, which is downloaded, and words
     --clip demo/clip --text star            the same with the demo's CLIP, for the drawn world
+    --tile 500                              large pictures through overlapping windows of 500 pixels, for small things in them
     --query FOLDER 'more/*.png' clip.mp4    files, folders, patterns, videos (--every N: every N-th frame)
 
     python predict.py --weights weclip.safetensors --query photos/                                 all classes of the model
@@ -32,10 +33,10 @@ from pathlib import Path
 from typing import Any
 
 from model.predict.dense_predictor import DensePredictor, Labelling, load_predictor, read_classes
-from model.predict.predictor import Predictor, annotated, find_weights, unmarked
+from model.predict.predictor import Predictor, find_weights
 from model.predict.text_predictor import Segmentation, TextPredictor
 from util.errors import UserError
-from util.photos.reading import Photo, find, frames, others, read_photo
+from util.photos.reading import Photo, annotated, find, frames, others, read_photo, unmarked
 from util.photos.results import Results
 
 POOR = 0.3  # IoU of an example in its own photo; a lower one is reported:
@@ -115,6 +116,7 @@ def open_predictor(given: argparse.Namespace, weights: Path | None) -> tuple[Pre
             if given.classes is not None:
                 raise UserError(f"--classes: {weights} finds one thing, what --support shows or --text names; classes are for "
                                 "systems that label every pixel (--weights of a zero-shot system)")
+            predictor.set_tiles(given.tile)
             return predictor, f"{weights}, {predictor.system.shot}-shot"
         if given.support or given.text:
             option = "--support" if given.support else "--text"

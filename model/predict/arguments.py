@@ -82,11 +82,18 @@ def parse(description: str) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("found"), help="folder for the results (default found)")
     parser.add_argument("--polygons", choices=KINDS, help="also write the masks for another tool")
     parser.add_argument("--every", type=int, default=1, metavar="N", help="of a video, every N-th frame")
+    parser.add_argument("--tile", type=int, metavar="N", help="see pictures larger than N pixels through overlapping windows of "
+                        "that side, for things that are small in them; default: every picture as a whole")
     parser.add_argument("--precision", choices=("fp32", "bf16"), help="default: bf16 on a GPU that has it")
     model_options(parser)
     given = parser.parse_intermixed_args(joined(sys.argv[1:]))
     if given.every < 1:
         raise UserError(f"--every {given.every}: must be at least 1")
+    if given.tile is not None:
+        if given.tile < 1:
+            raise UserError(f"--tile {given.tile}: the side of a window in pixels must be positive")
+        if given.clip is not None or not given.support:
+            raise UserError(f"--tile {given.tile}: windows are for what --support shows")
     check_model(given)
     if given.classes is not None and not given.weights:
         raise UserError("--classes: name the weights of a system that labels every pixel, too (--weights FILE)")
