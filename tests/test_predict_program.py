@@ -16,7 +16,8 @@ from PIL import Image
 
 import predict
 from model.predict import arguments
-from model.predict.predictor import NAMED, Predictor
+from model.predict.opening import NAMED
+from model.predict.predictor import Predictor
 from tests.make import ROOT, star
 from tests.make.runs import run_program
 from util.errors import UserError

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from model.predict.predictor import NAMED, Predictor
+from model.predict.opening import NAMED
+from model.predict.predictor import Predictor
 from tests.make import ROOT, palette_mask
 from util.data.index import read_list
 from util.data.transforms import read_label

@@ -66,9 +66,10 @@ def test_predictor_through_windows(arch: str, scenes: Path, tmp_path: Path) -> N
     assert found.mask.shape == found.score.shape == (48, 160) and found.maps == {} and found.score.dtype == np.float32
     np.testing.assert_allclose(found.score[:, 20:44], window.score[:, 20:44], atol=1e-5)  # where there is one window alone
     np.testing.assert_allclose(found.score[:, 48:64], found.score[:, 96:112], atol=1e-5)
+    assert np.array_equal(found.mask[:, 20:44], window.mask[:, 20:44])
     assert window.score.std() > 1e-5
     predictor.set_tiles(None)
-    assert predictor.predict(picture).maps
+    assert not np.array_equal(predictor.predict(picture).score, found.score)
 
 
 def test_wrong_tiles(piclip: Path) -> None:

@@ -9,40 +9,36 @@ filled up from the first supports; the result is the mean of the groups' scores.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import cv2
 import numpy as np
 import torch
 from torch import Tensor
 
-from model.backbone.pspnet import PSPNet
-from model.build import build_system, load_weights, priors_of, recorded, system_class, text_bank
+from model.build import build_system, load_weights, priors_of, system_class, text_bank
 from model.few_shot.cam_prior import TEMPLATE, CamPrior
 from model.few_shot.hsnet import HSNet
 from model.few_shot.prior import TextPrior
 from model.few_shot.system import FewShot
+from model.predict.opening import NO_NAMES, checkpoint, trained_on
+from model.predict.presence import presence
 from model.predict.text_predictor import Segmentation, TextPredictor, as_list, choose_device, choose_precision, longest_side
-from model.predict.tiles import blended, check_tile
+from model.predict.tiles import check_tile, through_windows, windows
 from model.system import Prediction
-from util import ROOT
 from util.cache import TensorCache
 from util.config import Config
 from util.data.episodes import Episode, EpisodeMaker, Shot, collate
-from util.data.folds import ClassNames, Fold, read_class_names
-from util.data.transforms import IGNORE, Placed, ValTransform
+from util.data.folds import ClassNames, Fold
+from util.data.transforms import IGNORE, ValTransform
 from util.errors import UserError
 from util.photos.reading import Box, Photo, Source, annotated, box_around, box_lists, doubt, read_photo, shrink, unmarked
-from util.run.checkpoint import EXPORT, read_meta
 from util.run.distributed import Context
 from util.run.place import Experiment
 
-NAMED = {"photos": "demo/photos/hdmnet_lite0.safetensors", "demo": "exp/demo/PI_CLIP/split0/resnet50/snapshot/best.safetensors"}
 CACHE = 2**30  # bytes for cached results of the supports and the latest queries
-NO_NAMES = ClassNames((), ())
 PATCH = 16  # pixels: of systems without CLIP, whose grid has a cell for 8
 
 
@@ -132,7 +128,7 @@ class Predictor:
             UserError: not one mask or box for each image, an image or mask that cannot be used, no text where the priors read
                 one, a text that this CLIP does not know.
         """
-        self._use(self._understood(images, masks, (text or "").strip(), boxes))
+        self.use(self.target(images, masks, (text or "").strip(), boxes))
 
     def set_tiles(self, tile: int | None) -> None:
         """Let pictures larger than `tile` pixels be seen through overlapping windows of that side, each as a picture of its own;
@@ -145,8 +141,9 @@ class Predictor:
             check_tile(tile, self._patch)
         self._tile = tile
 
-    def _understood(self, images: Source | Sequence[Source] | None, masks: Source | Sequence[Source | None] | None, text: str,
+    def target(self, images: Source | Sequence[Source] | None, masks: Source | Sequence[Source | None] | None, text: str,
                     boxes: Box | Sequence | None) -> Target:  # fmt: skip
+        """Understand what is to be found, without looking for it yet. Arguments and errors as `set_support`."""
         photos = [read_photo(source, f"support {i}") for i, source in enumerate(as_list(images), start=1)]
         box, given = box_lists(boxes), as_list(masks)
         unread = not self.needs_masks and (any(mask is not None for mask in given) or any(map(len, box)))
@@ -171,7 +168,7 @@ class Predictor:
             notes = [*notes, "this system reads the name in place of masks: the masks and boxes change nothing"]
         return replace(target, notes=tuple(notes))
 
-    def _use(self, target: Target) -> None:
+    def use(self, target: Target) -> None:
         """Look for a target until the next call."""
         self._target, self.notes = target, target.notes
         if target.bank is not None and self.cam_prior:
@@ -198,16 +195,54 @@ class Predictor:
                 raise UserError("windows need supports: a text alone is found by what stands out most in the whole picture")
             return self._text_alone.predict_batch(images)
         photos = [read_photo(source, f"query {i}") for i, source in enumerate(images, start=1)]
-        large = [self._tile is not None and max(photo.hw) > self._tile for photo in photos]
-        whole = iter(self._whole([photo for photo, tiled in zip(photos, large, strict=True) if not tiled]))
-        return [self._tiled(photo) if tiled else next(whole) for photo, tiled in zip(photos, large, strict=True)]
+        whole = iter(self._whole([photo for photo in photos if not self._is_large(photo)]))
+        return [self._tiled(photo) if self._is_large(photo) else next(whole) for photo in photos]
 
-    def _whole(self, photos: Sequence[Photo]) -> list[Segmentation]:
+    @torch.no_grad()
+    def strips(self, photo: Photo, targets: Sequence[Target]) -> Iterator[tuple[slice, list[tuple[np.ndarray, np.ndarray]]]]:
+        """Yield the results of a photo for several targets, as rows and for each target their mask, bool, and score, float32.
+
+        A large photo comes in rows of windows (`set_tiles`); each window is seen for all targets in turn, so that its own
+        features are computed once. Another photo comes whole.
+        """
+        if not self._is_large(photo):
+            results = [self._whole([photo], target)[0] for target in targets]
+            yield slice(0, photo.hw[0]), [(found.mask, found.score) for found in results]
+            return
+
+        def restored(window: Photo) -> list[tuple[Tensor, Tensor | None]]:
+            placed, found = self.maker.transform.placed(window.hw), []
+            for target in targets:
+                mean = self._scores([window], target)
+                found.append((placed.restore(mean.final[0]), None if mean.votes is None else placed.restore(mean.votes[0])))
+            return found
+
+        yield from through_windows(photo, self._tile, restored)
+
+    def presence(self, image: Source) -> float | None:
+        """Say how sure it is that an image shows what the supports show, 0..1 (`model.predict.presence`); None for a text alone
+        and for supports without masks. Through windows, that of the best one."""
+        if not self.knows_presence:
+            return None
+        photo = read_photo(image, "query")
+        tiles = windows(photo, self._tile) if self._is_large(photo) else [photo]
+        shots = sum(self._target.groups, [])
+        return max(presence(self.system, self.episode(tile, shots).to(self.device), self.precision) for tile in tiles)
+
+    @property
+    def knows_presence(self) -> bool:
+        """Whether the present supports are such that `presence` is a number."""
+        return self.needs_masks and self._target is not None and bool(self._target.groups)
+
+    def _is_large(self, photo: Photo) -> bool:
+        return self._tile is not None and max(photo.hw) > self._tile
+
+    def _whole(self, photos: Sequence[Photo], target: Target | None = None) -> list[Segmentation]:
         """Results of photos that the network sees as a whole, all at once."""
         if not photos:
             return []
         started = time.perf_counter()
-        mean, found = self._scores(photos), []
+        mean, found = self._scores(photos, target), []
         for i, photo in enumerate(photos):
             placed = self.maker.transform.placed(photo.hw)
             whole, mask = placed.restore(mean.final[i]), mean.decide(i, placed) == 1
@@ -220,21 +255,14 @@ class Predictor:
         """Result of a photo through windows; beside mask and score only those of one row of windows are in memory."""
         started = time.perf_counter()
         mask, score = np.empty(photo.hw, bool), np.empty(photo.hw, np.float32)
-
-        def scores(top: int, left: int, height: int, width: int) -> Tensor:
-            window = Photo(photo.image[top : top + height, left : left + width], photo.name)
-            mean, placed = self._scores([window]), self.maker.transform.placed(window.hw)
-            return torch.cat([placed.restore(x).flatten(0, -3) for x in (mean.final[0], mean.votes) if x is not None])
-
-        for top, strip in blended(photo.hw, self._tile, scores):
-            votes = strip[None, 2:].unflatten(1, (-1, 2)) if len(strip) > 2 else None
-            rows, hw = slice(top, top + strip.shape[1]), tuple(strip.shape[1:])
-            mask[rows] = (Prediction(strip[None, :2], votes=votes).decide(0, Placed(hw, hw)) == 1).cpu().numpy()
-            score[rows] = strip[:2].softmax(0)[1].cpu().numpy()
+        for rows, found in self.strips(photo, [self._target]):
+            (mask[rows], score[rows]), = found
         return Segmentation(mask, score, {}, time.perf_counter() - started)
 
-    def _scores(self, photos: Sequence[Photo]) -> Prediction:
-        """Scores of photos for the present target, the mean over its groups of supports."""
+    def _scores(self, photos: Sequence[Photo], target: Target | None = None) -> Prediction:
+        """Scores of photos for a target, by default the present one: the mean over its groups of supports."""
+        if target is not None:
+            self.use(target)
         groups = self._target.groups
         batch = collate([self.episode(photo, shots) for photo in photos for shots in groups]).to(self.device)
         with Context(self.device, precision=self.precision).autocast():
@@ -297,8 +325,13 @@ class Predictor:
                  for name in (self.names.names[c - 1], self.names.texts[c - 1])}  # fmt: skip
         return ranks.get(text.casefold(), -1)
 
+    @property
+    def general_notes(self) -> list[str]:
+        """Remarks that hold for any supports."""
+        return [*self.system.warnings, *([self._note] if self._note else [])]
+
     def _notes(self, target: Target, count: int) -> list[str]:
-        found, shot, text = [*self.system.warnings, *([self._note] if self._note else [])], target.shot, target.text
+        found, shot, text = self.general_notes, target.shot, target.text
         if count > shot:
             found.append(f"{count} supports for a {shot}-shot checkpoint: the mean of {len(target.groups)} predictions")
         elif count < shot:
@@ -315,51 +348,3 @@ class Predictor:
     def _mean(self, x: Tensor) -> Tensor:
         """Average over the groups of supports: B*G ... -> B ..."""
         return x.unflatten(0, (-1, len(self._target.groups))).mean(1)
-
-
-def find_weights(given: str | Path) -> Path:
-    """Find a checkpoint by its path, here or below the repository, or by its name.
-
-    Raises:
-        UserError: there is none.
-    """
-    name = NAMED.get(str(given), given)
-    found = next((path for path in (Path(name), ROOT / name) if path.is_file()), None)
-    if found is None and given == "demo":
-        raise UserError("the demo's model is not trained yet: `sh train.sh split0 demo 0` (minutes on a CPU)")
-    if found is None:
-        raise UserError(f"no such checkpoint: {given}. Give {' or '.join(NAMED)}, what `sh train.sh` has trained, an exported "
-                        "file, or a published .pth (docs/predict.md)")
-    return found
-
-
-class Checkpoint(NamedTuple):
-    """A file of weights, and what it is."""
-
-    path: Path
-    meta: dict
-    arch: str
-    config: Config
-
-
-def checkpoint(path: str | Path, config: Config | None = None, arch: str | None = None) -> Checkpoint:
-    """Find a checkpoint and what it is. Arguments and errors as `Predictor.from_checkpoint`; a base learner is an error, too."""
-    path = find_weights(path)
-    meta = read_meta(path) if path.suffix == ".safetensors" else {}
-    arch = arch or meta.get("system")
-    if arch is None or (not meta and config is None):
-        raise UserError(f"{path} does not say what it is: a published checkpoint needs the config and the system that it is "
-                        "of (--config config/pascal/pascal_split0_resnet50.yaml --arch PI_CLIP)")
-    if issubclass(system_class(arch), PSPNet):
-        raise UserError(f"{path} is a base learner (ARCH={arch}); give the checkpoint of a system")
-    return Checkpoint(path, meta, arch, config or recorded(path))
-
-
-def trained_on(found: Checkpoint) -> tuple[Fold, ClassNames]:
-    """Return fold and class names of the training, from an exported file or from the config's files (names may be missing)."""
-    config, meta = found.config, found.meta
-    if EXPORT in meta:
-        names, texts, novel, base = map(tuple, meta["classes"])
-        return Fold(config.Train.data_set, config.Train.split, novel, base), ClassNames(names, texts)
-    file = Path(config.Data.class_names)
-    return system_class(found.arch).task.folds(config), read_class_names(file) if file.is_file() else NO_NAMES

@@ -11,7 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from model.system import Prediction
+from util.data.transforms import Placed
 from util.errors import UserError
+from util.photos.reading import Photo
 
 OVERLAP = 1 / 4  # of a window's side, at least
 
@@ -78,3 +81,38 @@ def blended(hw: tuple[int, int], tile: int, scores: Callable[[int, int, int, int
             weight = (down[:, None] * across).to(found.device)
             strip[:, :, left : left + columns.side] += weight * found
     yield above, strip
+
+
+def windows(photo: Photo, tile: int) -> Iterator[Photo]:
+    """Yield the windows of a photo, each as a photo."""
+    rows, columns = (Windows.along(length, tile) for length in photo.hw)
+    for top in rows.starts:
+        for left in columns.starts:
+            yield cut(photo, top, left, rows.side, columns.side)
+
+
+def cut(photo: Photo, top: int, left: int, height: int, width: int) -> Photo:
+    return Photo(photo.image[top : top + height, left : left + width], photo.name)
+
+
+def through_windows(photo: Photo, tile: int, predict: Callable[[Photo], list[tuple[Tensor, Tensor | None]]]
+                    ) -> Iterator[tuple[slice, list[tuple[np.ndarray, np.ndarray]]]]:  # fmt: skip
+    """Yield rows of a photo with a mask, bool, and a score 0..1, float32, for each of several targets.
+
+    predict: returns for each target the scores 2 h w of a window at its own size, and where shots vote those of each, K 2 h w.
+    """
+    sizes: list[int] = []  # channels of each target
+
+    def scores(*window: int) -> Tensor:
+        found = predict(cut(photo, *window))
+        parts = [final if votes is None else torch.cat([final, votes.flatten(0, 1)]) for final, votes in found]
+        sizes[:] = map(len, parts)
+        return torch.cat(parts)
+
+    for top, strip in blended(photo.hw, tile, scores):
+        hw, found = tuple(strip.shape[1:]), []
+        for part in strip.split(sizes):
+            votes = part[None, 2:].unflatten(1, (-1, 2)) if len(part) > 2 else None
+            mask = Prediction(part[None, :2], votes=votes).decide(0, Placed(hw, hw)) == 1
+            found.append((mask.cpu().numpy(), part[:2].softmax(0)[1].cpu().numpy()))
+        yield slice(top, top + hw[0]), found
