@@ -52,8 +52,8 @@ def main() -> None:
     limit = best_threshold(chosen)
     kept, empty = 100 * (tested[:, 0] >= limit).mean(), 100 * (tested[:, 1] < limit).mean()
     print(f"\npresence, threshold {limit:.3f}: {100 * right(chosen, limit):.0f} % right on the episodes that chose it, "
-          f"{100 * right(tested, limit):.0f} % on the others (AUROC {auroc(tested):.3f}): {kept:.0f} % of the queries with the class "
-          f"are kept, {empty:.0f} % of those without it are left empty")
+          f"{100 * right(tested, limit):.0f} % on the others (AUROC {auroc(tested):.3f}): {kept:.0f} % of the queries with the "
+          f"class are kept, {empty:.0f} % of those without it are left empty")
 
 
 def candidates(predictor: Predictor, query: Path) -> dict[str, float]:

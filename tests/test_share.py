@@ -7,6 +7,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -157,7 +158,12 @@ def test_the_result_in_a_shared_file_is_about_it(piclip: Path, tmp_path: Path) -
     told = json.dumps(read_meta(out)) + out.with_suffix(".md").read_text()
     assert str(tmp_path) not in told and str(ROOT) not in told and told.count("made from photos") == 3 and "with e.txt" in told
     assert read_meta(out)["result"]["mean"] == scores and read_meta(out)["result"]["protocol_hash"] == "47a2"
-    assert "43.21" in out.with_suffix(".md").read_text()
+    assert "43.21" in out.with_suffix(".md").read_text() and "model-index" not in out.with_suffix(".md").read_text()
+    save_json(file, report | {"warnings": []})  # scores that nothing disqualifies
+    export(snapshot, out)
+    result, *others = huggingface_hub.ModelCard.load(out.with_suffix(".md")).data.eval_results
+    assert (result.metric_type, result.metric_value, result.dataset_type) == ("mean_iou", 43.21, "demo") and others
+    assert result.dataset_args == {"protocol": "strict with e.txt", "protocol_hash": "47a2"}
     os.utime(file, (0, 0))
     assert "older than the checkpoint" in export(snapshot, out)[0] and not read_meta(out)["result"]
     save_json(file, report | {"checkpoint": "exp/run/snapshot/last.safetensors"})
@@ -194,8 +200,6 @@ class Hub:
 
 def test_the_stand_in_is_called_as_the_real_client() -> None:
     """With the names of arguments that the installed huggingface_hub has (it comes along with timm)."""
-    import huggingface_hub
-
     api, ours = huggingface_hub.HfApi, Hub(Path())
     pairs = [(api.create_repo, ours.create_repo), (api.upload_file, ours.upload_file),
              (huggingface_hub.snapshot_download, ours.snapshot_download)]  # fmt: skip
