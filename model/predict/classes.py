@@ -15,7 +15,7 @@ from collections.abc import Collection, Sequence
 import numpy as np
 
 from model.predict.dense_predictor import BACKGROUND, Labelling
-from model.predict.predictor import Predictor, Target
+from model.predict.predictor import TEXT_UNREAD, Predictor, Target
 from util.data.transforms import IGNORE
 from util.errors import UserError
 from util.photos.reading import Box, Source, read_photo
@@ -55,7 +55,7 @@ class ClassPredictor:
         self._targets.append(target)
         self.classes[len(self._targets)] = name
         general = self.predictor.general_notes
-        own = [f"{name}: {note}" for note in target.notes if note not in general]
+        own = [f"{name}: {note}" for note in target.notes if note not in (*general, TEXT_UNREAD)]
         self.notes = tuple(dict.fromkeys([*(self.notes or general), *own]))
 
     def check(self) -> list[float]:

@@ -39,6 +39,7 @@ from util.run.distributed import Context
 from util.run.place import Experiment
 
 CACHE = 2**30  # bytes for cached results of the supports and the latest queries
+TEXT_UNREAD = "this system has no text prior: the text changes nothing"
 PATCH = 16  # pixels: of systems without CLIP, whose grid has a cell for 8
 
 
@@ -339,7 +340,7 @@ class Predictor:
         if target.base_rank >= 0 and self.system.uses_base_learner:
             found.append(f"{text!r} is one of the classes that the base learner knows, and is not held for background")
         elif text and not self.takes_text:
-            found.append("this system has no text prior: the text changes nothing")
+            found.append(TEXT_UNREAD)
         found += [f"{photo.name}: {why}" for photo, mask, _ in target.examples if (why := doubt(mask))]
         if self.config.Data.images == "drawings":
             found.append("trained on the drawn demo world: on photographs its masks mean nothing")

@@ -208,8 +208,8 @@ def model_card(file: str, predictor: Predictor | DensePredictor, meta: dict[str,
     setting = f"{meta['system']}, {meta['data_set']} {says['setting']}"
     known = model_index(setting, meta["data_set"], report)
     index = yaml.safe_dump(known, sort_keys=False) if known else ""
-    return CARD.format_map(meta | says | {"index": index} | {"file": file, "facts": "\n".join([*facts, *(f"- {note}" for note in meta["notes"])]),
-                                          "table": table})  # fmt: skip
+    told = "\n".join([*facts, *(f"- {note}" for note in meta["notes"])])
+    return CARD.format_map(meta | says | {"index": index, "file": file, "facts": told, "table": table})
 
 
 def model_index(name: str, data_set: str, report: Mapping[str, Any]) -> dict[str, Any]:
