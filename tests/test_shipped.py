@@ -32,7 +32,8 @@ def test_it_works_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 400, 3), np.uint8))
     predictor.set_support(photo, boxes=[50, 40, 200, 250])
     found = predictor.predict(photo)
-    assert 0 < predictor.presence(photo) < 1 and f"threshold {threshold(predictor.system)}" in (FILE.parent / "README.md").read_text()
+    page = (FILE.parent / "README.md").read_text()
+    assert 0 < predictor.presence(photo) < 1 and f"threshold {threshold(predictor.system)}" in page
     assert found.mask.shape == (300, 400) and np.isfinite(found.score).all() and found.score.std() > 0
 
 
