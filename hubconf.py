@@ -1,10 +1,12 @@
-"""Entry points of torch.hub, from a clone in any place: the repository's files are enough, nothing is installed.
+"""Entry points of torch.hub: `torch.hub.load(FOLDER, "few_shot", source="local")` from any folder.
 
-    predictor = torch.hub.load("/path/to/the/clone", "predictor", source="local")             # the network for photographs
-    predictor = torch.hub.load(REPO, "predictor", source="local", weights="/runs/best.safetensors", device="cpu")
-    system = torch.hub.load(REPO, "build", "HDMNet", "config/demo/demo_split0_resnet50.yaml", source="local")
+    segmenter = torch.hub.load(FOLDER, "few_shot", source="local")           # model.predict.predictor.Predictor
+    segmenter.set_support("a.jpg", "a.png")
+    mask = segmenter.predict("b.jpg").mask
 
-This imports the repository's packages `model` and `util`, under these names. Where the process has others of these names already,
+Paths of weights are looked up here and in the working folder. The packages of requirements.txt must be installed.
+
+The repository's packages `model` and `util` are imported under these names. Where the process has others of these names already,
 loading is an error; where a later `import util` of the caller would have found another one, it is a warning.
 """
 
@@ -12,16 +14,16 @@ import sys
 import warnings
 from importlib.machinery import PathFinder
 from pathlib import Path
+from typing import Any
 
-dependencies = ["torch", "torchvision", "timm", "open_clip", "safetensors", "numpy", "cv2", "PIL", "yaml"]
+dependencies = ["torch", "timm", "open_clip", "cv2", "safetensors", "yaml"]
 _ROOT = Path(__file__).resolve().parent
-_NAMES = ("model", "util")
 
 
 def _check_names() -> None:
     """Raise ImportError where `model` or `util` of another place is loaded; warn where one could have been found."""
     others = [folder for folder in sys.path if Path(folder).resolve() != _ROOT]
-    for name in _NAMES:
+    for name in ("model", "util"):
         if name in sys.modules:
             loaded = sys.modules[name].__spec__
             places = [*(loaded and loaded.submodule_search_locations or ()), loaded and loaded.origin or "?"]
@@ -34,47 +36,56 @@ def _check_names() -> None:
 
 
 _check_names()
-sys.path.insert(0, str(_ROOT))
-try:
-    from model.build import build_system as _build_system
-    from model.build import configure as _configure
-    from model.build import system_class as _system_class
-    from model.predict.dense_predictor import DensePredictor as _DensePredictor
-    from model.predict.dense_predictor import load_predictor as _load_predictor
-    from model.predict.predictor import Predictor as _Predictor
-    from model.system import System as _System
-    from util.data.folds import read_class_names as _read_class_names
-finally:
-    sys.path.remove(str(_ROOT))
 
 
-def predictor(weights: str | Path = "photos", device: str | None = None, precision: str | None = None
-              ) -> _Predictor | _DensePredictor:  # fmt: skip
-    """Open a checkpoint for pictures of one's own: see model/predict/predictor.py, or dense_predictor.py for a dense system.
+def predictor(weights: str = "photos", **options: Any) -> Any:
+    """Return the predictor of a checkpoint, `few_shot` or `dense` as it says itself; arguments as those."""
+    from model.predict.dense_predictor import load_predictor
+
+    return load_predictor(weights, **options)
+
+
+def few_shot(weights: str = "photos", **options: Any) -> Any:
+    """Return a predictor that finds what examples show; arguments as `Predictor.from_checkpoint`."""
+    from model.predict.predictor import Predictor
+
+    return Predictor.from_checkpoint(weights, **options)
+
+
+def dense(weights: str, **options: Any) -> Any:
+    """Return a predictor that labels every pixel with its classes; arguments as `DensePredictor.from_checkpoint`."""
+    from model.predict.dense_predictor import DensePredictor
+
+    return DensePredictor.from_checkpoint(weights, **options)
+
+
+def text(clip: str = "ViT-B-16-quickgelu/openai", **options: Any) -> Any:
+    """Return a predictor that finds what a text names, with a CLIP and no training; arguments as `TextPredictor.from_clip`."""
+    from model.predict.text_predictor import TextPredictor
+
+    return TextPredictor.from_clip(clip, **options)
+
+
+def encoder(name: str = "resnet50", **options: Any) -> Any:
+    """Return an image encoder without weights: `timm:NAME` or one of ours; arguments as `model.backbone.build_encoder`."""
+    from model.backbone import ImageEncoder, build_encoder
+
+    return build_encoder(name, **{"kind": ImageEncoder, **options}).eval()
+
+
+def build(arch: str, config: str, *overrides: str) -> Any:
+    """Return a system without weights, `model.build.build_system`.
 
     Args:
-        weights: a file, here or below the clone; or photos, the network for photographs that comes along.
-        device, precision: see `Predictor.from_checkpoint`.
-    Raises:
-        UserError: no such file, device or precision.
+        arch: its name, HDMNet; config: a file, here or in the working folder, as are those that it names; overrides:
+            Section.key=value.
     """
-    return _load_predictor(weights, device, precision)
+    from model.build import build_system, configure, system_class
+    from util.data.folds import read_class_names
 
-
-def build(arch: str, config: str | Path, *overrides: str) -> _System:
-    """Build a system without weights.
-
-    Args:
-        arch: its name, HDMNet.
-        config: file, here or below the clone; its paths may be below the clone, too.
-        overrides: Section.key=value.
-    Raises:
-        UserError: no such system, file or key.
-    """
-    here = Path(config)
-    given = _configure(here if here.is_file() else _ROOT / config, arch, list(overrides))
+    given = configure(config if Path(config).is_file() else _ROOT / config, arch, list(overrides))
     for section, key in ((given.Data, "class_names"), (given.CLIP, "clip_path")):
-        value = getattr(section, key)
-        if value and not Path(value).exists() and (_ROOT / value).exists():
-            setattr(section, key, str(_ROOT / value))
-    return _build_system(arch, given, _system_class(arch).task.folds(given), _read_class_names(given.Data.class_names))
+        name = getattr(section, key)
+        if name and not Path(name).exists() and (_ROOT / name).exists():
+            setattr(section, key, str(_ROOT / name))
+    return build_system(arch, given, system_class(arch).task.folds(given), read_class_names(given.Data.class_names))

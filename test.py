@@ -25,7 +25,7 @@ from model import System, configure, content_hash, needs_clip, open_tested, syst
 from model.verify import trace_all
 from util import cli, protocol
 from util.cache import TensorCache, open_cache
-from util.config import Config
+from util.config import Config, home_of
 from util.report.gallery import gallery
 from util.report.summary import label, prior_quality, summarise
 from util.report.viz import Card
@@ -39,6 +39,8 @@ from util.run.place import Experiment, before_file, owned
 from util.score import causes, crf
 from util.score import statistics as stats
 from util.score.priors import THRESHOLDS, title
+from util.score.rescore import rescore
+from util.score.table import EpisodeTable
 from util.score.task import How, Scores, Task
 
 FIRST = 6  # pictures of samples that every run has
@@ -50,6 +52,8 @@ def main() -> None:
     arguments = cli.parse(__doc__, episodes=True)
     config = configure(arguments.config, arguments.arch, arguments.overrides)
     place = Experiment.from_config_path(arguments.arch, arguments.config, config.Runtime.output)
+    if config.Test_Finetune.trained_on:  # a result of its own, beside those of other weights
+        place = replace(place, net=config.Test_Finetune.trained_on.replace("/", "_"))
     context = distributed.start(arguments.gpus, config.Runtime)
     try:
         preflight.make_data(config, context)
@@ -80,7 +84,7 @@ def test(config: Config, place: Experiment, context: Context, log: RunLog) -> No
     """Seeds x samples, the same without leaks, a table, a report."""
     # 1. scores under the protocol
     config = with_selection(config, place.arch, weight_file(config, place))
-    cache = open_cache(config.Runtime.cache_gb, config.Runtime.cache_dir)
+    cache = open_cache(config.Runtime.cache_gb, config.Runtime.cache_dir, context.device)
     started = time.monotonic()
     scored = score(config, place, context, log, cache)
     result = summary(config, place, context, scored, time.monotonic() - started) if context.main else {}
@@ -92,10 +96,13 @@ def test(config: Config, place: Experiment, context: Context, log: RunLog) -> No
     if other:
         config_free, differences = other
         log.info(f"without leaks: {'; '.join(differences)}")
+        config_free = replace(config_free, Test_Finetune=replace(config_free.Test_Finetune, control=False))
         mean, sd = summarise(score(config_free, place, context, log, cache).seeds)
         result["leak_free"] = {"mean": mean, "sd": sd, "differences": differences}
         if context.main:
             page = write_report(place.result, result, cards)
+    if verdict := cache.verdict():
+        log.info(verdict)
     if context.main:
         log.info("\n" + text_table(result))
         log.info(f"report: {page}")
@@ -116,7 +123,8 @@ def score(config: Config, place: Experiment, context: Context, log: RunLog, cach
 
     predict = functools.partial(system.predict, baselines=config.Test_Finetune.baselines)
     asked, scores = config.Test_Finetune, {}
-    how = replace(How.of(config, context, log), crf=asked.crf, maps=Path(asked.maps) if asked.maps else None)
+    how = replace(How.of(config, context, log), crf=asked.crf, maps=Path(asked.maps) if asked.maps else None, trivial=True,
+                  control=asked.control)  # fmt: skip
     tests = task.tests()
     for seed, test in tests.items():
         later = sum(how.steps(other) for other in [*tests.values()][len(scores) + 1 :])
@@ -134,6 +142,7 @@ def weight_file(config: Config, place: Experiment) -> Path:
         return NONE
     if config.Test_Finetune.weight != "auto":
         return Path(config.Test_Finetune.weight)
+    place = place.home(config.Test_Finetune.trained_on)
     return place.last if config.Train.selection == "last" and place.last.is_file() else place.best
 
 
@@ -145,10 +154,11 @@ def ready(config: Config, place: Experiment) -> None:
     frozen = weight.suffix == ".safetensors"  # a published checkpoint brings everything along
     if frozen and weight.is_file():
         meta = read_meta(weight)
-        wanted = identity(place.arch, cls.facts, with_selection(config, place.arch, weight))
+        wanted = identity(place.arch, cls.facts, with_selection(home_of(config), place.arch, weight))
         findings.append(preflight.attempt("checkpoint", lambda: check_identity(weight, meta, wanted) or str(weight)))
         frozen = EXPORT not in meta and cls.facts.frozen
     clip = needs_clip(place.arch, config)
+    frozen = frozen or weight == NONE and cls.facts.frozen  # a system that trains nothing may have a frozen encoder
     preflight.require(preflight.Start(config, place, cls.facts, cls.task, clip, ("val_list",), frozen), findings)
 
 
@@ -185,13 +195,14 @@ def summary(config: Config, place: Experiment, context: Context, scored: Scored,
     samples = sum(seed["episodes"] for seed in seeds)
     table = task.table(scored.scores)
     tests = task.tests()
-    return {
+    found = {
         "system": place.arch, "data_set": place.data_set, "split": config.Train.split, "shot": config.Train.shot,
         "setting": task.setting, "unit": task.unit,
         "backbone": f"{config.Method.backbone}" + (f" (width {config.Method.width})" if config.Method.width != 64 else ""),
         "priors": system.prior_names, "checkpoint": str(scored.weight),
-        "protocol": used.describe(system.reads_text, task.says) | trained_with(scored.weight),
-        "protocol_hash": used.hash, "warnings": [*system.warnings, *skipped(seeds, task.unit)], "mark": system.mark,
+        "protocol": used.describe(system.reads_text, task.says) | trained_with(config, scored.weight),
+        "protocol_hash": used.hash, "protocol_parts": used.parts, "mark": system.mark,
+        "warnings": [*system.warnings, *skipped(seeds, task.unit)],
         "environment": environment(context.device) | provenance(config, scored),
         "classes": {c: task.names.names[c - 1] if c else "background" for c in task.classes},
         "other_classes": {c: name for c, name in enumerate(task.names.names, start=1) if c not in task.classes},
@@ -203,6 +214,12 @@ def summary(config: Config, place: Experiment, context: Context, scored: Scored,
         "episodes": table.to_json(), "interval": stats.bootstrap(table),
         "causes": causes.tally(table.cls, table.counts, table.spread),
     }  # fmt: skip
+    if table.tallies is not None:
+        found["rules"] = rescore([found])
+    control = EpisodeTable.of(table.hash, {seed: scores.control for seed, scores in scored.scores.items()})
+    if len(control):
+        found["control"] = stats.support_gap(table, control) | {"names": system.reads_text, "rows": control.to_json()}
+    return found
 
 
 def provenance(config: Config, scored: Scored) -> dict[str, str]:
@@ -229,15 +246,17 @@ def learning_curves(config: Config, place: Experiment, weight: Path) -> dict[str
         return {}
     files, before = {place.arch: weight}, system_class(place.arch).facts.before
     if before:
-        files["base learner"] = before_file(config, place, before)
+        files["base learner"] = before_file(config, place.home(config.Test_Finetune.trained_on), before)
     found = {name: curves.read(file.parents[1] / curves.FILE) for name, file in files.items()}
     return {name: points for name, points in found.items() if points}
 
 
-def trained_with(weight: Path) -> dict[str, str]:
+def trained_with(config: Config, weight: Path) -> dict[str, str]:
     """What a checkpoint of ours tells of its training that the protocol of the test does not."""
+    home = config.Test_Finetune.trained_on
+    found = {"weights trained on": home} if home else {}
     vocabulary = read_meta(weight).get("vocabulary") if weight.suffix == ".safetensors" else None
-    return {"text vocabulary in training": vocabulary} if vocabulary else {}
+    return found | ({"text vocabulary in training": vocabulary} if vocabulary else {})
 
 
 def pictures(context: Context, scored: Scored) -> list[Card]:

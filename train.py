@@ -268,7 +268,7 @@ def build(config: Config, place: Experiment, context: Context, log: RunLog, weig
     validation = task.validation() if validates(config) else None
     meta["selection"] = config.Train.selection
     if validation is not None:
-        system.remember(open_cache(config.Runtime.cache_gb, config.Runtime.cache_dir), fixed_head=False)
+        system.remember(open_cache(config.Runtime.cache_gb, config.Runtime.cache_dir, context.device, 0.25), fixed_head=False)
     data, batch = task.training(), config.Train.batch_size
     per_epoch = len(data) // batch
     if per_epoch == 0:

@@ -156,7 +156,7 @@ class Student(nn.Module):
         super().__init__()
         self.trunk = ClipTrunk(clip.visual)
         self.teacher = build_encoder("resnet50", 16).eval().requires_grad_(False)
-        self.teacher.load_imagenet(load_state(BACKBONE), str(BACKBONE))
+        self.teacher.load_weights(load_state(BACKBONE), str(BACKBONE))
         self.heads = nn.ModuleDict({str(b): nn.Linear(WIDTH, self.teacher.channels[s]) for b, s in TEACHERS.items()})
         self.statistics: dict[int, tuple[Tensor, Tensor]] = {}
 

@@ -2,13 +2,13 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from model.backbone import BaseLearner, build_encoder, hub_state
-from model.backbone.encoder import Encoder
+from model.backbone import BaseLearner, ImageEncoder, build_encoder, hub_state, origin
 from model.backbone.pspnet import PSPNet
 from model.clip import CamSource, Clip, ClipTrunk, ResNetCam, ViTCam, load_clip
 from model.clip.text import BACKGROUND, FOREGROUND
@@ -17,21 +17,34 @@ from model.few_shot.cam_prior import TEMPLATE, CamPrior
 from model.few_shot.hdmnet import PICLIP, HDMNet
 from model.few_shot.hsnet import HSNet
 from model.few_shot.imr_hsnet import IMRHSNet
+from model.few_shot.map_prior import CellPrior, JoinedPrior, TextMapPrior
 from model.few_shot.pfenet import PFENet
-from model.few_shot.prior import CosinePrior, Prior, SimilarityPrior, TextPrior, VisualPrior, check_priors
+from model.few_shot.prior import (
+    CELL_PRIORS,
+    TEXT_MAPS,
+    CosinePrior,
+    Prior,
+    SimilarityPrior,
+    TextPrior,
+    VisualPrior,
+    check_priors,
+    parts,
+)
 from model.few_shot.system import FewShot
+from model.few_shot.training_free import Contrast, Insid3, TrainingFree
 from model.system import Frozen, System, content_hash, load_exactly
 from model.weak.clip_es import CLIPES
 from model.weak.maps import text_bank as class_texts
 from model.weak.system import Weak
 from model.weak.weclip import WeCLIP
 from model.zero_shot.clip_rc import CLIP_RC
+from model.zero_shot.open_vocabulary import NACLIP, SCLIP, ClearCLIP, MaskCLIP, OpenVocabulary, ProxyCLIP
 from model.zero_shot.texts import read_bank
 from model.zero_shot.texts import text_bank as class_bank
 from model.zero_shot.zegclip import ZegCLIP
 from util.cache import CACHE
-from util.config import Config, Method, load_config, options_of
-from util.data.folds import ClassNames, Fold, read_class_names
+from util.config import Config, Method, home_of, load_config, options_of
+from util.data.folds import ClassNames, Fold, check_disjoint, fold_of, read_class_names
 from util.errors import UnknownKey, UserError, nearest
 from util.files import load_published, load_state, load_tensors
 from util.run.checkpoint import EXPORT, check_frozen, check_identity, read_meta
@@ -41,8 +54,10 @@ from util.score.task import Task
 
 SYSTEMS: dict[str, type[System]] = {"PI_CLIP": PICLIP, "HDMNet": HDMNet, "BAM": BAM, "PFENet": PFENet, "HSNet": HSNet,
                                     "IMR_HSNet": IMRHSNet, "PSPNet": PSPNet, "WeCLIP": WeCLIP, "CLIP_ES": CLIPES,
-                                    "CLIP_RC": CLIP_RC, "ZegCLIP": ZegCLIP}  # fmt: skip
-READ_CLIP = {"vtp", "vvp", "cam"}  # priors that need a CLIP
+                                    "CLIP_RC": CLIP_RC, "ZegCLIP": ZegCLIP, "CONTRAST": Contrast, "INSID3": Insid3,
+                                    "MASKCLIP": MaskCLIP, "SCLIP": SCLIP, "NACLIP": NACLIP, "CLEARCLIP": ClearCLIP,
+                                    "PROXYCLIP": ProxyCLIP}  # fmt: skip
+READ_CLIP = {"vtp", "vvp", "cam", *TEXT_MAPS}  # priors that need a CLIP
 
 
 def system_class(arch: str) -> type[System]:
@@ -82,7 +97,7 @@ def priors_of(arch: str, config: Config) -> Sequence[str]:
 
 
 def needs_clip(arch: str, config: Config) -> bool:
-    return system_class(arch).facts.clip or bool(READ_CLIP & set(priors_of(arch, config)))
+    return system_class(arch).facts.clip or bool(READ_CLIP & set(parts(priors_of(arch, config))))
 
 
 def build_system(arch: str, config: Config, fold: Fold, names: ClassNames, cache: Path | None = None) -> System:
@@ -109,6 +124,7 @@ def base_learner(config: Config, fold: Fold, dilated: bool) -> BaseLearner:
 
 def build_few_shot(cls: type[FewShot], arch: str, config: Config, fold: Fold, names: ClassNames, cache: Path | None) -> FewShot:
     learner, wanted = base_learner(config, fold, cls.dilated), list(priors_of(arch, config))
+    encoder, patches = learner.encoder, build_patches(config)
     if wanted != list(cls.facts.priors):
         check_priors(wanted, bool(cls.facts.before))
     check_clip_size("cam" in cls.facts.priors, config.CLIP.clip_size)
@@ -123,8 +139,35 @@ def build_few_shot(cls: type[FewShot], arch: str, config: Config, fold: Fold, na
         "cam": lambda: CamPrior(cam_source(clip.module), clip.module.text.bank(names.names, [TEMPLATE], cache),
                                 vocabulary, fold.base, config.CLIP.clip_size, names.names, options.cams),
     }
-    backbone = Frozen(learner if cls.facts.before else learner.encoder)
-    return cls(backbone, [makers[name]() for name in wanted], shot, options, clip)
+    own = patches is None
+    for name in CELL_PRIORS:
+        makers[name] = partial(CellPrior, name, encoder if own else patches.module, own)
+    for name in TEXT_MAPS:
+        makers[name] = lambda name=name: TextMapPrior(name, clip.module, patches and patches.module, names.texts, vocabulary,
+                                                      fold.base, cache)  # fmt: skip
+    priors = {name: [makers[part]() for part in name.split("+")] for name in wanted}
+    backbone = Frozen(learner if cls.facts.before else encoder)
+    system = cls(backbone, [some[0] if len(some) == 1 else JoinedPrior(some) for some in priors.values()], shot, options, clip)
+    if patches is not None:
+        system.patches = patches
+    return system
+
+
+def build_patches(config: Config) -> Frozen | None:
+    """Return the encoder beside the backbone that Method.patches names, without weights."""
+    named, method = getattr(config.Method, "patches", ""), config.Method
+    if not named:
+        return None
+    return Frozen(build_encoder(named, method.width, method.stem, dilated=True, kind=ImageEncoder, published=True))
+
+
+def build_training_free(cls: type[TrainingFree], arch: str, config: Config, fold: Fold, names: ClassNames, cache: Path | None
+                        ) -> TrainingFree:  # fmt: skip
+    method, train = config.Method, config.Train
+    if method.priors:
+        raise UserError(f"Method.priors = {method.priors}: {arch} is a rule and takes no priors, leave it out")
+    encoder = build_encoder(method.backbone, method.width, method.stem, cls.dilated, ImageEncoder, cls.published)
+    return cls(Frozen(encoder), train.shot, train.val_size, options_of(method, cls.Options))
 
 
 def build_weak(cls: type[Weak], arch: str, config: Config, fold: Fold, names: ClassNames, cache: Path | None) -> Weak:
@@ -145,8 +188,15 @@ def build_zero_shot(cls: type[ZegCLIP], arch: str, config: Config, fold: Fold, n
     return system
 
 
-FAMILIES: dict[type[System], Callable[..., System]] = {FewShot: build_few_shot, PSPNet: build_base_learner, Weak: build_weak,
-                                                      ZegCLIP: build_zero_shot}  # fmt: skip
+def build_open_vocabulary(cls: type[OpenVocabulary], arch: str, config: Config, fold: Fold, names: ClassNames, cache: Path | None
+                          ) -> OpenVocabulary:  # fmt: skip
+    clip, options = load_clip(config.CLIP.clip_path, activation=config.CLIP.activation), options_of(config.Method, cls.Options)
+    return cls(Frozen(clip), names.texts, options, build_patches(config), cache)
+
+
+FAMILIES: dict[type[System], Callable[..., System]] = {FewShot: build_few_shot, TrainingFree: build_training_free,
+                                                      PSPNet: build_base_learner, Weak: build_weak, ZegCLIP: build_zero_shot,
+                                                      OpenVocabulary: build_open_vocabulary}  # fmt: skip
 
 
 def cam_source(clip: Clip) -> CamSource:
@@ -167,9 +217,22 @@ def text_bank(clip: Frozen, texts: Sequence[str], cache: Path | None = None) -> 
 
 
 def open_system(arch: str, config: Config) -> tuple[System, Task]:
-    """Build a system and the task with its data; backbone, base learner and head are without weights."""
-    task = system_class(arch).task(config)
-    system = build_system(arch, config, task.fold, task.names, CACHE)
+    """Build a system and the task with its data; backbone, base learner and head are without weights.
+
+    Raises UserError where the weights come from another data set (Test_Finetune.trained_on) and that cannot be tested.
+    """
+    task, home = system_class(arch).task(config), home_of(config)
+    fold = task.fold
+    if home is not config:
+        if not issubclass(system_class(arch), FewShot):
+            raise UserError(f"Test_Finetune.trained_on = {config.Test_Finetune.trained_on}: {arch} predicts the classes it "
+                            "learnt; only few-shot systems are tested on other data sets")
+        if config.CLIP.vocabulary == "base+target":
+            raise UserError("CLIP.vocabulary = base+target: the base classes are of another data set (Test_Finetune.trained_on); "
+                            "choose target, present or all")
+        fold = fold_of(home)
+        check_disjoint(fold, read_class_names(home.Data.class_names), task.fold, task.names)
+    system = build_system(arch, config, fold, task.names, CACHE)
     task.clip_patch = system.clip_patch
     return system, task
 
@@ -186,10 +249,12 @@ def open_tested(arch: str, config: Config, place: Experiment, weight: Path) -> t
 
 
 def load_weights(system: System, config: Config, place: Experiment, weight: Path) -> None:
-    """Load all weights of a system; one without training has them. A checkpoint of ours must match the config and the frozen
-    parts; an exported one (model/predict/share.py) and a published one have their base learner inside."""
+    """Load all weights of a system; one that trains nothing has frozen ones alone. A checkpoint of ours must match the config and
+    the frozen parts; an exported one (model/predict/share.py) and a published one have their base learner inside."""
     if not system.facts.trained:
+        load_frozen(system, config, place)
         return
+    config, place = home_of(config), place.home(config.Test_Finetune.trained_on)
     if not weight.is_file():
         raise UserError(f"Test_Finetune.weight = {config.Test_Finetune.weight}: no checkpoint {weight}. Train first: "
                         f"`ARCH={place.arch} NET={place.net} sh train.sh {place.command} GPUS`")
@@ -198,6 +263,7 @@ def load_weights(system: System, config: Config, place: Experiment, weight: Path
         if classes:
             system.check_classes(classes, str(weight))
         system.import_official(state, str(weight))
+        load_patches(system, config)
         return
     meta, state = read_meta(weight), load_tensors(weight)
     check_identity(weight, meta, identity(place.arch, system.facts, config))
@@ -216,6 +282,7 @@ def load_frozen(system: System, config: Config, place: Experiment, training: boo
 
     training: also those that its trained part starts from.
     """
+    load_patches(system, config)
     before = system.facts.before
     if not before:
         for encoder in system.encoders(training):
@@ -233,6 +300,13 @@ def load_frozen(system: System, config: Config, place: Experiment, training: boo
     system.load_before(load_state(path), str(path))
 
 
+def load_patches(system: System, config: Config) -> None:
+    """Load the weights of the encoder beside the backbone, where there is one."""
+    patches = getattr(system, "patches", None)
+    if patches is not None:
+        initialise(patches.module, config.Method.patches_weight, "Method.patches_weight")
+
+
 def load_start(system: System, config: Config, place: Experiment) -> dict[str, Any]:
     """Gives the trained part the weights that `Train.start_from` names; what checkpoints of the run record of them."""
     file = start_file(config, place)
@@ -247,15 +321,16 @@ def load_start(system: System, config: Config, place: Experiment) -> dict[str, A
     return {"start": f"{file}" + (f", step {meta['step']}" if "step" in meta else "") + f" ({content_hash(system.trained)})"}
 
 
-def initialise(encoder: Encoder, source: str) -> None:
-    """Load the ImageNet weights that `Method.backbone_weight` names: a file, hub or none."""
+def initialise(encoder: ImageEncoder, source: str, key: str = "Method.backbone_weight") -> None:
+    """Load the published weights that a key names: a file, hub or none."""
     if source == "none":
         return
     if source == "hub":
-        encoder.load_imagenet(hub_state(encoder), encoder.hub)
+        encoder.load_weights(hub_state(encoder), encoder.hub)
     elif Path(source).is_file():
-        encoder.load_imagenet(load_state(Path(source)), source)
+        encoder.load_weights(load_state(Path(source)), source)
     else:
         made = " `python -m model.backbone.lite0` makes it." if "lite0" in source else ""
-        raise UserError(f"Method.backbone_weight: no file {source!r}.{made} Put ImageNet weights there (resnet50_v2.pth of "
-                        "semseg, or a timm / torchvision state dict), or use hub (download through timm) or none (from scratch)")
+        raise UserError(f"{key}: no file {source!r}.{made} Put the weights of {encoder.hub} there (a timm or torchvision state "
+                        "dict, semseg's resnet50_v2.pth, DINOv3's own .pth), or use hub (download through timm) or none (from "
+                        f"scratch). {origin(encoder)}")

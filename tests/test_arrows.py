@@ -5,14 +5,15 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-GROUND = ("errors", "config", "protocol", "files", "cache", "cli", "pool", "yaml_text")
+GROUND = ("errors", "config", "protocol", "files", "cache", "cli", "pool", "yaml_text", "layers")
 FLOORS = [  # each may import from its own row's room and from all rows before
     {"util"}, {"util.data"}, {"util.run", "util.prepare"}, {"util.score"}, {"util.report"}, {"util.photos"},
     {"model"}, {"model.clip"}, {"model.backbone"}, {"model.few_shot", "model.weak", "model.zero_shot"}, {"model.build"},
     {"model.predict", "model.verify"}, {"demo", "bench"}, {"programs", "tests"},
 ]  # fmt: skip
 FLOOR = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}
-NAMES = {"demo", "PI_CLIP", "HDMNet", "BAM", "PFENet", "HSNet", "IMR_HSNet", "PSPNet", "WeCLIP", "CLIP_ES", "CLIP_RC", "ZegCLIP"}
+NAMES = {"demo", "PI_CLIP", "HDMNet", "BAM", "PFENet", "HSNet", "IMR_HSNet", "PSPNet", "WeCLIP", "CLIP_ES", "CLIP_RC", "ZegCLIP",
+         "CONTRAST", "INSID3", "MASKCLIP", "SCLIP", "NACLIP", "CLEARCLIP", "PROXYCLIP"}
 LONGEST = 400
 
 

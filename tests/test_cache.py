@@ -14,7 +14,7 @@ from model.few_shot.memo import Memo
 from model.few_shot.pfenet import PFENet
 from model.few_shot.system import FewShot
 from tests.make import clip_episode, keyed, only, pi_clip, small_clip, small_system
-from util.cache import TensorCache, digest, nbytes, open_cache
+from util.cache import TensorCache, digest, free_memory, nbytes, open_cache
 from util.errors import UserError
 
 CPU = torch.device("cpu")
@@ -36,10 +36,11 @@ def test_same_bits_with_and_without(system: FewShot, fixed: bool, tmp_path: Path
     calls = []
     hook = system.encoder.register_forward_hook(lambda *_: calls.append(1))
     cold, warm = system.predict(made, baselines=True), system.predict(made, baselines=True)
-    assert len(calls) == 3 + 6  # every query and support once
+    once = 3 + 6 * (1 + system.masks_support)  # every query and support once; where supports are masked, also without the mask
+    assert len(calls) == once
     system.remember(TensorCache(0, tmp_path), fixed)  # a later run: from disk alone
     later = system.predict(made, baselines=True)
-    assert len(calls) == 9
+    assert len(calls) == once
     for other in (cold, warm, later):
         assert torch.equal(plain.final, other.final)
         assert all(torch.equal(plain.maps[k], other.maps[k]) for k in plain.maps)
@@ -121,10 +122,35 @@ def test_damaged_entry_is_computed_again(tmp_path: Path, damage: str) -> None:
     assert not [p for p in tmp_path.rglob(".*")]
 
 
+def test_the_budget_follows_the_free_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    free = free_memory(CPU)
+    assert 0 < free < 2**44
+    assert open_cache(1.5, "", CPU).budget == 3 * 2**29
+    monkeypatch.setattr("util.cache.free_memory", lambda _: 800)
+    assert open_cache(None, "", CPU).budget == 400 and open_cache(None, "", CPU, 0.25).budget == 200
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert open_cache(None, "", CPU).budget == 100
+    monkeypatch.setattr("util.cache.CGROUP", tmp_path)  # a container
+    (tmp_path / "memory.max").write_text(f"{2**28 + 7}")
+    (tmp_path / "memory.current").write_text("7\n")
+    assert free_memory(CPU) == 2**28
+
+
+def test_a_cache_says_what_it_lacked() -> None:
+    cache = TensorCache(500)
+    for name in "abcab":  # 400 bytes each
+        cache.put(name, {"x": torch.ones(100)})
+    assert cache.wanted == 1200 and "Runtime.cache_gb" in cache.verdict()
+    fits = TensorCache(1200)
+    for name in "abcab":
+        fits.put(name, {"x": torch.ones(100)})
+    assert fits.verdict() == ""
+
+
 def test_folder_that_cannot_be_written(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="Runtime.cache_dir"):
-        open_cache(1, str(tmp_path / "file/folder"))
+        open_cache(1, str(tmp_path / "file/folder"), CPU)
     cache = TensorCache(1000, tmp_path / "file")  # as if it became unwritable later
     with caplog.at_level(logging.WARNING):
         assert torch.equal(cache.put("a", {"x": torch.ones(3)})["x"], torch.ones(3))

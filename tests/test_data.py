@@ -17,15 +17,7 @@ from util.data.episodes import EpisodeList, check_novel, episodes_per_class
 from util.data.fold_counts import COUNTS, verdict
 from util.data.folds import fold, fold_of, read_class_names
 from util.data.index import Record, build_index, read_list, scan, table
-from util.data.transforms import (
-    IMAGENET_MEAN,
-    TrainTransform,
-    ValTransform,
-    bbox_mask,
-    clip_input,
-    read_image,
-    read_label,
-)
+from util.data.transforms import IMAGENET_MEAN, TrainTransform, ValTransform, bbox_mask, clip_input, read_image, read_label
 from util.errors import UserError
 
 LISTS = Path(__file__).resolve().parents[1] / "lists"
@@ -282,8 +274,8 @@ def test_letterbox_and_squash():
     assert (out[:352, :472] == 200).all() and (mask[:352, :472] == 7).all()  # 473 x 354 -> 472 x 352
     assert not out[352:].any() and not out[:, 472:].any()
     assert (mask[352:] == 255).all() and (mask[:, 472:] == 255).all()
-    back = ValTransform(473, squash=False).placed((375, 500)).restore(torch.from_numpy(out.transpose(2, 0, 1)))
-    assert back.shape == (3, 375, 500) and (back[:, :370, :497] > 199).all()  # 352 of 473 rows are 371 of 500
+    back = ValTransform(473, squash=False).placed((375, 500)).restore(torch.from_numpy(out[..., 0])[None])
+    assert back.shape == (1, 375, 500) and (back[:, :370, :497] > 199).all()  # 352 of 473 rows are 371 of 500
     out, _, (mask,) = ValTransform(473, squash=True)(None, image, [label])
     assert out.shape == (473, 473, 3) and (out == 200).all() and (mask == 7).all()
 

@@ -87,7 +87,7 @@ def test_shots_vote_at_file_size_and_equal_shots_are_one() -> None:
     assert one.final.shape == (2, 2, 65, 65) and one.votes.shape[:3] == (2, 1, 2)
     episode.support, episode.support_mask = episode.support.repeat(1, 3, 1, 1, 1), episode.support_mask.repeat(1, 3, 1, 1)
     three = hsnet(3).predict(episode, baselines=True)
-    assert set(three.baselines) == {"everything foreground", "cosine prior > 0.5"}
+    assert set(three.baselines) == {"contrast > 0", "cosine prior > 0.5"}
     placed = Placed((70, 50), (70, 50))
     for i in range(2):
         wanted = one.decide(i, placed)

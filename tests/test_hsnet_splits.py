@@ -7,8 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from util import protocol
+from util.config import load_config
 from util.data.__main__ import main
+from util.data.episodes import EpisodeSpec
 from util.data.hsnet_splits import COUNT, digest, draw, read
+from util.data.source import EpisodeSource
 from util.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -79,6 +83,31 @@ def test_the_command_writes_episodes_that_test_py_reads(splits, write_voc, block
     assert capsys.readouterr().out.splitlines()[-COUNT:] == path.read_text().splitlines()[-COUNT:]
 
 
+def test_hsnet_s_rules_draw_the_same_from_its_lists(splits, write_voc, block, tmp_path, monkeypatch) -> None:
+    """Data.pair_lists: what counts is what the lists name, in their order; the protocol hsnet draws what the command writes."""
+    monkeypatch.chdir(tmp_path)
+    root, list_file = write_voc({f"im{n}": block((50, 60), (1 + n % 5, 2100 if n else 99)) for n in reversed(range(15))})
+    given = [f"Data.data_root={root}", f"Data.val_list={list_file}", f"Data.class_names={REPOSITORY}/lists/pascal/classes.txt"]
+    file = REPOSITORY / "config/pascal/pascal_split0_resnet50.yaml"
+
+    def episodes(*more: str) -> list[EpisodeSpec]:
+        (found,) = EpisodeSource(load_config(file, "HSNet", [*given, *more]), tmp_path).test_episodes().values()
+        return [found.spec(i) for i in range(len(found))]
+
+    with_lists = [f"Data.pair_lists={splits}", "Test_Finetune.protocol=hsnet"]
+    main(["hsnet", "--splits", str(splits), "--config", str(file), *given, "--out", str(tmp_path / "m.txt")])
+    named = EpisodeSource(load_config(file, "HSNet", [*given, *with_lists]), tmp_path)
+    index = named.index(training=False)
+    lines = [line.split()[1:] for line in (tmp_path / "m.txt").read_text().splitlines() if line[0] != "#"]
+    assert [[str(e.cls), *(index.records[i].image for i in (e.query, *e.supports))] for e in episodes(*with_lists)] == lines
+    assert len(index.records) == 15 and len(EpisodeSource(load_config(file, "HSNet", given), tmp_path).index(False).records) == 14
+    ours, theirs = (protocol.of(load_config(file, "HSNet", [*given, *more])) for more in (with_lists[1:], with_lists))
+    assert [part for part in ours.parts if ours.parts[part] != theirs.parts[part]] == ["candidate index"]
+    (splits / "pascal/val/fold0.txt").write_text("im3__04\nim4__04\n")
+    with pytest.raises(UserError, match=r"fold0\.txt: 1 of its 2 lines .*does not show the class; .*im4\.jpg, class 4"):
+        episodes(*with_lists)
+
+
 def test_wrong_lists(splits: Path) -> None:
     class Runs:
         def __reduce__(self):
@@ -89,7 +118,7 @@ def test_wrong_lists(splits: Path) -> None:
     (splits / "pascal/val/fold1.txt").write_text("2007_000032 6\n")
     (splits / "pascal/val/fold2.txt").write_text("2007_000032__11\n2007_000033__12\n")
     for data_set, fold, says in (
-        ("coco", 0, r"fold0\.pkl: not a pickled dict .*exec"),
+        ("coco", 0, r"fold0\.pkl: not a pickle of dicts.*exec"),
         ("coco", 2, r"fold2\.pkl: expected \{class"),
         ("pascal", 1, r"fold1\.txt:1: expected a line like"),
         ("pascal", 3, r"fold3\.txt: cannot be read"),

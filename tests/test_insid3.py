@@ -6,8 +6,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.backbone import PatchEncoder
+from model.backbone.encoder import stage_features
 from model.few_shot import insid3 as I
-from model.few_shot.contrast import contrast, stage_features
+from model.few_shot.contrast import contrast
 from util.data.wrong_supports import wrong_supports
 from util.errors import UserError
 
@@ -119,7 +120,7 @@ def test_no_candidate_no_mask() -> None:
 def test_what_it_refuses(system: I.INSID3) -> None:
     with pytest.raises(UserError, match="no multiple of the patch"):
         I.INSID3(system.encoder, side=100)
-    for components in (0, 63, 500):  # 64 cells
+    for components in (-1, 63, 500):  # 64 cells
         with pytest.raises(UserError, match="choose 1 to 62"):
             _ = I.INSID3(system.encoder, side=128, components=components).projector
     (target, _), (support, mask) = scene(0, 64), scene(1, 16)

@@ -112,7 +112,8 @@ def test_messages_name_the_classes(tmp_path):
         ([LINE, "# list: a"], r":2: expected `# key: value` lines before"),
         (["# nonsense", LINE], r":1: expected `# key: value`"),
         (["# format: episodes 2", LINE], r":1: the format is 'episodes 2'"),
-        (["# shot: 5", LINE], r":1: the episodes are 5-shot, Train\.shot = 1"),
+        (["# shot: 5", LINE], r":1: the episodes are of shot 5, the config has 1: Train\.shot"),
+        (["# data set: coco", LINE], r":1: the episodes are of data set coco, the config has pascal: Train\.data_set"),
         (["images/4.jpg images/8.jpg"], ":1: expected `seed class query"),
         (["321"], ":1: expected `seed class query"),
         (["# list: a"], "no episode in it"),
@@ -122,7 +123,7 @@ def test_messages_name_the_classes(tmp_path):
 def test_bad_manifests(tmp_path, lines, says):
     (tmp_path / "m.txt").write_text("\n".join(lines))
     with pytest.raises(UserError, match=rf"m\.txt.*{says}"):
-        read_manifest(tmp_path / "m.txt", RECORDS, NOVEL, 1)
+        read_manifest(tmp_path / "m.txt", RECORDS, NOVEL, 1, of={"data set": "pascal"})
     with pytest.raises(UserError, match=r"none\.txt: cannot be read"):
         read_manifest(tmp_path / "none.txt", RECORDS, NOVEL, 1)
 

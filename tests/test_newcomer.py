@@ -131,7 +131,7 @@ def test_drawing_is_announced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, c
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize("name", ["vit_base_patch16_224", "convnext_tiny", "xception41"])
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "sam2_hiera_tiny", "xception41"])
 def test_encoders_that_do_not_fit(name: str) -> None:
     with pytest.raises(UserError, match=r"which interface to write"):
         build_encoder(f"timm:{name}")

@@ -50,7 +50,7 @@ def test_priors_are_channels_and_baselines(clip: Clip, shot: int) -> None:
     assert system.head.query_merge[0].in_channels == 514 + 2 * shot
     prediction = system.predict(batch, baselines=True)
     assert prediction.maps["vtp"].shape == prediction.maps["vvp"].shape == (3, 9, 9)
-    assert set(prediction.baselines) == {"everything foreground", "cosine prior > 0.5", "text prior (VTP) > 0.5"}
+    assert set(prediction.baselines) == {"contrast > 0", "cosine prior > 0.5", "text prior (VTP) > 0.5"}
 
 
 def test_clip_inside_a_checkpoint_must_be_the_one_in_use(clip: Clip) -> None:

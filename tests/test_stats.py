@@ -142,6 +142,7 @@ def test_no_false_alarms():
     ("change", "says"),
     [
         ({"protocol_hash": "bad", "protocol": {"name": "target", "resize": "letterbox"}}, r"published \(f00\).*resize"),
+        ({"protocol_hash": "bad", "protocol_parts": {"input resize": "1", "mean": "3"}}, r"\(bad\); other parts: mean$"),
         ({"protocol_hash": "bad"}, r"protocol: published \(f00\) and published \(bad\)"),
         ({"split": 1}, "split: 0 and 1"),
         ({"shot": 5}, "shot: 1 and 5"),
@@ -151,7 +152,7 @@ def test_no_false_alarms():
     ],
 )
 def test_not_comparable(change, says):
-    a = result(rows(40, np.random.default_rng(7)))
+    a = result(rows(40, np.random.default_rng(7)), protocol_parts={"input resize": "1", "mean": "2"})
     b = copy.deepcopy(a)
     if "hash" in change:
         b["episodes"] |= change

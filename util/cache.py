@@ -4,9 +4,11 @@ The key of an entry is a hash of its inputs and weights, so nothing in a cache c
 place and then renamed; several processes may do so at once. A damaged file is computed again.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
+import os
 import random
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,13 +20,14 @@ from torch import Tensor
 from util.errors import UserError
 from util.files import save_tensors
 
+CGROUP = Path("/sys/fs/cgroup")
+FALLBACK = 4 * 2**30  # bytes, where the system does not say what is free
 CACHE = Path("exp/.cache")  # folder of what runs share: scans of lists, text banks
 Entry = dict[str, Tensor]
 
 
 class TensorCache:
     """Store named tensors by key.
-
 
     A full cache drops a random entry. An evaluation reads the same images in turn, so the least recently used entry is the one
     needed next.
@@ -37,9 +40,10 @@ class TensorCache:
     def __init__(self, budget: int, folder: Path | None = None):
         self.budget, self.folder = budget, folder
         self.writable = True
-        self.size = self.hits = self.misses = 0
+        self.size = self.hits = self.misses = self.wanted = 0  # wanted: bytes of all that came, each key once
         self._entries: dict[str, Entry] = {}
         self._keys: list[str] = []  # of the entries, in no order
+        self._seen: set[str] = set()
         self._random = random.Random(0)
 
     def get(self, key: str, device: torch.device) -> Entry | None:
@@ -60,7 +64,18 @@ class TensorCache:
             self._write(key, entry)
         return entry
 
+    def verdict(self) -> str:
+        """Return a message where the budget was too small for what came; "" where it was not."""
+        if self.wanted <= self.budget:
+            return ""
+        needed, given = self.wanted / 2**30, self.budget / 2**30
+        return (f"the cache held {given:.1f} GB of {needed:.1f}, the rest was made again: Runtime.cache_gb={needed:.1f} keeps "
+                "all in memory, Runtime.cache_dir=FOLDER on a disk")
+
     def _keep(self, key: str, entry: Entry) -> None:
+        if key not in self._seen:
+            self._seen.add(key)
+            self.wanted += nbytes(entry)
         if nbytes(entry) > self.budget or key in self._entries:
             return
         while self.size + nbytes(entry) > self.budget:
@@ -94,9 +109,12 @@ class TensorCache:
             self.writable = False
 
 
-def open_cache(gigabytes: float, folder: str) -> TensorCache:
+def open_cache(gigabytes: float | None, folder: str, device: torch.device, share: float = 0.5) -> TensorCache:
     """Return the cache that a config describes.
 
+    Args:
+        gigabytes: of each process; None: a share of the memory that is free, on the CPU divided among the processes.
+        device: where the tensors live; share: smaller where a training will need memory, too.
     Raises:
         UserError: the folder cannot be made.
     """
@@ -105,7 +123,27 @@ def open_cache(gigabytes: float, folder: str) -> TensorCache:
             Path(folder).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"Runtime.cache_dir = {folder}: {error.strerror}; choose a folder that can be written") from error
-    return TensorCache(int(gigabytes * 2**30), Path(folder) if folder else None)
+    if gigabytes is None:
+        processes = 1 if device.type == "cuda" else int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun sets it
+        budget = int(share * free_memory(device) / processes)
+    else:
+        budget = int(gigabytes * 2**30)
+    return TensorCache(budget, Path(folder) if folder else None)
+
+
+def free_memory(device: torch.device) -> int:
+    """Return the bytes of memory that are free: the GPU's, or the machine's within the limit of a container."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        free = 1024 * int(lines["MemAvailable"].split()[0])
+    except (OSError, KeyError, ValueError):  # no Linux
+        return FALLBACK
+    with contextlib.suppress(OSError, ValueError):  # "max" is no limit, and many machines have none
+        limit, used = (int((CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
+        free = min(free, limit - used)
+    return free
 
 
 def nbytes(entry: Mapping[str, Tensor]) -> int:

@@ -7,18 +7,31 @@ defined. An unknown key or a wrong type is an error that names the file, the key
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
 
-from util import ROOT
-from util.errors import UserError, nearest
-from util.yaml_text import parse_yaml, set_key, short
+from util.errors import UserError
+from util.layers import (
+    CONFIGS,
+    PROTOCOLS,
+    SYSTEMS,
+    data_layers,
+    file_layers,
+    home_file,
+    mapping,
+    meant,
+    network_layers,
+    override,
+    read_layer,
+    system_layers,
+)
+from util.yaml_text import set_key
 
-CONFIGS = ROOT / "config"
-PROTOCOLS, SYSTEMS = CONFIGS / "protocol", CONFIGS / "system"  # one file per protocol; per system, its keys on every data set
 STRICT = "strict"  # the protocol of a system that no paper has one for
 HUB_NAME = "ViT-B-16-quickgelu/openai"  # the published CLIP, as CLIP.clip_path names it on the hub
+
+Start = Literal["image", "pair", "class", "cycle"]  # what an episode starts from
 
 
 @dataclass
@@ -35,6 +48,8 @@ class Data:
     maker: str = ""  # module that draws the data root where it is missing: `python -m MAKER DATA_ROOT`
     images: Literal["photographs", "drawings"] = "photographs"  # drawings: predict.py warns on anything else
     min_pixels: int = 2048  # a class counts in an image from this many labelled pixels on (2 * 32 * 32)
+    support_pixels: int = 0  # the same for supports alone, where they need more; 0: as min_pixels
+    pair_lists: str = ""  # HSNet's folder data/splits: what counts in validation is what its lists name, in place of min_pixels
 
 
 @dataclass
@@ -56,7 +71,8 @@ class Train:
     # images
     train_h: int = 473  # side of the square network input
     val_size: int = 473
-    draw: Literal["image", "pair", "class"] = "image"  # what an episode starts from; pair, class: supports may repeat (HSNet)
+    # What an episode starts from; cycle: class after class. All but image: supports may repeat (HSNet and its children).
+    draw: Start = "image"
     augment: bool = True  # False: training images are only resized (HSNet)
     antialias: bool = False  # squash with Pillow's antialiased bilinear (HSNet) instead of OpenCV's plain one
     crop: bool = False  # random crop (BAM, PFENet, base learner) instead of squashing the aspect ratio
@@ -113,23 +129,32 @@ class Method:
 @dataclass
 class Test_Finetune:
     weight: str = "auto"  # checkpoint; auto: snapshot/best of the experiment; published .pth files are imported
+    trained_on: str = ""  # DATASET/EXP/NET whose weights are tested on this data set; "": its own. Few-shot systems only
     ann_type: Literal["mask", "bbox"] = "mask"  # support annotation
     protocol: str = "auto"  # a file of config/protocol; auto: that of the system's paper (config/system), else `strict`
     leak_free: bool = True  # where the protocol leaks, also test without: another vocabulary, the last epoch's weights
     episodes: str = ""  # run the episodes of this file (`python -m util.data export`) instead of drawing them
-    test_num: int = 1000  # episodes per seed
+    test_num: int = 1000  # episodes per seed; 0: one pass, each pair of image and class (or image, where Train.draw=image) once
+    # How episodes are drawn: by ours, or as published codes do (util/data/replay.py); and the number of their loader's workers.
+    generator: Literal["ours", "workers", "numpy", "fold"] = "ours"
+    draw_workers: int = 0
     seeds: list[int] = field(default_factory=lambda: [321, 322, 323, 324, 325])
     classes: str = ""  # systems that take any names: file of classes to predict instead of the data set's, as Data.class_names
     crf: bool = False  # dense systems: also score the prediction after the paper's CRF (pip install pydensecrf2)
     maps: str = ""  # dense systems: folder that gets a label map of every tested image, PNGs of class ids under the images' paths
-    baselines: bool = False  # also score trivial predictions on the same episodes
+    baselines: bool = False  # also score training-free predictions on the same episodes
+    control: bool = False  # few-shot: every episode once more with supports of another class, for the support gap; twice the time
+    # Few-shot rules of scoring (util/score/rules.py): the pixels that are counted, void pixels, and the classes of the mean.
+    grid: Literal["original", "square", "letterbox"] = "original"
+    void: Literal["ignore", "background"] = "ignore"
+    mean: Literal["m0", "m1"] = "m0"  # m0: a class never drawn counts 0; m1: it is left out
 
 
 @dataclass
 class Runtime:
     precision: Literal["fp32", "bf16"] = "fp32"  # autocast; Grad-CAM, losses and metrics stay fp32. bf16 on a CPU needs AVX-512
-    # Testing and validation: memory of each process (the GPU's on a GPU) for what depends on one image; PASCAL at 473 fills 8.
-    cache_gb: float = 8.0
+    # Testing and validation: memory of each process (the GPU's on a GPU) for what depends on one image.
+    cache_gb: float | None = None  # none: half of what is free (a quarter beside a training)
     cache_dir: str = ""  # folder that keeps it for later runs too (some 10 MB an image at 473)
     processes: int = 1  # on the CPU: how many share the work (train.sh and test.sh start them); with GPUs, one for each
     threads: int = 0  # CPU threads per process; 0: all cores, divided among the processes
@@ -164,12 +189,15 @@ def load_config(path: str | Path, arch: str | None = None, overrides: list[str] 
     """
     path, loose = Path(path), options is None
     config = Config(Method=(options or Method)())
-    *bases, fold = _layers(path)
-    system, recipe = _system_layers(path, arch)
-    layers = [*system, *bases, *recipe, fold, *((Path("command line"), _override(text)) for text in overrides or [])]
+    *bases, fold = file_layers(path)
+    system, recipe = system_layers(path, arch)
+    given = [(Path("command line"), override(text)) for text in overrides or []]
+    layers = [*system, *bases, *recipe, fold, *given]
     named = [(content.get("Test_Finetune") or {}).get("protocol") for _, content in [*recipe, *system]]
     paper = next(filter(None, named), STRICT)
     _apply(config, layers, loose)  # first without the protocol: which one, and of which data set?
+    if config.Test_Finetune.trained_on:
+        layers = [*network_layers(config.Test_Finetune.trained_on, arch), *data_layers([*bases, fold]), *given]
     name = paper if config.Test_Finetune.protocol == "auto" else config.Test_Finetune.protocol
     _apply(config, [(PROTOCOLS / f"{name}.yaml", protocol_layer(name, config.Train.data_set)), *layers], loose)
     config.Test_Finetune.protocol = name
@@ -177,18 +205,13 @@ def load_config(path: str | Path, arch: str | None = None, overrides: list[str] 
     return config
 
 
-def _nearest(path: Path) -> str:
-    """Say what there is in place of a config file that is missing."""
-    known = {folder.name: sorted(folder.glob(f"{folder.name}_*_*.yaml")) for folder in path.parent.parent.glob("*")}
-    files, sets = known.get(path.parent.name), sorted(name for name, files in known.items() if files)
-    if not files:
-        return _meant(path.parent.name, sets) or f"; there are the data sets {', '.join(sets)}" * bool(sets)
-    experiments = ", ".join(sorted({names_of(file)[1] for file in files}))
-    return f"{_meant(path.stem, [file.stem for file in files])}; {files[0].parent.name} has {experiments}"
-
-
-def _meant(name: str, known: list[str]) -> str:
-    return f"; did you mean {near}?" if (near := nearest(name, known)) else ""
+def home_of(config: Config) -> Config:
+    """Return the config with the data that the tested weights learnt from; itself where these are its own."""
+    if not config.Test_Finetune.trained_on:
+        return config
+    home = load_config(home_file(config.Test_Finetune.trained_on), options=None)
+    own = {key: getattr(home.Train, key) for key in ("data_set", "split", "use_split_coco")}
+    return dataclasses.replace(config, Data=home.Data, Train=dataclasses.replace(config.Train, **own))
 
 
 def config_of(content: dict, source: str, overrides: list[str] | None = None, options: type[Method] = Method) -> Config:
@@ -199,7 +222,7 @@ def config_of(content: dict, source: str, overrides: list[str] | None = None, op
     """
     config = Config(Method=options())
     _apply(config, [(Path(source), renewed(content, options))])
-    _apply(config, [(Path("command line"), _override(text)) for text in overrides or []])
+    _apply(config, [(Path("command line"), override(text)) for text in overrides or []])
     _validate(config)
     return config
 
@@ -216,93 +239,43 @@ def renewed(content: dict, options: type[Method]) -> dict:
     return content
 
 
-def names_of(path: str | Path) -> tuple[str, str, str]:
-    """Return (DATASET, EXP, NET) of config/DATASET/DATASET_EXP_NET.yaml.
-
-    Raises:
-        UserError: the file has another kind of name.
-    """
-    path = Path(path)
-    data_set = path.parent.name
-    rest = path.stem.removeprefix(f"{data_set}_")
-    exp, _, net = rest.partition("_")
-    if rest == path.stem or not net:
-        raise UserError(f"config file {path}: expected the name config/DATASET/DATASET_EXP_NET.yaml")
-    return data_set, exp, net
-
-
 def protocol_names() -> list[str]:
     return sorted(file.stem for file in PROTOCOLS.glob("*.yaml"))
 
 
-def protocol_layer(name: str, data_set: str) -> dict[str, dict]:
-    """Return the sections and keys that a protocol fixes for a data set.
+def protocol_layer(name: str, data_set: str, within: tuple[str, ...] = ()) -> dict[str, dict]:
+    """Return the sections and keys that a protocol fixes for a data set: those of the protocol it extends, then its own.
 
     Raises:
-        UserError: no such protocol.
+        UserError: no such protocol, or a part of its file that is neither a section of a config nor a data set.
     """
     if name not in protocol_names():
-        raise UserError(f"Test_Finetune.protocol = {name!r}: there are {', '.join(protocol_names())} in {PROTOCOLS}")
-    content = _read(PROTOCOLS / f"{name}.yaml")
-    sections = {f.name for f in dataclasses.fields(Config)}
-    special = {name: content.pop(name) or {} for name in [*content] if name not in sections}.get(data_set, {})  # by data set
-    return {section: content.get(section, {}) | special.get(section, {}) for section in content | special}
-
-
-def _override(text: str) -> dict[str, dict]:
-    """Parse `Section.key=value` into {section: {key: value}}."""
-    name, equals, value = text.partition("=")
-    section, dot, key = name.partition(".")
-    if not equals or not dot:
-        raise UserError(f"override {text!r}: write Section.key=value, for instance Train.epochs=5")
-    return {section: {key: parse_yaml(value, f"override {text!r}: {value!r}")}}
+        raise UserError(f"Test_Finetune.protocol = {name!r}{meant(name, protocol_names())}; there are "
+                        f"{', '.join(protocol_names())} in {PROTOCOLS}")
+    file, sections = PROTOCOLS / f"{name}.yaml", [f.name for f in dataclasses.fields(Config)]
+    content = read_layer(file)
+    base = content.pop("extends", None)
+    if base in (*within, name):
+        raise UserError(f"{file}: `extends` runs in a circle")
+    layer = protocol_layer(base, data_set, (*within, name)) if base else {}
+    by_data_set = {part: content.pop(part) or {} for part in [*content] if part not in sections}
+    sets = [folder.name for folder in CONFIGS.iterdir() if folder.is_dir() and folder not in (PROTOCOLS, SYSTEMS)]
+    for part in by_data_set:
+        if part != data_set and part not in sets:
+            raise UserError(f"{file}: {part!r} is no section of a config and no data set"
+                            f"{meant(part, [*sections, *sets]) or '; sections are ' + ', '.join(sections)}")
+    for own in (content, by_data_set.get(data_set, {})):
+        layer = {section: layer.get(section, {}) | own.get(section, {}) for section in layer | own}
+    return layer
 
 
 def _apply(config: Config, layers: list[tuple[Path, dict]], loose: bool = False) -> None:
     for file, content in layers:
         for section, values in content.items():
-            for key, value in _mapping(values, f"{file}: {section}").items():
+            for key, value in mapping(values, f"{file}: {section}").items():
                 if loose and section == "Method" and not hasattr(config.Method, str(key)):
                     continue
                 set_key(config, section, key, value, str(file))
-
-
-def _layers(path: Path, seen: tuple[Path, ...] = ()) -> list[tuple[Path, dict]]:
-    """Return the file and all files that it extends, base first."""
-    content = _read(path)
-    if path.resolve() in seen:
-        raise UserError(f"{path}: `extends` runs in a circle")
-    base = content.pop("extends", None)
-    if base is None:
-        return [(path, content)]
-    if not isinstance(base, str):
-        raise UserError(f"{path}: `extends` must name one file")
-    return [*_layers(path.parent / base, (*seen, path.resolve())), (path, content)]
-
-
-def _system_layers(path: Path, arch: str | None) -> tuple[list[tuple[Path, dict]], list[tuple[Path, dict]]]:
-    """What a system keeps on every data set, and its recipes beside a fold's file; empty lists where there is none."""
-    exp = path.stem.removeprefix(f"{path.parent.name}_").partition("_")[0]
-    system, recipes = [SYSTEMS / f"{arch}.yaml"], [path.parent / f"{arch}.yaml", path.parent / f"{arch}_{exp}.yaml"]
-    return tuple([(file, _read(file)) for file in files if arch and file.is_file()] for files in (system, recipes))
-
-
-def _read(path: Path) -> dict:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise UserError(f"no config file {path}{_nearest(path)}") from error
-    except (OSError, ValueError) as error:  # a folder, no UTF-8, a name that cannot be one
-        raise UserError(f"config file {path} cannot be read ({error})") from error
-    return _mapping(parse_yaml(text, str(path)), str(path))
-
-
-def _mapping(value: Any, where: str) -> dict:
-    if value is None:
-        return {}
-    if not isinstance(value, dict):
-        raise UserError(f"{where}: expected `key: value` lines, found {short(value)}")
-    return value
 
 
 def options_of(values: Method | dict[str, Any], options: type[Method]) -> Method:
@@ -329,13 +302,15 @@ def _validate(config: Config) -> None:
     for section, smallest, keys in (
         (train, 1, ("shot", "train_h", "val_size", "batch_size", "epochs", "val_episodes", "batch_size_val", "print_freq")),
         (train, 0, ("workers", "base_lr", "power", "momentum", "weight_decay", "save_minutes", "iterations", "warmup", "min_lr")),
-        (test, 1, ("test_num",)),
+        (test, 0, ("test_num", "draw_workers")),
+        (config.Data, 0, ("support_pixels",)),
         (config.Runtime, 1, ("processes",)),
-        (config.Runtime, 0, ("threads", "cache_gb")),
+        (config.Runtime, 0, ("threads",)),
     ):
         for key in keys:
             need(f"{type(section).__name__}.{key}", getattr(section, key), getattr(section, key) >= smallest,
                  "at least 1" if smallest else "0 or more")
+    need("Runtime.cache_gb", config.Runtime.cache_gb, (config.Runtime.cache_gb or 0) >= 0, "0 or more, or empty")
     if not 0 < train.scale_min <= train.scale_max:
         raise UserError(f"Train.scale_min = {train.scale_min}, scale_max = {train.scale_max}: need 0 < min <= max")
     for key in ("train_h", "val_size"):
@@ -344,6 +319,11 @@ def _validate(config: Config) -> None:
     need("Train.validate_every", train.validate_every, train.validate_every >= 0, "0 or more")
     need("Train.keep", train.keep, min(train.keep, default=1) >= 1, "steps, from 1 on")
     need("Test_Finetune.seeds", test.seeds, len(test.seeds) > 0, "at least one seed")
+    starts = {"ours": get_args(Start), "workers": ("image",), "numpy": ("pair", "class", "cycle"), "fold": ("class",)}
+    starts = starts[test.generator]
+    need("Train.draw", train.draw, train.draw in starts, f"{' or '.join(starts)} with Test_Finetune.generator={test.generator}")
+    need("Test_Finetune.draw_workers", test.draw_workers, (test.draw_workers > 0) == (test.generator == "workers"),
+         "the published number of workers with Test_Finetune.generator=workers, else 0")
     if len(set(test.seeds)) < len(test.seeds):
         raise UserError(f"Test_Finetune.seeds = {test.seeds}: a seed is there twice")
     config.Method.check()

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import pickle
 import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -65,6 +66,22 @@ def written(path: Path) -> Iterator[None]:
     except (OSError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{path} could not be written ({error}). Is the disk full? What was there before is unharmed; make room "
                         "and run the same command again") from error
+
+
+class _Plain(pickle.Unpickler):
+    """Refuses everything but dict, list, str and numbers, so that a foreign file runs no code."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+
+
+def load_plain(path: Path) -> Any:
+    """Read a pickle of plain values. Raises UserError where it is missing, broken, or has anything else in it."""
+    try:
+        with path.open("rb") as file:
+            return _Plain(file).load()
+    except Exception as error:  # a broken pickle fails in many ways
+        raise UserError(f"{path}: not a pickle of dicts, lists, texts and numbers ({error})") from error
 
 
 def save_json(path: Path, value: Any) -> None:

@@ -1,9 +1,13 @@
-"""Image encoders: ResNet with deep or plain stem, VGG-16, any timm CNN, behind one interface; stride 8 by default.
+"""Image encoders: what all of them are, what a pyramid is, and two pyramids, ResNet with deep or plain stem and VGG-16.
 
-An encoder normalises its own input (its statistics are buffers) and returns the maps of stages 0..4.
+    ImageEncoder    every encoder: `cells`, unit features of an image on one grid
+    Encoder         also a pyramid: the maps of stages 0..4; stride 8 by default
+
+`model.backbone.door.build_encoder` builds all. An encoder normalises its own input (its statistics are buffers).
 """
 
 from collections.abc import Mapping
+from typing import ClassVar
 
 import timm
 import torch
@@ -11,19 +15,58 @@ import torch.nn.functional as F
 from timm.models.resnet import Bottleneck, ResNet
 from torch import Tensor, nn
 
-from model.ops import Pixels
+from model.ops import Pixels, resize
 from util.errors import UserError
 
 Statistic = tuple[float, float, float]
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-OTHERS = ("Those that work are CNNs of five levels that timm can dilate, as resnet18, resnext50_32x4d, tf_efficientnet_lite0; "
-          "docs/extending.md (An encoder) says why, and which interface to write for others, as ViTs")
-TRIED = 65  # side of the image that a network of timm is tried with: 8 n + 1, as all sides of training
 
 
-class Encoder(nn.Module):
-    """Base class of encoders. Subclasses define `maps` (normalised image -> stage maps) and `translate`.
+def stage_features(stage3: Tensor, stage4: Tensor) -> Tensor:
+    """Unit features of a CNN on the grid of stage 3: each stage to unit length, both with equal weight. B (C3 + C4) h w."""
+    stages = (stage3, resize(stage4, stage3.shape[2:], corners=False))
+    return torch.cat([F.normalize(stage, dim=1) for stage in stages], 1) / 2**0.5
+
+
+class ImageEncoder(nn.Module):
+    """What every encoder is: the features of an image on one grid. A system says which kind it needs (`System.needs`).
+
+    Attributes:
+        hub: the timm model whose weights fit.
+        reads: what it is, in an error.
+    """
+
+    hub: str
+    reads: ClassVar[str] = "one grid of features"
+
+    def cells(self, images: Tensor) -> Tensor:
+        """Return the unit features of each cell: B 3 H W RGB 0..255 -> B C h w, C of length 1."""
+        raise NotImplementedError
+
+    def translate(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Rename published weights to our names; surplus keys may stay."""
+        raise NotImplementedError
+
+    def load_weights(self, state: Mapping[str, Tensor], name: str) -> None:
+        """Load published weights (a classifier's head is left out).
+
+        Raises:
+            UserError: a tensor of the encoder is missing or has another shape (another patch size or grid).
+        """
+        found, own = self.translate(state), self.state_dict()
+        wanted = [key for key in own if not key.endswith("num_batches_tracked")]
+        missing = [key for key in wanted if key not in found]
+        wrong = [f"{key} {tuple(found[key].shape)} instead of {tuple(own[key].shape)}" for key in wanted
+                 if key in found and found[key].shape != own[key].shape]  # fmt: skip
+        if missing or wrong:
+            raise UserError(f"Method.backbone_weight: {name} does not fit this backbone, {self.hub}: {len(missing)} tensors "
+                            f"missing ({', '.join(missing[:3])}), {len(wrong)} of another shape ({', '.join(wrong[:3])})")
+        self.load_state_dict(own | {key: found[key] for key in wanted})
+
+
+class Encoder(ImageEncoder):
+    """Base class of pyramids. Subclasses define `maps` (normalised image -> stage maps) and `translate`.
 
     Attributes:
         channels: output channels of stages 0..4.
@@ -31,6 +74,7 @@ class Encoder(nn.Module):
         blocks: how many maps each level of `pyramid` has; None where there is no `pyramid`.
     """
 
+    reads: ClassVar[str] = "a pyramid of maps"
     blocks: tuple[int, int, int] | None = None
 
     def __init__(self, channels: tuple[int, ...], hub: str, mean: Statistic = IMAGENET_MEAN, std: Statistic = IMAGENET_STD):
@@ -59,31 +103,15 @@ class Encoder(nn.Module):
         """Return the stage map that a level of `pyramid` ends with: B n C h w -> B C h w."""
         return level[:, -1].relu()
 
+    def cells(self, images: Tensor) -> Tensor:
+        return stage_features(*self(images)[3:])
+
     def maps(self, x: Tensor, last: int) -> list[Tensor]:
         raise NotImplementedError
 
     def last_stage(self, stage3: Tensor) -> Tensor:
         """Return stage 4 of a (masked) stage-3 map."""
         raise NotImplementedError
-
-    def translate(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Rename ImageNet classifier weights to our names; surplus keys may stay."""
-        raise NotImplementedError
-
-    def load_imagenet(self, state: Mapping[str, Tensor], name: str) -> None:
-        """Load a classifier's weights (its head is left out).
-
-        Raises:
-            UserError: a tensor of the encoder is missing or has another shape.
-        """
-        found, own = self.translate(state), self.state_dict()
-        wanted = [key for key in own if not key.endswith("num_batches_tracked")]
-        missing = [key for key in wanted if key not in found]
-        wrong = [key for key in wanted if key in found and found[key].shape != own[key].shape]
-        if missing or wrong:
-            raise UserError(f"Method.backbone_weight: {name} does not fit this backbone: {len(missing)} tensors missing "
-                            f"({', '.join(missing[:3])}), {len(wrong)} of another shape ({', '.join(wrong[:3])})")
-        self.load_state_dict(own | {key: found[key] for key in wanted})
 
 
 class _Staged(Encoder):
@@ -210,113 +238,3 @@ class VGGEncoder(_Staged):
             if part[0] == "features" and int(part[1]) in place:
                 found[f"{place[int(part[1])]}.{part[2]}"] = value
         return found
-
-
-class TimmEncoder(Encoder):
-    """Any timm CNN with five feature levels.
-
-    Args:
-        dilated: stages 3 and 4 keep stride 8; else they have strides 16 and 32, and the EfficientNet family has a `pyramid`.
-    """
-
-    def __init__(self, name: str, dilated: bool = True):
-        try:
-            body = timm.create_model(name, features_only=True, output_stride=8 if dilated else 32)
-        except Exception as error:  # timm raises many kinds: unknown name, no features, no dilation
-            near = timm.list_models(f"*{name.split('_')[0]}*")[:5]
-            raise UserError(f"Method.backbone = 'timm:{name}': timm cannot build it with five feature levels ({error}); "
-                            f"near names: {', '.join(near) or 'none'}. {OTHERS}") from error
-        channels = tuple(body.feature_info.channels())
-        if len(channels) != 5:
-            raise UserError(f"Method.backbone = 'timm:{name}' has {len(channels)} feature levels, five are needed. {OTHERS}")
-        super().__init__(channels, name, body.pretrained_cfg["mean"], body.pretrained_cfg["std"])
-        self.body = body
-        self._try(name, dilated)
-
-    def _try(self, name: str, dilated: bool) -> None:
-        """Run one small image. Raises UserError where that fails, or its levels differ from those of `Encoder.forward`."""
-        mode = self.training
-        self.eval()
-        try:
-            with torch.no_grad():
-                x = torch.linspace(-2, 2, 3 * TRIED**2).view(1, 3, TRIED, TRIED)
-                maps = self.maps(x, 4)
-                last = self.last_stage(maps[3])
-                if not dilated and hasattr(self.body, "blocks"):
-                    levels = self.levels(x)
-                    self.blocks = tuple(level.shape[1] for level in levels)
-        except Exception as error:  # fixed sizes, levels that end within a block: every network fails in its own way
-            raise UserError(f"Method.backbone = 'timm:{name}' cannot run on {TRIED} x {TRIED} pixels "
-                            f"({type(error).__name__}: {error}). {OTHERS}") from error
-        finally:
-            self.train(mode)
-        sizes = [tuple(x.shape[-2:]) for x in maps]
-        wrong = ""
-        if dilated and len(set(sizes[2:])) > 1 or tuple(x.shape[1] for x in maps) != self.channels:
-            wrong = f"its levels have sizes {sizes} for {TRIED} x {TRIED} pixels, but levels 2 to 4 must be of one size"
-        elif last.shape != maps[4].shape or not torch.allclose(last, maps[4], rtol=1e-3, atol=1e-5):
-            wrong = "its level 4 is not what follows from level 3"
-        if wrong:
-            raise UserError(f"Method.backbone = 'timm:{name}': {wrong}. {OTHERS}")
-
-    def maps(self, x: Tensor, last: int) -> list[Tensor]:
-        return self.body(x)[: last + 1]
-
-    def pyramid(self, images: Tensor) -> list[Tensor]:
-        """Return the outputs of the last blocks at strides 8, 16 and 32: linear, so there is no ReLU to be before."""
-        return self.levels(self.normalise(images))
-
-    def levels(self, x: Tensor) -> list[Tensor]:
-        x, levels = self.body.bn1(self.body.conv_stem(x)), {}
-        for block in (block for stage in self.body.blocks for block in stage):
-            x = block(x)
-            level = levels.setdefault(x.shape[2:], [])
-            if level and level[-1].shape != x.shape:
-                level.clear()  # of each grid the maps with its last number of channels
-            level.append(x)
-        return [torch.stack(level, 1) for level in list(levels.values())[-3:]]
-
-    def stage_of(self, level: Tensor) -> Tensor:
-        return level[:, -1]
-
-    def last_stage(self, stage3: Tensor) -> Tensor:
-        """Run stage 4: the modules after the end of level 3, to the end of level 4. timm names the last module of each level."""
-        stages = getattr(self.body, "blocks", self.body)  # the EfficientNet family keeps its stages in `blocks`
-        ends = [name.removeprefix("blocks.").replace(".", "_") for name in self.body.feature_info.module_name()]
-        names = [name for name, _ in stages.named_children()]
-        for name in names[names.index(ends[3]) + 1 : names.index(ends[4]) + 1]:
-            stage3 = stages.get_submodule(name)(stage3)
-        return stage3
-
-    def translate(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {f"body.{key}": value for key, value in state.items()}
-
-
-def build_encoder(backbone: str, width: int = 64, stem: str = "deep", dilated: bool = True) -> Encoder:
-    """Build `resnet50`, `resnet101` (of any base width; 64 is published), `vgg16_bn`, `vgg16` or `timm:NAME`.
-
-    Args:
-        stem: deep or plain, of a ResNet; dilated: stages 3 and 4 keep stride 8 (VGG ignores it).
-    Raises:
-        UserError: unknown name.
-    """
-    if backbone in ("resnet50", "resnet101"):
-        return ResNetEncoder(int(backbone.removeprefix("resnet")), width, stem == "deep", dilated)
-    if backbone in VGGEncoder.SPLITS:
-        return VGGEncoder(backbone)
-    if backbone.startswith("timm:"):
-        return TimmEncoder(backbone.removeprefix("timm:"), dilated)
-    raise UserError(f"Method.backbone = {backbone!r}: choose resnet50, resnet101, vgg16_bn, vgg16 or timm:NAME")
-
-
-def hub_state(encoder: Encoder) -> dict[str, Tensor]:
-    """Return the ImageNet weights of this encoder from timm's hub (downloaded once into the hub's own cache).
-
-    Raises:
-        UserError: the hub cannot be reached.
-    """
-    try:
-        return timm.create_model(encoder.hub, pretrained=True).state_dict()
-    except Exception as error:  # network, hub and file errors of several libraries
-        raise UserError(f"Method.backbone_weight=hub: timm could not fetch {encoder.hub} ({error}). Without network, give "
-                        "a file (Method.backbone_weight=initmodel/resnet50_v2.pth) or train from scratch (=none)") from error

@@ -3,17 +3,19 @@
 Beside the CNN pyramids of `model.backbone.encoder`; an encoder normalises its own input with the statistics of its training.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import timm
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import Tensor
 
-from model.ops import nominal_positions
+from model.backbone.encoder import ImageEncoder
+from model.ops import nominal_positions, resize
 from util.errors import UserError
 
 
-class PatchEncoder(nn.Module):
+class PatchEncoder(ImageEncoder):
     """A timm ViT without its head.
 
     Args:
@@ -31,9 +33,8 @@ class PatchEncoder(nn.Module):
         try:
             body = timm.create_model(name, num_classes=0, dynamic_img_size=True)
         except Exception as error:  # timm raises many kinds: unknown name or tag, no dynamic size
-            near = timm.list_models(f"*{name.split('.')[0].rsplit('_', 1)[0]}*")[:5] or timm.list_models("vit_*_dino*")[:5]
-            raise UserError(f"timm:{name}: timm cannot build it as a vision transformer of any image size ({error}); near names: "
-                            f"{', '.join(near)}") from error
+            raise UserError(f"timm:{name}: timm cannot build it as a vision transformer of any image size ({error}); choose for "
+                            "instance vit_small_patch16_dinov3.lvd1689m") from error
         if not hasattr(body, "num_prefix_tokens") or not hasattr(body, "norm"):
             raise UserError(f"timm:{name} is a {type(body).__name__} and gives no patch tokens; choose a ViT, for instance "
                             "vit_small_patch16_dinov3.lvd1689m")
@@ -52,14 +53,14 @@ class PatchEncoder(nn.Module):
         """B 3 H W RGB 0..255 -> float, (x / 255 - mean) / std."""
         return (images.to(self.mean.dtype) / 255 - self.mean) / self.std
 
-    def grid(self, height: int, width: int) -> tuple[int, int]:
-        """Return the grid of cells of an image; remaining pixels at the bottom and on the right are not used.
+    def grid(self, height: int, width: int, rule: Callable[[float], int] = int) -> tuple[int, int]:
+        """Return the grid of cells of an image, by a rule for parts of a cell: `int` leaves them out, at the bottom and right.
 
         Raises:
             UserError: the image is smaller than a cell.
         """
-        rows, columns = height // self.patch[0], width // self.patch[1]
-        if not rows or not columns:
+        rows, columns = rule(height / self.patch[0]), rule(width / self.patch[1])
+        if height < self.patch[0] or width < self.patch[1]:
             raise UserError(f"an image of {height} x {width} pixels is smaller than a patch of {self.hub} ({self.patch[0]} x "
                             f"{self.patch[1]})")
         return rows, columns
@@ -109,17 +110,16 @@ class PatchEncoder(nn.Module):
         finally:
             self._periods.copy_(kept)
 
-    def load_weights(self, state: Mapping[str, Tensor], name: str) -> None:
-        """Load timm's weights; those of a classifier's head are left out.
+    def cells(self, images: Tensor) -> Tensor:
+        """Sides are resized to the nearest multiples of a patch, so that the grid covers the whole image."""
+        sides = [n * p for n, p in zip(self.grid(*images.shape[2:], round), self.patch, strict=True)]
+        return F.normalize(self(resize(images.to(self.mean.dtype), sides, corners=False)), dim=1)
 
-        Raises:
-            UserError: a tensor is missing or has another shape (another patch size or grid).
-        """
-        own = self.body.state_dict()
-        missing = [key for key in own if key not in state]
-        wrong = [f"{key} {tuple(state[key].shape)} instead of {tuple(own[key].shape)}" for key in own
-                 if key in state and state[key].shape != own[key].shape]  # fmt: skip
-        if missing or wrong:
-            raise UserError(f"{name} does not fit timm:{self.hub}: {len(missing)} tensors missing ({', '.join(missing[:3])}), "
-                            f"{len(wrong)} of another shape ({', '.join(wrong[:3])})")
-        self.body.load_state_dict({key: state[key] for key in own})
+    def translate(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Weights of timm, or DINOv3's own file (its bias of q, k and v is zero and left out)."""
+        found = {}
+        for key, value in state.items():
+            for theirs, ours in (("ls1.gamma", "gamma_1"), ("ls2.gamma", "gamma_2"), ("storage_tokens", "reg_token")):
+                key = key.replace(theirs, ours) if "reg_token" not in state else key
+            found[f"body.{key}"] = value
+        return found

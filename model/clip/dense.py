@@ -12,19 +12,26 @@ C width, D embedding, Q texts.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from open_clip import OPENAI_IMAGENET_TEMPLATES
 from torch import Tensor, nn
 
-from model.clip.text import TextEncoder
+from model.clip.text import FOREGROUND, TextEncoder
 from model.clip.trunk import ClipTrunk
-from model.ops import full, nominal_positions, resize
+from model.ops import Pixels, full, nominal_positions, resize
+from util.files import load_tensors, save_tensors
 
 Grid = tuple[int, int]
+Templates = Sequence[Callable[[str], str]]
 Patches = Callable[[Tensor], Tensor]  # B 3 H W RGB 0..255 -> B C h w, patch features of another network (ProxyCLIP)
 
+# Words of backgrounds that SCLIP, NACLIP and ProxyCLIP let compete with VOC's classes.
+BACKGROUND = ("sky", "wall", "tree", "wood", "grass", "road", "sea", "river", "mountain", "sands", "desk", "bed", "building",
+              "cloud", "lamp", "door", "window", "wardrobe", "ceiling", "shelf", "curtain", "stair", "floor", "hill", "rail",
+              "fence")  # fmt: skip
 # CLIP's pixel statistics in 0..255 units as all four published configs have them, rounded to three decimals.
 MEAN, STD = (122.771, 116.746, 104.094), (68.501, 66.632, 70.323)
 
@@ -59,35 +66,52 @@ VARIANTS = {
 }  # fmt: skip
 
 
-def working_size(height: int, width: int, short: int, long: int = 2048) -> tuple[int, int]:
-    """Size that an image is resized to (uint8, OpenCV's bilinear): the short side becomes `short`, the long at most `long`."""
-    factor = min(long / max(height, width), short / min(height, width))
-    return int(height * factor + 0.5), int(width * factor + 0.5)
+def normalise(images: Tensor, pixels: Pixels | None = None) -> Tensor:
+    """B 3 H W RGB 0..255 -> float, with the statistics of the published configs: CLIP's, rounded to three decimals.
 
-
-def normalise(images: Tensor) -> Tensor:
-    """B 3 H W RGB 0..255 -> float, with the statistics of the published configs."""
+    pixels: statistics of this CLIP (`ClipTrunk.pixels`), where they may be others; rounded likewise.
+    """
     kind = images.dtype if images.is_floating_point() else torch.float32
-    mean, std = (torch.tensor(x, device=images.device).to(kind).view(3, 1, 1) for x in (MEAN, STD))
+    both = (MEAN, STD) if pixels is None else (pixels.mean.double().round(decimals=3), pixels.std.double().round(decimals=3))
+    mean, std = (torch.as_tensor(x, device=images.device).to(kind).view(3, 1, 1) for x in both)
     return (images - mean) / std
 
 
 # ---- texts
 
 
+def known_words(text: TextEncoder, words: Sequence[str]) -> tuple[str, ...]:
+    """Return those of the words that this CLIP knows."""
+    return tuple(word for word in words if text.knows(word))
+
+
+def prompts_of(text: TextEncoder) -> Templates:
+    """Return the published prompts, or, for a small CLIP that does not know their words, the one that it was trained with."""
+    known = all(text.knows(template("a")) for template in OPENAI_IMAGENET_TEMPLATES)
+    return OPENAI_IMAGENET_TEMPLATES if known else (FOREGROUND.format,)
+
+
 @torch.no_grad()
-def prompt_bank(text: TextEncoder, words: Sequence[str], templates: Sequence[Callable[[str], str]] = OPENAI_IMAGENET_TEMPLATES
-                ) -> Tensor:  # fmt: skip
+def prompt_bank(text: TextEncoder, words: Sequence[str], templates: Templates = OPENAI_IMAGENET_TEMPLATES,
+                cache: Path | None = None) -> Tensor:  # fmt: skip
     """One vector per query word: the mean of its prompts' unit vectors. Q D, L2-normalised, at least fp32.
+
+    cache: folder where the bank is kept under a hash of its prompts and the tower's weights.
 
     Raises:
         UserError: a prompt is too long or has a word that this CLIP does not know.
     """
+    prompts = {word: [template(word) for template in templates] for word in words}
+    file = cache and cache / f"prompts-{text.key([prompts[word] for word in words])}.safetensors"
+    if file and file.is_file():
+        return load_tensors(file)["bank"].to(text.clip.positional_embedding.device)
     rows = {}
-    for word in dict.fromkeys(words):
-        prompts = encode(text.clip, text.tokens([template(word) for template in templates]))
-        rows[word] = F.normalize(F.normalize(full(prompts), dim=-1).mean(0), dim=-1)
-    return torch.stack([rows[word] for word in words])
+    for word, filled in prompts.items():
+        rows[word] = F.normalize(F.normalize(full(encode(text.clip, text.tokens(filled))), dim=-1).mean(0), dim=-1)
+    bank = torch.stack([rows[word] for word in words])
+    if file:
+        save_tensors(file, {"bank": bank})
+    return bank
 
 
 def encode(clip: nn.Module, tokens: Tensor) -> Tensor:

@@ -66,7 +66,7 @@ class TextEncoder(nn.Module):
         if empty := [i for i, some in enumerate(synonyms) if not some]:
             raise UserError(f"class {empty[0]} of {len(synonyms)} has no name; give every class one")
         rows = [[template.format(name) for template in templates for name in some] for some in synonyms]
-        file = cache and cache / f"text-{self._key(rows)}.safetensors"
+        file = cache and cache / f"text-{self.key(rows)}.safetensors"
         if file and file.is_file():
             return load_tensors(file)["bank"].to(self.clip.positional_embedding.device)
         texts = [text for row in rows for text in row]
@@ -83,7 +83,12 @@ class TextEncoder(nn.Module):
         """Settings that change embeddings besides the tensors: the activation's name."""
         return type(self.clip.transformer.resblocks[0].mlp.gelu).__name__
 
-    def _key(self, rows: Sequence[Sequence[str]]) -> str:
+    def knows(self, text: str) -> bool:
+        """Return whether every word of a text has an embedding."""
+        return self.known_ids is None or self.known_ids.issuperset(self.tokenizer.encode(text))
+
+    def key(self, rows: Sequence[Sequence[str]]) -> str:
+        """Return a hash of rows of texts and of the tower that embeds them."""
         digest = hashlib.sha256(json.dumps([self.settings, rows]).encode())
         for name, tensor in sorted(self.clip.state_dict().items()):
             if not name.startswith("visual."):

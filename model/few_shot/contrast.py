@@ -1,6 +1,7 @@
-"""Contrast map: similarity to the supports' object minus similarity to their background. Nothing is trained.
+"""Contrast map: similarity to the supports' object minus similarity to their background, so positive where the
+object is more similar. Nothing is trained.
 
-A cell's feature is a patch token (ViT) or stages 3 and 4 side by side (CNN); positive where the object is more similar.
+A cell's feature is that of `ImageEncoder.cells`: a patch token (ViT), or stages 3 and 4 side by side (CNN).
 """
 
 from collections.abc import Sequence
@@ -9,14 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.ops import resize
 from util.errors import UserError
 
-
-def stage_features(stage3: Tensor, stage4: Tensor) -> Tensor:
-    """Unit features of a CNN on the grid of stage 3: each stage to unit length, both with equal weight. B (C3 + C4) h w."""
-    stages = (stage3, resize(stage4, stage3.shape[2:], corners=False))
-    return torch.cat([F.normalize(stage, dim=1) for stage in stages], 1) / 2**0.5
+CELLS = 32  # along a side, at most, of what is kept of an image
 
 
 def contrast(target: Tensor, supports: Tensor, masks: Sequence[Tensor]) -> Tensor:
@@ -31,14 +27,30 @@ def contrast(target: Tensor, supports: Tensor, masks: Sequence[Tensor]) -> Tenso
     Raises:
         UserError: no support has an object.
     """
-    sides: tuple[list[Tensor], list[Tensor]] = ([], [])  # mean features of object and background, C each
-    for support, mask in zip(supports, masks, strict=True):
-        if not (mask == 1).any():
-            continue
-        for means, value in zip(sides, (1, 0), strict=True):
-            share = F.adaptive_avg_pool2d((mask == value).to(support.dtype)[None], support.shape[1:])[0]
-            means.append((support * share).sum((1, 2)) / share.sum().clamp(min=torch.finfo(share.dtype).tiny))
-    if not sides[0]:
+    if not any((mask == 1).any() for mask in masks):
         raise UserError("contrast: no support has a foreground pixel")
-    likeness = [torch.einsum("chw,c->hw", target, F.normalize(torch.stack(means).mean(0), dim=0)) for means in sides]
+    return contrast_to(target, torch.stack([support_means(support, mask) for support, mask in zip(supports, masks, strict=True)]))
+
+
+def support_means(support: Tensor, mask: Tensor) -> Tensor:
+    """Return the mean features of a support's object and background, 2 C; zeros where it has no object.
+
+    support: C h w of unit length; mask: as in `contrast`.
+    """
+    sides = []
+    for value in (1, 0):
+        share = F.adaptive_avg_pool2d((mask == value).to(support.dtype)[None], support.shape[1:])[0]
+        sides.append((support * share).sum((1, 2)) / share.sum().clamp(min=torch.finfo(share.dtype).tiny))
+    return torch.stack(sides) * (mask == 1).any()
+
+
+def contrast_to(target: Tensor, means: Tensor) -> Tensor:
+    """Return the contrast map h w of a target C h w from the means of K supports, K 2 C."""
+    likeness = torch.einsum("chw,sc->shw", target, F.normalize(means.mean(0), dim=1))
     return likeness[0] - likeness[1]
+
+
+def coarser(unit: Tensor) -> Tensor:
+    """Return unit features (..., C, h, w) on a grid of at most `CELLS` a side, so that a cache can keep them."""
+    size = [min(side, CELLS) for side in unit.shape[-2:]]
+    return unit if size == [*unit.shape[-2:]] else F.normalize(F.adaptive_avg_pool2d(unit, size), dim=-3)

@@ -12,6 +12,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from model.backbone.encoder import stage_features
+from model.few_shot.contrast import coarser
 from model.few_shot.conv4d import CenterPivotConv4d, CorrelationConv4d, Cosines, NormReLU4d, Pair, on_query_grid, unit
 from model.few_shot.prior import Features
 from model.few_shot.system import IDENTITY, Decoded, FewShot
@@ -150,6 +152,8 @@ class HSNet(FewShot):
         found = {"level2": fine, "level3": middle, "level4": coarse}
         if "stage4" in needs:
             found["stage4"] = self.encoder.stage_of(coarse)
+        if "cells" in needs:
+            found["cells"] = coarser(stage_features(self.encoder.stage_of(middle), self.encoder.stage_of(coarse)).float())
         if "masked4" in needs:
             found["masked4"] = self.masked4(self.encoder.stage_of(middle), mask)
         return found

@@ -15,9 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.backbone.patch import PatchEncoder
+from model.backbone import ImageEncoder
 from model.ops import resize
 from util.errors import UserError
+
+SHARE = 500 / 1024  # of the channels, the published positional basis
 
 # ---- positions
 
@@ -268,9 +270,10 @@ class INSID3:
     """Training-free segmentation of a target by supports.
 
     Args:
-        encoder: of patch features, frozen (published: DINOv3 ViT-L/16).
-        side: S of the square images; a multiple of the patch.
-        components: singular vectors of the positional basis (published: 500 of 1024 channels at side 1024).
+        encoder: frozen (published: DINOv3 ViT-L/16).
+        side: S of the square images; a multiple of the patch where the encoder has one.
+        components: singular vectors of the positional basis (published: 500 of 1024 channels at side 1024); 0 removes nothing.
+            None: the same share of a vision transformer's channels; nothing of a CNN, which has no table of positions.
         tau: cells more alike than this on average form a region; alpha: regions that score higher make the mask.
         factors: of the rotary positions in each block for the positional basis alone, as the published code draws them in
             training mode; None: the network as it is.
@@ -279,11 +282,15 @@ class INSID3:
         UserError: a side or number of components that does not fit the encoder.
     """
 
-    def __init__(self, encoder: PatchEncoder, side: int = 1024, components: int = 500, tau: float = 0.6, alpha: float = 0.2,
-                 factors: Sequence[float] | None = None, crf: Crf | None = None):  # fmt: skip
-        if side < encoder.patch[0] or side % encoder.patch[0] or side % encoder.patch[1]:
-            patch = " x ".join(map(str, encoder.patch))
-            raise UserError(f"INSID3: a side of {side} pixels is no multiple of the patch ({patch})")
+    def __init__(self, encoder: ImageEncoder, side: int = 1024, components: int | None = 500, tau: float = 0.6,
+                 alpha: float = 0.2, factors: Sequence[float] | None = None, crf: Crf | None = None):  # fmt: skip
+        patch = getattr(encoder, "patch", None)
+        if patch and (side < patch[0] or side % patch[0] or side % patch[1]):
+            shape = " x ".join(map(str, patch))
+            raise UserError(f"INSID3: a side of {side} pixels is no multiple of the patch ({shape})")
+        if components is None:
+            components = min(round(encoder.channels * SHARE), (side // patch[0]) * (side // patch[1]) - 2) if patch else 0
+            components = max(components, 0)
         self.encoder, self.side, self.components = encoder, side, components
         self.tau, self.alpha, self.factors, self.crf = tau, alpha, factors, crf
         self._projector: Tensor | None = None
@@ -291,13 +298,13 @@ class INSID3:
     @torch.no_grad()
     def features(self, images: Tensor, factors: Sequence[float] | None = None) -> Tensor:
         """B 3 S S RGB 0..255 -> B C h w, unit length."""
-        return F.normalize(self.encoder(images, factors), dim=1)
+        return self.encoder.cells(images) if factors is None else F.normalize(self.encoder(images, factors), dim=1)
 
     @property
-    def projector(self) -> Tensor:
-        """P C C of this encoder and side, computed once."""
-        if self._projector is None:
-            black = self.encoder.mean.new_zeros(1, 3, self.side, self.side)
+    def projector(self) -> Tensor | None:
+        """P C C of this encoder and side, computed once; None where nothing is removed."""
+        if self._projector is None and self.components:
+            black = next(self.encoder.parameters()).new_zeros(1, 3, self.side, self.side)
             self._projector = debias_projector(self.features(black, self.factors)[0], self.components)
         return self._projector
 
@@ -314,7 +321,8 @@ class INSID3:
         if not filled.any():
             raise UserError("INSID3: no support has a foreground pixel")
         cells = torch.stack([grid_mask(mask, tuple(target.shape[1:])) for mask in masks[filled]])
-        plain, *shown = debias(torch.cat([target[None], supports[filled]]), self.projector)
+        unit = torch.cat([target[None], supports[filled]])
+        plain, *shown = unit if self.projector is None else debias(unit, self.projector)
         prototypes = shot_prototypes(torch.stack(shown), cells)
         prototype = F.normalize(prototypes.mean(0), dim=0)
         candidates = find_candidates(plain, torch.stack(shown), cells, prototype)

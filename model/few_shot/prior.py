@@ -1,7 +1,7 @@
 """Priors: first guesses of where the episode's class is in the query, on the feature grid.
 
 `Method.priors` names any of them for any few-shot system. PFENet and BAM use `cosine`, HDMNet `similarity`, PI-CLIP (Sec. 3)
-`vtp` and `vvp`.
+`vtp` and `vvp`. map_prior.py has training-free ones: `contrast`, INSID3's, open-vocabulary maps.
 """
 
 from collections import defaultdict
@@ -18,7 +18,7 @@ from model.few_shot.parts import inside, max_cosine
 from model.ops import resize
 from model.system import Frozen
 from util.data.episodes import Episode, content_key
-from util.errors import UserError
+from util.errors import UserError, nearest
 
 ATTENTION_BLOCKS = 8  # the affinity averages the last 8 blocks
 
@@ -34,6 +34,7 @@ class View:
     stage4: Tensor | None = None  # N C' h' w'
     hidden: Tensor | None = None  # N 512 h' w': base learner before its classifier
     base: Tensor | None = None  # N B+1 h' w': base logits (queries)
+    cells: Tensor | None = None  # N C" h w: unit features of the whole image (`ImageEncoder.cells`, `contrast.coarser`)
     masked4: Tensor | None = None  # N C' h' w': stage 4 of the masked stage 3, masked again (supports)
     level2: Tensor | None = None  # N n C h w: all blocks of a stage before their last ReLU (HSNet), in place of the middle
     level3: Tensor | None = None
@@ -238,15 +239,26 @@ class TextPrior:
         return cam, attention[:, 1:, 1:]
 
 
-PRIORS = ("cosine", "similarity", "vtp", "vvp")
+CELL_PRIORS = ("contrast", "mutual", "regions")  # map_prior.py
+TEXT_MAPS = ("naclip", "sclip", "clearclip", "maskclip", "proxyclip")
+PRIORS = ("cosine", "similarity", "vtp", "vvp", *CELL_PRIORS, *TEXT_MAPS)
+READ_TEXT = {"vtp", "cam", *TEXT_MAPS}
+
+
+def parts(names: Sequence[str]) -> list[str]:
+    """Return names of priors with those of joined ones, A+B, in their place."""
+    return [part for name in names for part in name.split("+")]
 
 
 def check_priors(names: Sequence[str], base_learner: bool) -> None:
     """Raise UserError for an unknown or repeated prior, or one that needs a base learner where there is none."""
-    for name in names:
+    for name in parts(names):
         if name not in PRIORS:
-            raise UserError(f"Method.priors: unknown prior {name!r}; there are {', '.join(PRIORS)}")
-    if len(set(names)) < len(names) or not names:
+            near = nearest(name, PRIORS)
+            hint = f"did you mean {near}? " if near else ""
+            raise UserError(f"Method.priors: unknown prior {name!r}; {hint}There are {', '.join(PRIORS)}, and several joined: "
+                            "contrast+naclip")
+    if len(set(names)) < len(names) or not names or any(len(set(n.split("+"))) < len(n.split("+")) for n in names):
         raise UserError(f"Method.priors = {list(names)}: name at least one prior, each once")
-    if "similarity" in names and not base_learner:
+    if "similarity" in parts(names) and not base_learner:
         raise UserError("Method.priors: `similarity` compares features of a base learner, and this system has none; use `cosine`")

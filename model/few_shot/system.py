@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from model.backbone import BaseLearner
-from model.backbone.encoder import Encoder
+from model.backbone.encoder import Encoder, stage_features
 from model.clip.load import without_clip
+from model.few_shot.contrast import coarser, contrast_to, support_means
 from model.few_shot.memo import Memo
 from model.few_shot.parts import binary_mask, gram, scene_difference
-from model.few_shot.prior import CosinePrior, Features, Prior, View
+from model.few_shot.prior import READ_TEXT, CosinePrior, Features, Prior, View, parts
 from model.ops import resize
 from model.system import Frozen, Prediction, System, content_hash, load_exactly
 from util.cache import TensorCache
@@ -45,6 +46,8 @@ class Options(Method):
     """Options that every few-shot system with prototypes has."""
 
     low_fea: Literal["layer1", "layer2", "layer3"] = "layer2"  # stage whose Gram matrices measure scene difference
+    patches: str = ""  # an encoder beside the backbone for priors that compare features, timm:NAME; "": the backbone's own stages
+    patches_weight: str = "hub"  # its weights: file | hub | none
 
 
 class FewShot(System):
@@ -76,7 +79,7 @@ class FewShot(System):
         channels = self.encoder.channels
         self.prior_names = [prior.name for prior in priors]
         self.head = self.build_head(channels[2] + channels[3], sum(p.channels for p in priors))
-        if "vtp" in self.prior_names:
+        if "vtp" in parts(self.prior_names):
             self.clip_patch = clip.module.visual.patch
         if "cam" in self.prior_names:
             self.clip_patch = self.priors[0].source.side
@@ -111,7 +114,7 @@ class FewShot(System):
 
     @property
     def reads_text(self) -> bool:
-        return bool({"vtp", "cam"} & set(self.prior_names))
+        return bool(READ_TEXT & set(parts(self.prior_names)))
 
     @property
     def encoder(self) -> Encoder:
@@ -150,7 +153,7 @@ class FewShot(System):
         Args:
             mask: N 1 S S of supports, None for queries.
         """
-        deep = bool(needs & {"stage4", "hidden", "base"})
+        deep = bool(needs & {"stage4", "hidden", "base", "cells"})
         stages = self.encoder(images, mask if self.masks_support else None, last=4 if deep else 3)
         middle = torch.cat([stages[3], resize(stages[2], stages[3].shape[2:])], 1)  # of one size except in VGG
         found = {"gram": gram(stages[self.low_stage])} | (self.reduce(middle, mask) if self.fixed_head else {"middle": middle})
@@ -163,6 +166,10 @@ class FewShot(System):
             found |= {"base": learner.classify(hidden)} if "base" in needs else {}
         if "masked4" in needs:
             found["masked4"] = self.masked4(stages[3], mask)
+        if "cells" in needs:  # of the whole image, also where a support's is masked
+            masked = self.masks_support and mask is not None
+            cells = self.encoder.cells(images) if masked else stage_features(*stages[3:])
+            found["cells"] = coarser(cells.float())
         return found
 
     def masked4(self, stage3: Tensor, mask: Tensor) -> Tensor:
@@ -203,7 +210,8 @@ class FewShot(System):
     @torch.no_grad()
     def predict(self, batch: Episode, baselines: bool = False) -> Prediction:
         self._check(batch)
-        features, maps, decoded = self.run(batch, *((CosinePrior.query_needs, CosinePrior.support_needs) if baselines else ()))
+        needs = ({"cells"} | CosinePrior.query_needs, {"cells"} | CosinePrior.support_needs) if baselines else ()
+        features, maps, decoded = self.run(batch, *map(frozenset, needs))
         shown = {name: prior.float().flatten(1, -3).mean(1) for name, prior in maps.items()} | self.pictures(decoded)
         side = batch.query.shape[2:]
         scores = (decoded.final, decoded.meta, features.query.base)
@@ -217,19 +225,26 @@ class FewShot(System):
         return {"correlation": decoded.correlations[-1].float()} if decoded.correlations else {}
 
     def baselines(self, batch: Episode, features: Features, maps: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return predictions without training: everything is foreground; a prior, which is in 0..1, above one half.
+        """Return predictions without training: a prior, which is in 0..1, above one half; the contrast map above zero.
 
-        The cosine one is PFENet's prior, on this system's own features.
+        The cosine one is PFENet's prior, on this system's own features; so is the contrast map.
         """
         cosine = maps.get("cosine")
         if cosine is None:
             cosine = CosinePrior()(batch, features).float().mean(1)[:, 0]
         side = batch.query_mask.shape[1:]
-        found = {"everything foreground": torch.ones_like(batch.query_mask, dtype=torch.bool),
-                 "cosine prior > 0.5": resize(cosine[:, None], side)[:, 0] > 0.5}
+        found = {"cosine prior > 0.5": resize(cosine[:, None], side)[:, 0] > 0.5,
+                 "contrast > 0": resize(self.contrast(batch, features)[:, None], side)[:, 0] > 0}
         if "vtp" in maps:
             found["text prior (VTP) > 0.5"] = resize(maps["vtp"][:, None], side)[:, 0] > 0.5
         return found
+
+    def contrast(self, batch: Episode, features: Features) -> Tensor:
+        """Return contrast maps, B h w: `model.few_shot.contrast` on the encoder's features of whole images."""
+        masks = batch.support_mask.flatten(0, 1)
+        means = [support_means(unit, mask) for unit, mask in zip(features.support.cells, masks, strict=True)]
+        shots = torch.stack(means).unflatten(0, (len(batch.query), -1))
+        return torch.stack([contrast_to(unit, given) for unit, given in zip(features.query.cells, shots, strict=True)])
 
     def encoders(self, training: bool) -> list[nn.Module]:
         return [] if self.uses_base_learner else [self.encoder]
@@ -240,8 +255,8 @@ class FewShot(System):
         load_exactly(self.base_learner.module, ours, name)
 
     def official_name(self, name: str) -> str | None:
-        """Return the published checkpoint's key of a name in our state dict; None for CLIP, which has its own file."""
-        if name.startswith("clip."):
+        """Return the published checkpoint's key of a name in our state dict; None for CLIP and patches, which have own files."""
+        if name.startswith(("clip.", "patches.")):
             return None
         ours, official = next(pair for pair in self.official if name.startswith(pair[0]))
         return official + name.removeprefix(ours)

@@ -21,6 +21,7 @@ from torch import Tensor
 from model.build import build_system, load_weights, priors_of, system_class, text_bank
 from model.few_shot.cam_prior import TEMPLATE, CamPrior
 from model.few_shot.hsnet import HSNet
+from model.few_shot.map_prior import TextMapPrior, parts_of
 from model.few_shot.prior import TextPrior
 from model.few_shot.system import FewShot
 from model.predict.opening import NO_NAMES, checkpoint, trained_on
@@ -79,12 +80,15 @@ class Predictor:
             ValTransform(config.Train.val_size, config.Train.resized_val, config.Train.antialias), fold,
             clip_size=config.CLIP.clip_size if system.clip_patch else None, patch=system.clip_patch or 1, evaluation=True,
         )  # fmt: skip
-        self.text_prior = next((prior for prior in system.priors if isinstance(prior, TextPrior)), None)
+        priors = parts_of(system.priors)
+        self.text_prior = next((prior for prior in priors if isinstance(prior, TextPrior)), None)
+        self.text_maps = [prior for prior in priors if isinstance(prior, TextMapPrior)]
         self.cam_prior = next((prior for prior in system.priors if isinstance(prior, CamPrior)), None)
         self.needs_masks = self.cam_prior is None
-        self.takes_text = self.text_prior is not None or not self.needs_masks
+        reads = self.text_prior is not None or bool(self.text_maps)
+        self.takes_text = reads or not self.needs_masks
         self.notes: tuple[str, ...] = ()
-        self._text_alone = TextPredictor(system.clip, device, precision) if self.text_prior else None
+        self._text_alone = TextPredictor(system.clip, device, precision) if reads else None
         self._patch = system.clip_patch or PATCH
         self._tile: int | None = None  # side of the windows of large pictures
         self._target: Target | None = None
@@ -113,6 +117,9 @@ class Predictor:
         fold, names = trained_on(found)
         system = build_system(found.arch, config, fold, names if cam else NO_NAMES)
         load_weights(system, config, Experiment.of_checkpoint(found.path, found.arch, config), found.path)
+        for prior in parts_of(system.priors):
+            if isinstance(prior, TextMapPrior):
+                prior.vocabulary = found.config.CLIP.vocabulary
         return cls(system, config, fold, names, chosen, choose_precision(precision, chosen), found.meta.get("note", ""))
 
     def set_support(self, images: Source | Sequence[Source] | None = None, masks: Source | Sequence[Source | None] | None = None,
@@ -176,6 +183,10 @@ class Predictor:
             self.cam_prior.use(target.bank, target.names)
         elif target.bank is not None:
             self.text_prior.use(target.bank)
+        for prior in self.text_maps if target.groups else ():
+            known = self.names.texts
+            base = [known[c - 1] for c in self.fold.base if c <= len(known) and known[c - 1] != target.text]
+            prior.use([target.text, *base], range(2, 2 + len(base)))
         self.system.shot = target.shot
 
     def predict(self, image: Source) -> Segmentation:

@@ -12,7 +12,7 @@ one. `load_predictor`, predict.py --weights and Test_Finetune.weight take it.
 import argparse
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -27,7 +27,7 @@ from util import ROOT, cli
 from util.config import Config
 from util.errors import UserError
 from util.files import atomic, load_tensors
-from util.report.summary import label, scores
+from util.report.summary import label
 from util.report.write import check_keys, text_table
 from util.run.checkpoint import EXPORT, read_meta, save_weights
 from util.score.statistics import read_result
@@ -205,27 +205,22 @@ def model_card(file: str, predictor: Predictor | DensePredictor, meta: dict[str,
     if "clip" in meta["frozen"]:
         facts.append(f"- CLIP is not inside: it comes from `{meta['config']['CLIP']['clip_path']}`, checked by that hash")
     table = f"```\n{text_table(report)}\n```" if report else "Not tested yet."
-    setting = f"{meta['system']}, {meta['data_set']} {says['setting']}"
-    known = model_index(setting, meta["data_set"], report)
-    index = yaml.safe_dump(known, sort_keys=False) if known else ""
-    told = "\n".join([*facts, *(f"- {note}" for note in meta["notes"])])
-    return CARD.format_map(meta | says | {"index": index, "file": file, "facts": told, "table": table})
+    return CARD.format_map(meta | says | {"file": file, "facts": "\n".join([*facts, *(f"- {note}" for note in meta["notes"])]),
+                                          "table": table, "index": model_index(file, says, report)})  # fmt: skip
 
 
-def model_index(name: str, data_set: str, report: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the result as hubs read it from a card's header; {} without a report, or where it says that its scores mean little.
-
-    Only scores that a report shows are in it, in percent, with their spread over the seeds in the name of the score.
-    """
-    if not report or report.get("mark") or report.get("warnings"):
-        return {}
-    metrics = [{"type": "mean_iou" if key == "miou" else key, "value": round(100 * value, 2),
-                "name": f"{label(key)} (sd {100 * report['sd'][key]:.2f} over {len(report['seeds'])} seeds)"}
-               for key, value in scores(report)]  # fmt: skip
-    protocol = {"protocol": report.get("protocol", {}).get("name"), "protocol_hash": report.get("protocol_hash")}
-    found = {"task": {"type": "image-segmentation", "name": name}, "metrics": metrics,
-             "dataset": {"type": data_set, "name": data_set, "args": protocol}}  # fmt: skip
-    return {"model-index": [{"name": name, "results": [found]}]}
+def model_index(file: str, says: dict[str, Any], report: dict[str, Any]) -> str:
+    """Return the result as hubs read it (YAML `model-index`, percent); "" where there is none."""
+    if not report:
+        return ""
+    name = f"{report['system']} {Path(file).stem}"
+    metrics = [{"type": "mean_iou" if key == "miou" else key, "name": label(key), "value": round(100 * report["mean"][key], 2)}
+               for key in ("miou", "hiou", "fb_iou") if report["mean"].get(key) is not None]  # fmt: skip
+    result = {"task": {"type": "image-segmentation", "name": says["tag"].replace("-", " ")},
+              "dataset": {"type": report["data_set"], "name": f"{report['data_set']}, {says['setting']}",
+                          "args": {"protocol": report["protocol"]["name"], "hash": report["protocol_hash"]}},
+              "metrics": metrics}  # fmt: skip
+    return yaml.safe_dump({"model-index": [{"name": name, "results": [result]}]}, sort_keys=False, allow_unicode=True)
 
 
 def few_shot_card(file: str, meta: dict[str, Any], predictor: Predictor) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from model.clip.load import clip_from_state
 from model.ops import resize
 from tests.golden.fill import tensor_for
 from tests.golden.rows import Row, compare
+from util.data.transforms import working_size
 
 Arrays = dict[str, np.ndarray]
 ARCHES = {  # names of NACLIP's and ClearCLIP's variants
@@ -119,7 +120,7 @@ def check_texts(case: Case) -> Iterator[Row]:
 
 def check_inputs(case: Case) -> Iterator[Row]:
     photo = case.arrays["photo"]
-    height, width = D.working_size(*photo.shape[:2], int(case.arrays["short_side"]))
+    height, width = working_size(*photo.shape[:2], int(case.arrays["short_side"]))
     yield compare("net_image_u8", cv2.resize(photo, (width, height)), case.arrays["net_image_u8"], 0)
     yield compare("input", case.x[0, :, ::7, ::7], case.arrays["input"], 1e-5)
     windows = case.windows()

@@ -12,13 +12,14 @@ from pathlib import Path
 
 from util import cli, protocol
 from util.cache import CACHE
-from util.config import Config, load_config, names_of
+from util.config import Config, load_config
 from util.data import hsnet_splits
-from util.data.episodes import EpisodeList, check_novel, episodes_per_class
+from util.data.episodes import check_novel, episodes_per_class
 from util.data.fold_counts import store, verdict
-from util.data.index import Index, build_index, table
+from util.data.index import build_index, table
 from util.data.manifest import episode_hash, manifest_text, write_manifest
 from util.data.source import EpisodeSource
+from util.layers import names_of
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -54,26 +55,26 @@ def index(config: Config) -> None:
         counts = None
         try:
             if part == "val":
-                counts = _episodes(config, source, index)
+                counts = _episodes(source)
         finally:  # the table helps to understand an error too
             print(table(index, source.names, counts))
         print(verdict(config, part, len(records), len(index.records), sum(map(len, index.by_class.values()))))
         print(f"stored in {store(CACHE, config, part, records, index, source.names.names)}")
 
 
-def _episodes(config: Config, source: EpisodeSource, index: Index) -> Counter[int]:
+def _episodes(source: EpisodeSource) -> Counter[int]:
     """Count the episodes of each class, of the first seed."""
-    test = config.Test_Finetune
-    episodes = EpisodeList(index, config.Train.shot, test.seeds[0], start=config.Train.draw)
-    check_novel(episodes, source.fold, source.names, test.test_num)
-    return episodes_per_class(episodes, test.test_num)
+    episodes = next(iter(source.test_episodes().values()))
+    count = source.count or len(episodes)
+    check_novel(episodes, source.fold, source.names, count)
+    return episodes_per_class(episodes, count)
 
 
 def export(config: Config, file: str, out: str | None) -> None:
     """Write the episodes of a config's protocol. Raises UserError when a novel class has no episode."""
-    train, test, used = config.Train, config.Test_Finetune, protocol.of(config)
-    lists = EpisodeSource(config).test_episodes()
-    count = None if test.episodes else test.test_num
+    train, used = config.Train, protocol.of(config)
+    source = EpisodeSource(config)
+    lists, count = source.test_episodes(), source.count
     header = {"data set": train.data_set, "split": train.split, "shot": train.shot, "protocol": used.name,
               "protocol hash": used.hash, "list": config.Data.val_list}
     if out == "-":
@@ -81,7 +82,7 @@ def export(config: Config, file: str, out: str | None) -> None:
         return
     path = Path(out or episode_file(config, file))
     write_manifest(path, header, lists, count)
-    print(f"{len(lists)} seeds × {test.test_num:,} episodes ({episode_hash(lists, count)}): {path}")
+    print(f"{len(lists)} seeds × {count or len(next(iter(lists.values()))):,} episodes ({episode_hash(lists, count)}): {path}")
 
 
 def hsnet(config: Config, file: str, splits: Path, out: str | None) -> None:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from util.config import Start
 from util.data.folds import ClassNames, Fold, shown
 from util.data.index import Index, Record
 from util.data.transforms import IGNORE, Augmented, Placed, ValTransform, bbox_mask, clip_crop, clip_input, read_pair, to_tensor
@@ -70,16 +71,14 @@ class EpisodeSpec:
     supports: tuple[int, ...]
 
 
-Start = Literal["image", "pair", "class"]
-
-
 class EpisodeList:
     """The endless list of episodes over an index.
 
     start  "image": each image in turn is a query, its class one of the classes in it; the supports are different images.
            "pair": each (query, class) in turn whose class counts in the image; supports may repeat (HSNet on PASCAL).
            "class": a class, all equally often, then a query of it; supports may repeat (HSNet on COCO).
-    One pass has as many episodes as there are images, or pairs.
+           "cycle": class after class, then a query of it; supports may repeat (cross-domain sets).
+    One pass has as many episodes as there are images ("image", "class"), or pairs.
 
     Raises UserError for a class that can be drawn but has too few images for `shot` supports besides the query.
     """
@@ -88,11 +87,11 @@ class EpisodeList:
         if not index.records:
             raise UserError("no image of the list counts for this fold: check Train.data_set, Train.split and the list")
         self.classes = sorted(c for c, filed in index.by_class.items() if filed)
-        self.pairs = sorted((query, c) for c in self.classes for query in index.by_class[c]) if start == "pair" else []
+        self.pairs = sorted((query, c) for c in self.classes for query in index.by_class[c]) if start in ("pair", "cycle") else []
         self.repeats = start != "image"
         drawable = set(self.classes) if self.repeats else set().union(*index.present)
         needed = 2 if self.repeats else shot + 1
-        short = {c: len(index.by_class[c]) for c in sorted(drawable) if len(index.by_class[c]) < needed}
+        short = {c: len(index.supports[c]) for c in sorted(drawable) if len(index.supports[c]) < needed}
         if short:
             counts = ", ".join(f"class {shown([c], index.names)} has {n} image{'s' * (n != 1)}" for c, n in short.items())
             raise UserError(
@@ -110,7 +109,7 @@ class EpisodeList:
         if i < 0:
             raise IndexError(f"episodes are numbered from 0, got {i}")
         query, cls = self._target(i)
-        filed = self.index.by_class[cls]
+        filed = self.index.supports[cls]
         own = bisect_left(filed, query)
         taken = [own] if filed[own : own + 1] == [query] else []  # ascending positions in `filed` that may not be drawn
         supports = []
@@ -125,8 +124,9 @@ class EpisodeList:
 
     def _target(self, i: int) -> tuple[int, int]:
         """Return query and class of episode i."""
-        if self.start == "class":
-            cls = self.classes[draw(len(self.classes), self.seed, i, "class")]
+        if self.start in ("class", "cycle"):
+            place = i if self.start == "cycle" else draw(len(self.classes), self.seed, i, "class")
+            cls = self.classes[place % len(self.classes)]
             filed = self.index.by_class[cls]
             return filed[draw(len(filed), self.seed, i, "query")], cls
         place = shuffled(len(self), self.seed, i) if self.shuffle else i % len(self)
@@ -368,11 +368,14 @@ class EpisodeDataset(Dataset):
         return len(self.episodes)
 
     def __getitem__(self, i: int) -> Episode:
-        spec = self.episodes.spec(i)
-        to_mask = mask_table(spec.cls)
+        return self.swapped(i, i)
+
+    def swapped(self, i: int, donor: int) -> Episode:
+        """Return episode i with the supports of episode `donor`, which show that episode's class."""
+        spec, other = self.episodes.spec(i), self.episodes.spec(donor)
         record = self.episodes.index.records[spec.query]
-        supports = [self.episodes.index.records[s] for s in spec.supports]
-        shots = [self._shot(s, to_mask, generator(self.episodes.seed, i, "shot", k)) for k, s in enumerate(supports)]
+        supports, to_mask = [self.episodes.index.records[s] for s in other.supports], mask_table(other.cls)
+        shots = [self._shot(s, to_mask, generator(self.episodes.seed, donor, "shot", k)) for k, s in enumerate(supports)]
         image, label = read_pair(self.root / record.image, self.root / record.label, self.values)
         present = torch.zeros(self.num_classes, dtype=torch.bool)
         present[[c - 1 for c in record.annotated]] = True

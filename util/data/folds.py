@@ -52,7 +52,8 @@ def shown(classes: Iterable[int], names: Sequence[str] = ()) -> str:
 def fold_of(config: Config) -> Fold:
     """Return the fold of a config: by the rule of its data set, or from Data.folds, else from folds.yaml beside the class names.
 
-    In a split without novel classes all classes are base (seen) classes: full supervision.
+    In a split without novel classes all classes are base (seen) classes: full supervision. In a file with the one word `all` all
+    classes are novel in every split: a data set that is only tested on.
     """
     train, data = config.Train, config.Data
     if data.folds and train.data_set in NUM_CLASSES:
@@ -65,12 +66,39 @@ def fold_of(config: Config) -> Fold:
             beside = f" Data.class_names = {data.class_names} has no folds.yaml beside it." if data.class_names else ""
             raise UserError(f"{error}.{beside}") from None
     names = read_class_names(data.class_names)
+    if _is_test_set(file):
+        return Fold(train.data_set, train.split, tuple(range(1, len(names.names) + 1)), ())
     folds = read_folds(file, names)
     if train.split not in range(len(folds)):
         raise UserError(f"Train.split: unknown fold {train.split!r}; {file} has split0 to split{len(folds) - 1}")
     novel = folds[train.split]
     base = tuple(c for c in range(1, len(names.names) + 1) if c not in novel)
     return Fold(train.data_set, train.split, novel, base)
+
+
+def check_disjoint(home: Fold, home_names: ClassNames, tested: Fold, names: ClassNames) -> None:
+    """Raise UserError where weights learnt a class that they are tested on, under the same name or a known other one."""
+    learnt = {_plain(home_names.names[c - 1]): home_names.names[c - 1] for c in home.base}
+    shared = [names.names[c - 1] for c in tested.novel if _plain(names.names[c - 1]) in learnt]
+    if shared:
+        raise UserError(f"the weights of {home.data_set} split{home.split} learnt {len(shared)} of the {len(tested.novel)} "
+                        f"classes they would be tested on: {', '.join(shared)}. Test classes that they never saw (COCO to "
+                        "PASCAL: the data set coco2pascal, the same split), or name others in Data.folds")
+
+
+SAME = {"airplane": "aeroplane", "motorcycle": "motorbike", "couch": "sofa", "tv": "tvmonitor"}  # COCO's names -> PASCAL's
+
+
+def _plain(name: str) -> str:
+    letters = "".join(character for character in name.lower() if character.isalnum())
+    return SAME.get(letters, letters)
+
+
+def _is_test_set(file: Path) -> bool:
+    try:
+        return parse_yaml(file.read_text(encoding="utf-8-sig"), f"Data.folds: {file}") == "all"
+    except (OSError, ValueError):  # `read_folds` says what is wrong
+        return False
 
 
 def fold(data_set: str, split: int, use_split_coco: bool = True) -> Fold:

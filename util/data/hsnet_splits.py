@@ -7,20 +7,17 @@ The published test draws its episodes one after the other from numpy's legacy ge
 every list decide them, and they can only be repeated with these very lists. `python -m util.data hsnet` writes them as a file.
 """
 
-import io
-import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
 from util.data.episodes import EpisodeSpec
-from util.data.index import Index
+from util.data.index import Index, Record
 from util.data.manifest import ManifestEpisodes
+from util.data.replay import Candidates, Drawn, by_numpy
 from util.errors import UserError
-from util.files import atomic
+from util.files import atomic, load_plain
 
 COUNT, SEED = 1000, 0  # episodes of the published test
 # First 16 hex digits of `digest`, by (data set, shot), fold after fold.
@@ -46,14 +43,6 @@ class Pairs(NamedTuple):
         return found
 
 
-class Drawn(NamedTuple):
-    """One episode; images under their names in the file."""
-
-    query: str
-    cls: int  # 1-based
-    supports: tuple[str, ...]
-
-
 def read(splits: Path, data_set: str, part: str, fold: int) -> Pairs:
     """Read one list: part "trn" or "val".
 
@@ -66,43 +55,27 @@ def read(splits: Path, data_set: str, part: str, fold: int) -> Pairs:
         content = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); give data/splits of HSNet's repository") from error
-    pairs = _text(path, content) if data_set == "pascal" else _pickle(path, content)
+    pairs = _text(path, content) if data_set == "pascal" else _pickle(path)
     if not pairs:
         raise UserError(f"{path}: no image in it")
     return Pairs(path, pairs)
 
 
-def draw(listed: Pairs, data_set: str, classes: Sequence[int], shot: int, count: int = COUNT, seed: int = SEED) -> list[Drawn]:
+def draw(listed: Pairs, data_set: str, classes: Sequence[int], shot: int, count: int = COUNT,
+         seed: int = SEED) -> list[Drawn[str]]:  # fmt: skip
     """Draw the first `count` episodes as the published test does.
 
     PASCAL: pair after pair. COCO: a class of `classes`, then an image of it. Supports, other images of the class, may repeat.
     Raises UserError for a class with a single image: the published loop would not end.
     """
-    random, by_class = np.random.RandomState(seed), listed.by_class()
-
-    def choice(values: Sequence) -> object:  # numpy's choice(values, 1, replace=False), without an array of all values
-        return values[random.permutation(len(values))[0]]
-
-    for cls in classes:
-        if len(by_class.get(cls, [])) < 2:
-            raise UserError(f"{listed.file}: class {cls} has {len(by_class.get(cls, []))} image(s), an episode needs two")
-    episodes = []
-    for i in range(count):
-        if data_set == "pascal":
-            query, cls = listed.pairs[i % len(listed.pairs)]
-        else:
-            cls = choice(classes)
-            query = choice(by_class[cls])
-        supports: list[str] = []
-        while len(supports) < shot:
-            support = choice(by_class[cls])
-            if support != query:
-                supports.append(support)
-        episodes.append(Drawn(query, cls, tuple(supports)))
-    return episodes
+    start = "pair" if data_set == "pascal" else "class"
+    try:
+        return by_numpy(Candidates(listed.pairs, listed.by_class(), classes), start, shot, count, seed)
+    except UserError as error:
+        raise UserError(f"{listed.file}: {error}") from error
 
 
-def digest(episodes: Sequence[Drawn]) -> str:
+def digest(episodes: Sequence[Drawn[str]]) -> str:
     """Return the first 16 hex digits of the SHA-256 of lines `query|class, 0-based|support...`."""
     return sha256("\n".join("|".join((e.query, str(e.cls - 1), *e.supports)) for e in episodes).encode()).hexdigest()[:16]
 
@@ -112,7 +85,7 @@ def image_name(data_set: str, name: str) -> str:
     return f"JPEGImages/{name}.jpg" if data_set == "pascal" else name
 
 
-def verdict(episodes: Sequence[Drawn], data_set: str, fold: int, shot: int) -> str:
+def verdict(episodes: Sequence[Drawn[str]], data_set: str, fold: int, shot: int) -> str:
     """Say whether these are the published episodes."""
     found, known = digest(episodes), PUBLISHED.get((data_set, shot))
     if known is None:
@@ -139,7 +112,7 @@ def write_training_list(path: Path, splits: Path, data_set: str, fold: int) -> i
     return len(images)
 
 
-def as_manifest(drawn: Sequence[Drawn], data_set: str, index: Index, shot: int, seed: int = SEED) -> ManifestEpisodes:
+def as_manifest(drawn: Sequence[Drawn[str]], data_set: str, index: Index, shot: int, seed: int = SEED) -> ManifestEpisodes:
     """Look the images up in an index. Raises UserError for one that it does not have."""
     at = {record.image: i for i, record in enumerate(index.records)}
 
@@ -151,6 +124,24 @@ def as_manifest(drawn: Sequence[Drawn], data_set: str, index: Index, shot: int, 
 
     specs = [EpisodeSpec(i, place(e.query), e.cls, tuple(map(place, e.supports))) for i, e in enumerate(drawn)]
     return ManifestEpisodes(index, shot, seed, specs)
+
+
+def known_pairs(listed: Pairs, data_set: str, records: Sequence[Record], classes: Sequence[int]) -> set[tuple[str, int]]:
+    """Return the (image, class) of a list, images as Data.val_list names them.
+
+    Raises UserError for an image that it does not have, and for one whose label lacks the class: a list of another index.
+    """
+    pixels = {record.image: record.pixels for record in records}
+    pairs = [(image_name(data_set, image), cls) for image, cls in listed.pairs]
+    for what, wrong in (
+        ("name a class that is not novel in this fold", [p for p in pairs if p[1] not in classes]),
+        ("name an image that is not in Data.val_list", [p for p in pairs if p[0] not in pixels]),
+        ("name an image whose label does not show the class", [p for p in pairs if p[1] not in pixels.get(p[0], (p[1],))]),
+    ):
+        if wrong:
+            raise UserError(f"{listed.file}: {len(wrong):,} of its {len(pairs):,} lines {what}; the first: {wrong[0][0]}, class "
+                            f"{wrong[0][1]}. It belongs to another fold or another list")  # fmt: skip
+    return set(pairs)
 
 
 def compare(listed: Pairs, data_set: str, index: Index) -> str:
@@ -171,18 +162,8 @@ def _text(path: Path, content: bytes) -> list[tuple[str, int]]:
     return pairs
 
 
-class _Plain(pickle.Unpickler):
-    """Refuses everything but dict, list, str and int, so that a foreign file runs no code."""
-
-    def find_class(self, module: str, name: str) -> Callable:
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
-
-
-def _pickle(path: Path, content: bytes) -> list[tuple[str, int]]:
-    try:
-        found = _Plain(io.BytesIO(content)).load()
-    except Exception as error:  # a broken pickle fails in many ways
-        raise UserError(f"{path}: not a pickled dict of lists ({error})") from error
+def _pickle(path: Path) -> list[tuple[str, int]]:
+    found = load_plain(path)
     if not isinstance(found, dict) or not all(
         isinstance(cls, int) and isinstance(images, list) and all(isinstance(image, str) for image in images)
         for cls, images in found.items()

@@ -9,9 +9,9 @@ import json
 import logging
 import os
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path, PureWindowsPath
 
@@ -56,6 +56,12 @@ class Index:
     by_class: dict[int, list[int]]  # class -> ascending positions of the images it counts in
     present: list[tuple[int, ...]]  # the fold's classes in each label, any size
     names: tuple[str, ...] = ()  # of all classes, for messages
+    large: dict[int, list[int]] = field(default_factory=dict)  # by_class of supports, where they need more pixels
+
+    @property
+    def supports(self) -> dict[int, list[int]]:
+        """Class -> ascending positions of the images that may be supports of it."""
+        return self.large or self.by_class
 
 
 def scan(
@@ -153,25 +159,31 @@ def read_list(list_file: str | Path, labelled: bool = True) -> list[tuple[str, s
 
 
 def build_index(
-    records: Sequence[Record], classes: Sequence[int], only: bool, min_pixels: int = MIN_PIXELS, names: tuple[str, ...] = ()
-) -> Index:
+    records: Sequence[Record], classes: Sequence[int], only: bool, min_pixels: int = MIN_PIXELS, names: tuple[str, ...] = (),
+    support_pixels: int = 0, pairs: Collection[tuple[str, int]] | None = None,
+) -> Index:  # fmt: skip
     """Keep the images in which at least one of `classes` counts (has `min_pixels` labelled pixels), and list them by class.
 
     `classes`: the fold's base (training) or novel (evaluation) classes.
     `only`: BAM's filter, which drops an image whose label has any pixel of another class. Without it BAM's PASCAL mean
     falls from 67.8 to 64.7, so it belongs to the protocol.
+    `support_pixels`: from how many on a class counts in a support, 0: as in a query.
+    `pairs`: the (image, class) that count, whatever their size: a published list.
     """
     wanted = set(classes)
     index = Index([], {c: [] for c in sorted(wanted)}, [], names)
     for record in records:
         present = tuple(sorted(wanted.intersection(record.pixels)))
-        counting = [c for c in present if record.pixels[c] >= min_pixels]
+        counting = [c for c in present if (record.pixels[c] >= min_pixels if pairs is None else (record.image, c) in pairs)]
         if not counting or (only and len(present) < len(record.pixels)):
             continue
         for c in counting:
             index.by_class[c].append(len(index.records))
         index.records.append(record)
         index.present.append(present)
+    if support_pixels:
+        index.large.update({c: [i for i in filed if index.records[i].pixels[c] >= support_pixels]
+                            for c, filed in index.by_class.items()})  # fmt: skip
     return index
 
 

@@ -12,6 +12,7 @@ Written by `python -m util.data export`, evaluated by `test.py --episodes FILE`.
 from collections.abc import Iterator, Mapping, Sequence
 from hashlib import blake2b
 from pathlib import Path
+from types import MappingProxyType
 
 from util.data.episodes import EpisodeList, EpisodeSpec
 from util.data.folds import shown
@@ -68,11 +69,13 @@ def manifest_text(header: Mapping[str, str], lists: Mapping[int, AnyEpisodes], c
 
 
 def read_manifest(path: str | Path, records: Sequence[Record], classes: Sequence[int], shot: int,
-                  repeats: bool = False, names: tuple[str, ...] = ()) -> dict[int, ManifestEpisodes]:  # fmt: skip
+                  repeats: bool = False, names: tuple[str, ...] = (), of: Mapping[str, object] = MappingProxyType({})
+                  ) -> dict[int, ManifestEpisodes]:  # fmt: skip
     """Read the episodes of each seed, seeds in order of appearance.
 
     records: of Data.val_list (`util.data.index.scan`); classes: the fold's novel ones; shot: Train.shot;
-    repeats: a support may occur twice; names: of all classes, for messages.
+    repeats: a support may occur twice; names: of all classes, for messages; of: header lines that must have these values where
+    they are there.
     Raises UserError, naming file and line, for an episode that cannot be evaluated or would silently count as zero.
     """
     path, places = Path(path), {record.image: i for i, record in enumerate(records)}
@@ -81,7 +84,7 @@ def read_manifest(path: str | Path, records: Sequence[Record], classes: Sequence
     for number, line in enumerate(_text(path).splitlines(), start=1):
         try:
             if line.startswith("#"):
-                _read_header(line, header, shot, bool(seeds))
+                _read_header(line, header, {"shot": shot, **of}, bool(seeds))
             elif line.strip():
                 seed, cls, images = _read_episode(line, records, places, classes, shot, repeats, names)
                 seeds.setdefault(seed, []).append((cls, images))
@@ -124,7 +127,7 @@ def _text(path: Path) -> str:
         raise UserError(f"{path}: not a text file in UTF-8 ({error.reason} at byte {error.start})") from error
 
 
-def _read_header(line: str, header: dict[str, str], shot: int, late: bool) -> None:
+def _read_header(line: str, header: dict[str, str], expected: Mapping[str, object], late: bool) -> None:
     """Add `# key: value` to the header."""
     key, colon, value = (part.strip() for part in line[1:].partition(":"))
     if not key or not colon or late:
@@ -133,8 +136,8 @@ def _read_header(line: str, header: dict[str, str], shot: int, late: bool) -> No
         raise UserError(f"the header has {key!r} twice")
     if key == "format" and value != FORMAT:
         raise UserError(f"the format is {value!r}; this program reads {FORMAT!r}")
-    if key == "shot" and value != str(shot):
-        raise UserError(f"the episodes are {value}-shot, Train.shot = {shot}")
+    if key in expected and value != str(expected[key]):
+        raise UserError(f"the episodes are of {key} {value}, the config has {expected[key]}: Train.{key.replace(' ', '_')}")
     header[key] = value
 
 

@@ -6,11 +6,12 @@ from torch.utils.data import Dataset
 
 from util.cache import CACHE
 from util.config import Config
-from util.data.episodes import EpisodeDataset, EpisodeList, Transform, check_novel
+from util.data import hsnet_splits, replay
+from util.data.episodes import EpisodeDataset, EpisodeList, EpisodeSpec, Transform, check_novel
 from util.data.folds import ClassNames, Fold, fold_of, read_class_names, read_label_table
 from util.data.image_labels import read_image_labels
 from util.data.index import Index, Record, build_index, scan
-from util.data.manifest import AnyEpisodes, read_manifest
+from util.data.manifest import AnyEpisodes, ManifestEpisodes, read_manifest
 from util.data.semantic import Masks, SemanticDataset
 from util.data.transforms import TrainTransform, ValTransform
 from util.errors import UserError
@@ -116,22 +117,54 @@ class EpisodeSource(Source):
             raise UserError(f"{unknown[0]}. Which classes {len(unknown)} image(s) of {self.config.Data.val_list} show is unknown "
                             "without their labels, so the episodes of the protocol cannot be drawn, with Data.on_error=skip "
                             "neither; bring the labels back, or take the lines out of the list: that is then another list")
-        classes = self.fold.base if base else self.fold.novel
-        return build_index(self.records("val_list"), classes, base, minimum, names)
+        classes, data, pairs = self.fold.base if base else self.fold.novel, self.config.Data, None
+        if data.pair_lists and not base:
+            pairs = hsnet_splits.known_pairs(self._listed(), train.data_set, self.records("val_list"), classes)
+        return build_index(self.records("val_list"), classes, base, minimum, names, data.support_pixels, pairs)
+
+    def _listed(self) -> hsnet_splits.Pairs:
+        """Return HSNet's validation list of the fold."""
+        return hsnet_splits.read(Path(self.config.Data.pair_lists), self.config.Train.data_set, "val", self.config.Train.split)
 
     def listed(self, index: Index, seed: int, shuffle: bool = False) -> EpisodeList:
         """Return the protocol's endless list of episodes over an index."""
         return EpisodeList(index, self.config.Train.shot, seed, shuffle, start=self.config.Train.draw)
 
-    def drawn(self, seed: int, count: int) -> EpisodeList:
-        """Return the episodes over the novel classes; the first `count` are for evaluation.
+    @property
+    def count(self) -> int | None:
+        """How many episodes a seed of the test has; None: all of a file, or one pass (Test_Finetune.test_num=0)."""
+        return None if self.config.Test_Finetune.episodes else self.config.Test_Finetune.test_num or None
+
+    def drawn(self, seed: int) -> EpisodeList:
+        """Return the episodes over the novel classes.
 
         Raises:
-            UserError: a novel class has no image or no episode among them.
+            UserError: a novel class has no image. (One without an episode counts as `Test_Finetune.mean` says.)
         """
         episodes = self.listed(self.index(training=False), seed)
-        check_novel(episodes, self.fold, self.names, count)
+        check_novel(episodes, self.fold, self.names)
         return episodes
+
+    def replayed(self, seed: int) -> ManifestEpisodes:
+        """Return the episodes of a seed as a published code draws them (Test_Finetune.generator).
+
+        Raises UserError where its draw would not end.
+        """
+        train, test, index = self.config.Train, self.config.Test_Finetune, self.index(training=False)
+        episodes = self.drawn(seed)  # which looks for classes with too few images
+        count, classes = self.count or len(episodes), self.fold.novel
+        if test.generator == "workers":
+            drawn = replay.by_workers(index, train.shot, count, seed, test.draw_workers)
+        elif test.generator == "fold":
+            drawn = replay.by_fold(index, classes, train.shot, count, seed + train.split)
+        elif self.config.Data.pair_lists:  # in the order of the lists
+            listed = self._listed()
+            drawn = hsnet_splits.draw(listed, train.data_set, classes, train.shot, count, seed)
+            return hsnet_splits.as_manifest(drawn, train.data_set, index, train.shot, seed)
+        else:
+            candidates = replay.Candidates(episodes.pairs, index.supports, classes)
+            drawn = replay.by_numpy(candidates, train.draw, train.shot, count, seed)
+        return ManifestEpisodes(index, train.shot, seed, [EpisodeSpec(i, *episode) for i, episode in enumerate(drawn)])
 
     def training(self) -> EpisodeDataset:
         episodes = self.listed(self.index(training=True), self.config.Train.manual_seed, shuffle=True)
@@ -142,18 +175,18 @@ class EpisodeSource(Source):
         train = self.config.Train
         if train.selection == "base":
             return self.listed(self.index(training=False, base=True), train.manual_seed)
-        return self.drawn(train.manual_seed, train.val_episodes)
+        return self.drawn(train.manual_seed)
 
     def test_episodes(self) -> dict[int, AnyEpisodes]:
         """Return the episodes of each seed: drawn, or read from the file Test_Finetune.episodes."""
         test = self.config.Test_Finetune
+        if not test.episodes and test.generator != "ours":
+            return {seed: self.replayed(seed) for seed in test.seeds}
         if not test.episodes:
-            return {seed: self.drawn(seed, test.test_num) for seed in test.seeds}
-        found = read_manifest(test.episodes, self.records("val_list"), self.fold.novel, self.config.Train.shot,
-                              repeats=self.config.Train.draw != "image", names=self.names.names)  # fmt: skip
-        for episodes in found.values():
-            check_novel(episodes, self.fold, self.names, len(episodes))
-        return found
+            return {seed: self.drawn(seed) for seed in test.seeds}
+        return read_manifest(test.episodes, self.records("val_list"), self.fold.novel, self.config.Train.shot,
+                             repeats=self.config.Train.draw != "image", names=self.names.names,
+                             of={"data set": self.config.Train.data_set, "split": self.config.Train.split})  # fmt: skip
 
     def episodes(self, episodes: AnyEpisodes) -> EpisodeDataset:
         """Return the data set of these episodes for evaluation."""

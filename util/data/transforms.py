@@ -150,7 +150,8 @@ class Placed:
 
     hw       height and width of the file
     canvas   height and width in file pixels of what the network saw: `hw` where the aspect ratio was ignored (squash) or kept
-             without padding; the square on the longer side where the image was letterboxed
+             without padding; the square on the longer side where the image was letterboxed. Smaller than `hw`: the rest of `hw`
+             was not seen, its scores are 0
     corners  align_corners of the bilinear way back; the few-shot systems say True, mmsegmentation's False
     """
 
@@ -170,6 +171,9 @@ class Placed:
         batch = scores.float() if scores.dim() == 4 else scores.float()[None]
         full = F.interpolate(batch, size=self.canvas, mode="bilinear", align_corners=self.corners)
         full = full[..., : self.hw[0], : self.hw[1]]
+        unseen = [length - seen for length, seen in zip(self.hw, full.shape[-2:], strict=True)]
+        if any(unseen):
+            full = F.pad(full, (0, unseen[1], 0, unseen[0]))
         return full if scores.dim() == 4 else full[0]
 
 
@@ -292,6 +296,22 @@ class KeepTransform:
 
     def placed(self, hw: tuple[int, int]) -> Placed:
         return Placed(tuple(hw), tuple(hw), corners=False)
+
+
+def working_size(height: int, width: int, short: int, long: int = 2048) -> tuple[int, int]:
+    """Return the size that an image is resized to: the short side becomes `short`, the long one at most `long`."""
+    factor = min(long / max(height, width), short / min(height, width))
+    return int(height * factor + 0.5), int(width * factor + 0.5)
+
+
+class WorkingTransform(KeepTransform):
+    """Resize to `working_size` in whole grey levels, as the training-free open-vocabulary systems do."""
+
+    def __call__(self, rng: np.random.Generator | None, image: np.ndarray, labels: Sequence[np.ndarray]) -> Augmented:
+        height, width = working_size(*image.shape[:2], self.short)
+        image = cv2.resize(image.astype(np.uint8), (width, height), interpolation=cv2.INTER_LINEAR).astype(np.float32)
+        labels = [cv2.resize(x, (width, height), interpolation=cv2.INTER_NEAREST) for x in labels]
+        return image, image, labels
 
 
 def _squash_image(image: np.ndarray, size: int, antialias: bool = False) -> np.ndarray:

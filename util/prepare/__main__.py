@@ -2,6 +2,7 @@
 
     python -m util.prepare pascal --voc DIR_OR_TAR --sbd DIR_OR_TGZ
     python -m util.prepare coco --images DIR --annotations JSON [JSON ...]
+    python -m util.prepare fss | isic | lung | suim | deepglobe | isaid | pascal_part | paco_part | lvis --from DIR_OR_ARCHIVE
     python -m util.prepare voc | coco_stuff | context --root DIR      (folders as mmsegmentation has them: only lists are made)
 
 Existing files are kept, so the same command continues after an interruption. Lists are written last.
@@ -21,6 +22,13 @@ FOLDERS = {  # data roots as in config/*/zero_shot.yaml
     "coco_stuff": (Path("data/coco_stuff164k"), "COCO-Stuff 164k, 171 classes"),
     "context": (Path("data/VOCdevkit/VOC2010"), "PASCAL Context, 59 classes"),
 }
+SETS = {  # data sets that are only tested on, util/prepare/sets.py
+    "fss": "FSS-1000, its 240 test classes", "isic": "ISIC 2018, skin lesions of three classes",
+    "lung": "chest X-rays, variants 704 and 566", "suim": "SUIM, seven classes under water",
+    "deepglobe": "DeepGlobe, land cover of six classes, variants 5666 and 9174", "isaid": "iSAID-5i, 15 classes in three folds",
+    "pascal_part": "PASCAL-Part, 56 parts in four folds", "paco_part": "PACO-Part, 448 parts in four folds",
+    "lvis": "LVIS-92i, ten folds, variants 1shot and 5shot",
+}  # fmt: skip
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -36,6 +44,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     coco.add_argument("--images", type=Path, required=True, help="the folder that holds train2014 and val2014")
     coco.add_argument("--annotations", type=Path, nargs="+", required=True, metavar="JSON",
                       help="instances_train2014.json, instances_val2014.json; the file name says which split it is")
+    for name, words in SETS.items():
+        command = commands.add_parser(name, help=words)
+        command.add_argument("--from", type=Path, required=True, dest="source", metavar="DIR_OR_ARCHIVE",
+                             help="the folder, or its zip or tar archive, which goes to OUT/source")
+        command.add_argument("--variant", default="", help="where there are several; else the counts tell it")
+        command.add_argument("--out", type=Path, help=f"the data root (default data/{name})")
     for name, (root, words) in FOLDERS.items():
         command = commands.add_parser(name, help=words)
         command.add_argument("--root", type=Path, default=root, help="the data root, which is only read (default %(default)s)")
@@ -51,16 +65,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def prepare(argv: Sequence[str] | None) -> None:
     args = vars(parse(argv))
     data_set = args.pop("data_set")
-    if data_set in FOLDERS:
+    if data_set in FOLDERS or data_set in SETS:
         args["data_set"] = data_set
     if args["partial"] and not args["lists"]:
         raise UserError(f"--partial needs --lists DIR: lists/{data_set} is for the lists of the whole data set")
     args["lists"] = args["lists"] or Path("lists") / data_set
     try:
-        module = importlib.import_module(f"util.prepare.{'folders' if data_set in FOLDERS else data_set}")
+        name = "folders" if data_set in FOLDERS else "sets" if data_set in SETS else data_set
+        importlib.import_module(f"util.prepare.{name}").prepare(**args)
     except ModuleNotFoundError as error:  # scipy, pycocotools: not needed for training
         raise UserError(f"the package {error.name} is missing; `python env.py` prepares .venv with it") from error
-    module.prepare(**args)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,6 +1,7 @@
 """Commands about results.
 
     python -m util.report compare A.json B.json [--html OUT.html]     is B another than A, on the same episodes?
+    python -m util.report rules RESULT.json [FOLD.json ...]           the same predictions under each published rule of scoring
     python -m util.report figures RESULT_DIR                          RESULT_DIR/figures/*.pdf and .png, for papers
 
 `python -m model.verify RESULT.json` checks whether a result still holds.
@@ -8,12 +9,14 @@
 
 import argparse
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from util import cli
 from util.errors import UserError
-from util.report import figures, side_by_side
+from util.report import figures, rules, side_by_side
 from util.report.write import check_keys, fingerprint
+from util.score.rescore import counted
 from util.score.statistics import bootstrap, compare, describe, load_result, read_result
 from util.score.table import read_episodes
 
@@ -28,11 +31,21 @@ def main() -> None:
     comparing.add_argument("--html", metavar="OUT.html", type=Path, help="also write a page with both side by side")
     drawing = commands.add_parser("figures", help="figures for papers, as PDF and PNG")
     drawing.add_argument("folder", metavar="RESULT_DIR", type=Path, help="the folder of a report.json")
+    scoring = commands.add_parser("rules", help="the same predictions under each published rule of scoring")
+    scoring.add_argument("files", metavar="RESULT.json", nargs="+", help="a report.json; or those of several folds")
     given = parser.parse_args()
-    if given.command == "figures":
+    if given.command == "rules":
+        print(rules.text([read_result(file, check_rules) for file in given.files]))
+    elif given.command == "figures":
         draw(given.folder)
     else:
         sys.exit(not compare_files(given.a, given.b, given.html))
+
+
+def check_rules(result: Mapping) -> None:
+    """Raise UserError for a result that cannot be scored under other rules."""
+    check_keys(result)
+    counted(result)
 
 
 def compare_files(a_file: str, b_file: str, html: Path | None) -> bool:

@@ -151,13 +151,46 @@ def baseline_rows(result: Mapping) -> list[dict]:
 
 
 def warnings(result: Mapping) -> list[str]:
-    """Return the result's warnings; with them, that it is below one of its own baselines."""
-    found, own = [*result.get("warnings", [])], result["mean"].get("miou")
+    """Return the result's warnings; with them, classes never drawn, and that it is below one of its own baselines."""
+    found, own = [*result.get("warnings", []), *undrawn(result)], result["mean"].get("miou")
     better = [row for row in baseline_rows(result) if not row["own"] and own is not None and row["miou"] > own]
     if better:
         names = ", ".join(f"{row['name']} ({100 * row['miou']:.1f})" for row in better)
-        found.append(f"with mIoU {100 * own:.1f} this system is below its own baselines, so it has not learnt enough: {names}")
+        found.append(f"with mIoU {100 * own:.1f} this system is below its own baselines, so it has learnt nothing: {names}")
+    control = result.get("control")
+    if control and control["interval"][0] <= 0:
+        found.append("this system hardly uses its supports: with those of another class its mIoU is "
+                     f"{100 * control['control']:.1f}, the support gap {gap_text(control)}")
     return found
+
+
+def gap_text(control: Mapping) -> str:
+    """Format a support gap (`util.score.statistics.support_gap`) with its interval."""
+    return "{:+.2f} (95 %: {:+.2f} to {:+.2f})".format(*(100 * x for x in (control["gap"], *control["interval"])))
+
+
+def control_lines(result: Mapping) -> list[str]:
+    """Say what was compared for the support gap, or how to measure it; [] where a result is of no few-shot episodes."""
+    control = result.get("control")
+    if not control:
+        ask = "no support gap: Test_Finetune.control=true runs every episode once more, with supports of another class"
+        return [ask] if result.get("rules") else []
+    left_out = sum(s["episodes"] for s in result["seeds"]) - control["episodes"]
+    return [f"support gap {gap_text(control)}: mIoU {100 * control['miou']:.2f}, with supports of another class "
+            f"{100 * control['control']:.2f}, paired over query images"
+            + (f"; {left_out:,} episodes have no such supports and are in neither" if left_out else "")
+            + ("; the query's class name stays right, only the supports are wrong" if control["names"] else "")]  # fmt: skip
+
+
+def undrawn(result: Mapping) -> list[str]:
+    """Return a warning about classes of the fold without an episode, seed by seed; [] where every class has one."""
+    found = [f"of seed {seed['seed']}: {', '.join(class_name(result, c) for c in seed['undrawn'])}"
+             for seed in result["seeds"] if seed.get("undrawn")]  # fmt: skip
+    if not found:
+        return []
+    left_out = ((result.get("config") or {}).get("Test_Finetune") or {}).get("mean") == "m1"
+    return [f"classes never drawn, {'; '.join(found)}. " + ("They are left out of mIoU (M1)" if left_out else
+            "Each counts 0 in mIoU (M0, as published; Test_Finetune.mean=m1 leaves them out)")]  # fmt: skip
 
 
 def variant_rows(result: Mapping) -> list[dict]:

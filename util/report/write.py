@@ -18,10 +18,13 @@ The result, scores being fractions 0..1 (key: content; * = may be missing):
     setting*, unit*     what the result is of, beside the data set; what a sample is called ("split 0 · 1-shot" and "episodes")
     baselines*          {name: {miou, fb_iou*}}
     protocol_hash*      text; protocol["name"] is the protocol's name
+    protocol_parts*     {part: hash}: `util.protocol.Protocol.parts`
     episodes*           {hash, columns, rows}: whole pixel counts of every episode, a text each, see util/score/statistics.py
     interval*           {score: [low, high], per_class*: {id: [low, high]}}: 95 %, `util.score.statistics.bootstrap`
+    rules*              the same predictions under each rule: `util.score.rescore.rescore`
     causes*             why episodes fail: `util.score.causes.tally`
     curves*             {name of a training run: `util.run.curves.read`}; the system's own run has the system's name
+    control*            `util.score.statistics.support_gap`, names (reads class names), rows (as episodes)
     leak_free*          {mean, sd, differences}: the same system evaluated without the leaks of the published protocol, and
                         the differences as texts
     date*               text; filled in when missing
@@ -38,7 +41,7 @@ from pathlib import Path
 
 from util.errors import UserError
 from util.files import atomic, save_json
-from util.report import figures, page, summary
+from util.report import figures, page, rules, summary
 from util.report.summary import REQUIRED, interval_text, label, plain, scores
 from util.report.viz import Card, contact_sheet, png_bytes
 from util.score.causes import CAUSES
@@ -77,6 +80,8 @@ def text_table(result: Mapping) -> str:
     for name, mean, sd, note in rows:
         spread = f" ± {100 * sd:5.2f}" if sd is not None and len(result["seeds"]) > 1 else ""
         lines.append(f"  {name:<{width}}  {100 * mean:6.2f}{spread}  {note}".rstrip() + mark)
+    lines += [f"  {line}" + (mark if result.get("control") else "") for line in summary.control_lines(result)]
+    lines += [f"  {line}" + (mark if "mIoU" in line else "") for line in rules.notes(result)]
     return "\n".join(lines)
 
 
@@ -133,7 +138,10 @@ def render(result: Mapping, cards: Sequence[Card]) -> str:
         "dense": summary.dense(result), "cases": summary.cases(result), "pairs": summary.confused_rows(result),
         "variants": summary.variant_rows(result), "setting": summary.setting(result), "unit": summary.unit(result),
         "columns": [(k, label(k)) for k, _ in scores(result)], "baselines": summary.baseline_rows(result),
+        "control": summary.control_lines(result),
         "facts": {"Protocol": result["protocol"], "Environment": result["environment"], "Time": result.get("time", {})},
+        "rules": rules.table(result["rules"]) if result.get("rules") else [],
+        "flags": rules.notes(result),
         "intervals": bool((result.get("interval") or {}).get("per_class")), "captions": captions,
         "figures": drawn, "causes": causes[-1] if causes else None, "rule": CAUSES,
         "confused": [(summary.class_name(result, c), n) for c, n in result.get("causes", {}).get("confused", {}).items()],

@@ -11,8 +11,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from util import ROOT
-from util.config import Config, Method, config_of, names_of
+from util.config import Config, Method, config_of
 from util.errors import UserError
+from util.layers import names_of
 from util.run.checkpoint import read_meta
 from util.yaml_text import parse_yaml
 
@@ -63,6 +64,11 @@ class Experiment:
     @property
     def last(self) -> Path:
         return self.snapshot / "last.safetensors"
+
+    def home(self, named: str) -> "Experiment":
+        """Return the run of the tested weights: that which Test_Finetune.trained_on names, else this one."""
+        data_set, exp, net = named.split("/") if named else (self.data_set, self.exp, self.net)
+        return replace(self, data_set=data_set, exp=exp, net=net)
 
     def of(self, arch: str) -> "Experiment":
         """Return the same fold and network with another system."""

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from util import ROOT
-from util.config import Config
+from util.config import Config, home_of
 from util.data.episodes import check_novel, draw
 from util.data.index import read_list
 from util.data.source import EpisodeSource, Source
@@ -89,7 +89,11 @@ def inspect(start: Start, read: bool, full: bool = False) -> list[Finding]:
             if findings[-1].ok:
                 findings.append(attempt(f"{key}: classes", lambda key=key: _classes(start.source(config), key)))
     if start.weights:
-        findings.append(before(config, place, start.facts.before) if start.facts.before else backbone(config))
+        own = "Method.backbone_weight"
+        findings.append(before(config, place, start.facts.before) if start.facts.before else
+                        weights("ImageNet weights", config.Method.backbone, own, config.Method.backbone_weight))
+    if getattr(config.Method, "patches", ""):
+        findings.append(weights("patch encoder", config.Method.patches, "Method.patches_weight", config.Method.patches_weight))
     if start.clip:
         findings.append(clip(config))
     if config.Test_Finetune.episodes:
@@ -128,6 +132,7 @@ def data_root(config: Config) -> Finding:
 
 def before(config: Config, place: Experiment, arch: str) -> Finding:
     """Check that the checkpoint of the run before exists. (Its fold and network are checked when it is loaded.)"""
+    config, place = home_of(config), place.home(config.Test_Finetune.trained_on)
     file = before_file(config, place, arch)
     if file.is_file() and file.suffix == ".safetensors":
         wanted = identity(arch, Facts(), config)
@@ -163,12 +168,15 @@ def clip(config: Config) -> Finding:
     return Finding("CLIP", ok, f"CLIP.clip_path = {source}" + ("" if ok else ": no such file"), remedy)
 
 
-def backbone(config: Config) -> Finding:
-    source = config.Method.backbone_weight
+def weights(what: str, network: str, key: str, source: str) -> Finding:
+    """Check that the published weights of an encoder are a file where they should be one."""
     ok = source in ("hub", "none") or Path(source).is_file()
     made = "`python -m model.backbone.lite0` makes it, or " if "lite0" in source else ""
+    if "dinov3" in network:
+        made = (f"{network.removeprefix('timm:')} is Meta's, under the DINOv3 licence: accept it on its page, download the .pth "
+                "and put it there, or take ")
     remedy = f"{made}a file, hub (download through timm) or none"
-    return Finding("ImageNet weights", ok, f"Method.backbone_weight = {source}", remedy)
+    return Finding(what, ok, f"{key} = {source}" + ("" if ok else ": no such file"), remedy)
 
 
 def disk(config: Config, needed: int = SPARE) -> Finding:

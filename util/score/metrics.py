@@ -78,13 +78,16 @@ class FewShotMeter:
     """Counts of binary (target class or not) predictions, kept by class.
 
     names     of all classes, for messages.
+    absent    how many further classes count 0 in the mean, having no episode (`util.score.rules.Rule.absent`).
     state     int64, flat: all counts. All-reduce (sum) this one tensor; the two below are views of it.
     counts    C 2 2: class (in the order of `classes`), background or foreground, intersection or union, in pixels.
     episodes  C: episodes seen of each class.
     """
 
-    def __init__(self, classes: Sequence[int], device: torch.device | str = "cpu", names: Sequence[str] = ()):
-        self.classes, self.names = tuple(classes), names
+    def __init__(
+        self, classes: Sequence[int], device: torch.device | str = "cpu", names: Sequence[str] = (), absent: int = 0
+    ) -> None:
+        self.classes, self.names, self.absent = tuple(classes), names, absent
         n = len(self.classes)
         self.state = torch.zeros(5 * n, dtype=torch.int64, device=device)
         self.counts = self.state[: 4 * n].view(n, 2, 2)
@@ -97,12 +100,16 @@ class FewShotMeter:
         """
         if cls not in self.classes:
             raise ValueError(f"class {cls} is not one of the counted classes {list(self.classes)}")
+        background, foreground = intersection_union(confusion(pred, target, 2)).tolist()
+        return self.add(Counts(*foreground, *background), cls)
+
+    def add(self, counts: Counts, cls: int) -> Counts:
+        """Add the counts of one episode and return them."""
         row = self.classes.index(cls)
-        counts = intersection_union(confusion(pred, target, 2))
-        self.counts[row] += counts.to(self.counts.device)
+        pairs = torch.tensor([counts[2:], counts[:2]], dtype=torch.int64)
+        self.counts[row] += pairs.to(self.counts.device)
         self.episodes[row] += 1
-        background, foreground = counts.tolist()
-        return Counts(*foreground, *background)
+        return counts
 
     def merge(self, other: FewShotMeter) -> None:
         """Add the counts of another meter of the same classes."""
@@ -113,7 +120,7 @@ class FewShotMeter:
     def result(self) -> dict:
         """Scores as fractions 0..1.
 
-        miou                mean over classes of the summed foreground intersection / union
+        miou                mean over classes, `absent` ones as 0, of the summed foreground intersection / union
         fg_iou, fb_iou      foreground IoU (pIoU) / mean of foreground and background IoU, over all episodes pooled
         per_class           {class: IoU};  episodes, episodes_per_class: how many
         Raises UserError naming the classes without an episode (or a foreground pixel): they have no score, not zero.
@@ -126,7 +133,7 @@ class FewShotMeter:
         per_class = {c: fg[0] / fg[1] for c, (_, fg) in zip(self.classes, counts, strict=True)}
         background, foreground = (i / u if u else 1.0 for i, u in self.counts.sum(0).tolist())
         return {
-            "miou": sum(per_class.values()) / len(per_class),
+            "miou": sum(per_class.values()) / (len(per_class) + self.absent),
             "fb_iou": (background + foreground) / 2,
             "fg_iou": foreground,
             "per_class": per_class,

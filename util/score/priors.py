@@ -26,10 +26,13 @@ def title(name: str) -> str:
 
 
 class PriorMeter:
-    """Count pixels. `states`: prior -> C LEVELS 2 int64, by class, number of thresholds that the prior exceeds, and truth."""
+    """Count pixels. `states`: prior -> C LEVELS 2 int64, by class, number of thresholds that the prior exceeds, and truth.
 
-    def __init__(self, classes: Sequence[int], device: torch.device | str = "cpu"):
-        self.classes, self.device = tuple(classes), device
+    absent: how many further classes count 0 in the mean.
+    """
+
+    def __init__(self, classes: Sequence[int], device: torch.device | str = "cpu", absent: int = 0):
+        self.classes, self.device, self.absent = tuple(classes), device, absent
         self.states: dict[str, Tensor] = {}
 
     def update(self, maps: Mapping[str, Tensor], truth: Tensor, cls: int, placed: Placed) -> None:
@@ -49,7 +52,7 @@ class PriorMeter:
             pixels = context.all_reduce(self._state(name)).cpu()
             above = pixels.flip(1).cumsum(1).flip(1)[:, 1:]  # C thresholds 2: pixels that exceed it, by truth
             union = pixels.sum(1)[:, None, 1] + above[..., 0]
-            found[name] = (above[..., 1] / union.clamp(min=1)).mean(0).tolist()
+            found[name] = ((above[..., 1] / union.clamp(min=1)).sum(0) / (len(self.classes) + self.absent)).tolist()
         return found
 
     def _state(self, name: str) -> Tensor:

@@ -23,12 +23,14 @@ from util.score.metrics import Counts, SemanticMeter, worst_pairs
 from util.score.table import EpisodeTable, Row
 from util.score.task import How, Predict, Scores, Test
 
+NO_RULES = {f"Test_Finetune.{key}": "" for key in ("grid", "void", "mean")}  # whole images are scored in one way
+
 
 class BaseTask(ImageSource):
     """The base classes of a fold, all else background; see `util.score.task.Task`."""
 
     headline, leaks = "miou", False
-    says: ClassVar[dict[str, str]] = {
+    says: ClassVar[dict[str, str]] = NO_RULES | {
         "Train.selection": "best mIoU on base classes in all validation images, novel objects painted background",
     }
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +66,7 @@ def pooled(table: EpisodeTable) -> dict[str, float]:
     Intersections and unions are summed over all seeds before the division; a report's mean divides per seed and then
     averages. With the same number of episodes per seed the two differ by far less than their spread.
     """
-    miou, fb_iou = _scores(np.stack([table.counts[table.cls == c].sum(0) for c in np.unique(table.cls)]))
+    miou, fb_iou = _scores(np.stack([table.counts[table.cls == c].sum(0) for c in np.unique(table.cls)]), table.absent)
     return {"miou": float(miou), "fb_iou": float(fb_iou)}
 
 
@@ -80,10 +80,10 @@ def bootstrap(table: EpisodeTable, resamples: int = 2000, seed: int = 0) -> dict
     episodes, 5 x 1,000 over 364 images, `compare` found half of the pairs of equal systems different.) The same arguments give
     the same bits. A class with a single query adds no width.
     """
-    sums = _resample(table, table.counts, resamples, seed)
-    miou, fb_iou = _scores(sums)
-    per_class = {int(c): _interval(sums[:, i, 0] / sums[:, i, 1]) for i, c in enumerate(np.unique(table.cls))}
-    return {"miou": _interval(miou), "fb_iou": _interval(fb_iou), "per_class": per_class}
+    sums = resample(table, table.counts, resamples, seed)
+    miou, fb_iou = _scores(sums, table.absent)
+    per_class = {int(c): interval(sums[:, i, 0] / np.maximum(sums[:, i, 1], 1)) for i, c in enumerate(np.unique(table.cls))}
+    return {"miou": interval(miou), "fb_iou": interval(fb_iou), "per_class": per_class}
 
 
 def compare(a: Mapping, b: Mapping, resamples: int = 2000, seed: int = 0) -> Comparison:
@@ -94,13 +94,31 @@ def compare(a: Mapping, b: Mapping, resamples: int = 2000, seed: int = 0) -> Com
     first, second = align(_check(a), _check(b))
     if reasons := _differences(a, b, first, second):
         return Comparison(False, reasons)
-    sums = _resample(first, np.hstack([first.counts, second.counts]), resamples, seed)
-    differences = _scores(sums[..., 4:])[0] - _scores(sums[..., :4])[0]
+    differences = paired(first, second, resamples, seed)
     mious = pooled(first)["miou"], pooled(second)["miou"]
     tail = min((differences <= 0).sum(), (differences >= 0).sum())
     p_value = float(min(1, 2 * (1 + tail) / (1 + resamples)))
-    low, high = _interval(differences)
+    low, high = interval(differences)
     return Comparison(True, [], mious, mious[1] - mious[0], (low, high), p_value, p_value < LEVEL)
+
+
+def paired(first: EpisodeTable, second: EpisodeTable, resamples: int = 2000, seed: int = 0) -> np.ndarray:
+    """Return differences of mIoU, second minus first, on the same resampled queries. The tables have the same rows."""
+    sums = resample(first, np.hstack([first.counts, second.counts]), resamples, seed)
+    return _scores(sums[..., 4:], second.absent)[0] - _scores(sums[..., :4], first.absent)[0]
+
+
+def support_gap(table: EpisodeTable, control: EpisodeTable, resamples: int = 2000, seed: int = 0) -> dict[str, Any]:
+    """Compare a result with its control, the same queries with supports of another class.
+
+    Returns:
+        episodes: how many are in both; miou of these, control, its mIoU, gap, miou - control, and its 95 % interval (paired
+        over query images); fractions.
+    """
+    own, control = (replace(some, absent=table.absent) for some in table.common(control))
+    mious = pooled(own)["miou"], pooled(control)["miou"]
+    return {"episodes": len(own), "miou": mious[0], "control": mious[1], "gap": mious[0] - mious[1],
+            "interval": interval(paired(control, own, resamples, seed))}  # fmt: skip
 
 
 def describe(comparison: Comparison, a: Mapping, b: Mapping) -> str:
@@ -135,7 +153,7 @@ def _differences(a: Mapping, b: Mapping, first: EpisodeTable, second: EpisodeTab
     names = [f"{r['protocol'].get('name', 'unnamed')} ({r['protocol_hash']})" for r in (a, b)]
     reasons = []
     if a["protocol_hash"] != b["protocol_hash"]:
-        reasons.append(f"protocol: {names[0]} and {names[1]}" + _keys(a["protocol"], b["protocol"]))
+        reasons.append(f"protocol: {names[0]} and {names[1]}" + _parts(a, b) + _keys(a["protocol"], b["protocol"]))
     for key in ("data_set", "split", "shot"):
         if a.get(key) != b.get(key):
             reasons.append(f"{key}: {a.get(key)} and {b.get(key)}")
@@ -148,36 +166,48 @@ def _differences(a: Mapping, b: Mapping, first: EpisodeTable, second: EpisodeTab
     return reasons
 
 
+def _parts(a: Mapping, b: Mapping) -> str:
+    """Return which of the six parts of a protocol differ (`util.protocol.PARTS`), or "" where a report is older than they are."""
+    parts = a.get("protocol_parts"), b.get("protocol_parts")
+    if not all(isinstance(found, Mapping) for found in parts):
+        return ""
+    other = [part for part in dict.fromkeys([*parts[0], *parts[1]]) if parts[0].get(part) != parts[1].get(part)]
+    return f"; other parts: {', '.join(other)}" if other else "; the six parts are equal, training or texts are not"
+
+
 def _keys(a: Mapping, b: Mapping) -> str:
     """Return "; differing in ..." with the protocol's keys that differ, or ""."""
     keys = [str(k) for k in dict.fromkeys([*a, *b]) if k not in ("name", "hash") and a.get(k) != b.get(k)]
     return f"; differing in {', '.join(keys)}" if keys else ""
 
 
-def _resample(table: EpisodeTable, values: np.ndarray, resamples: int, seed: int) -> np.ndarray:
-    """Sum `values` (N K int64) over resampled queries: resamples C K int64, classes ascending."""
+def resample(table: EpisodeTable, values: np.ndarray, resamples: int = 2000, seed: int = 0) -> np.ndarray:
+    """Sum `values` (N K) over resampled queries: resamples C K float64, classes ascending; exact for whole numbers."""
     rng = np.random.Generator(np.random.PCG64(seed))
     classes = np.unique(table.cls)
-    sums = np.empty((resamples, len(classes), values.shape[1]), np.int64)
+    sums = np.empty((resamples, len(classes), values.shape[1]))
     for column, cls in enumerate(classes):
         at = table.cls == cls
         _, unit = np.unique(table.query[at], return_inverse=True)
-        units = np.zeros((unit.max() + 1, values.shape[1]), np.int64)
+        units = np.zeros((unit.max() + 1, values.shape[1]))
         np.add.at(units, unit, values[at])
         step = max(1, CHUNK // len(units))
         for start in range(0, resamples, step):
             size = min(step, resamples - start), len(units)
-            sums[start : start + size[0], column] = units[rng.integers(len(units), size=size)].sum(1)
+            drawn = rng.integers(len(units), size=size) + len(units) * np.arange(size[0])[:, None]
+            times = np.bincount(drawn.ravel(), minlength=size[0] * size[1]).reshape(size)  # how often each query is drawn
+            sums[start : start + size[0], column] = times.astype(float) @ units
     return sums
 
 
-def _scores(sums: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _scores(sums: np.ndarray, absent: int) -> tuple[np.ndarray, np.ndarray]:
     """mIoU and FB-IoU of summed counts, ... C 4 (spec "PI-CLIP" section 1, Evaluation), as util.score.metrics.FewShotMeter."""
-    miou = (sums[..., 0] / np.maximum(sums[..., 1], 1)).mean(-1)
+    miou = (sums[..., 0] / np.maximum(sums[..., 1], 1)).sum(-1) / (sums.shape[-2] + absent)
     hit, union, background_hit, background_union = np.moveaxis(sums.sum(-2), -1, 0)
     background = np.where(background_union > 0, background_hit / np.maximum(background_union, 1), 1.0)
     return miou, (hit / union + background) / 2
 
 
-def _interval(samples: Sequence[float] | np.ndarray) -> list[float]:
+def interval(samples: Sequence[float] | np.ndarray) -> list[float]:
+    """Return the 95 % percentile interval of resampled values."""
     return [float(x) for x in np.quantile(samples, [LEVEL / 2, 1 - LEVEL / 2])]

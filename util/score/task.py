@@ -24,6 +24,8 @@ class How:
     """How an evaluation runs: which process of how many, its log, batch size, workers, and what a broken file means.
 
     crf: also score the prediction after the system's CRF; maps: folder that gets every predicted label map. Dense tasks only.
+    trivial: also score predictions that need no system; control: run every episode once more with supports of another class.
+    Few-shot tasks only.
     """
 
     context: Context
@@ -33,6 +35,8 @@ class How:
     on_error: str = "stop"
     crf: bool = False
     maps: Path | None = None
+    trivial: bool = False
+    control: bool = False
 
     @classmethod
     def of(cls, config: Config, context: Context, log: RunLog) -> "How":
@@ -70,10 +74,12 @@ class Scores:
         record: what a report stores for one seed: scores by name, fractions 0..1, mostly ...iou; `per_class` {class: IoU};
             `episodes`, the number of samples.
         rows: one per episode, or per class and image; of all processes.
+        control: rows of the episodes with supports of another class, where `How.control` asks for them.
     """
 
     record: dict[str, Any]
     rows: list[Row] = field(default_factory=list)
+    control: list[Row] = field(default_factory=list)
 
 
 class Task(Protocol):

@@ -9,7 +9,7 @@ from util.data.episodes import Transform
 from util.data.folds import Fold, read_class_names
 from util.data.semantic import Masks
 from util.data.transforms import KeepTransform
-from util.score.semantic import BaseTask, evaluate_images
+from util.score.semantic import NO_RULES, BaseTask, evaluate_images
 from util.score.task import How, Predict, Scores, Test
 
 
@@ -21,7 +21,7 @@ class WeakTask(BaseTask):
     """
 
     setting = "image-level labels"
-    says: ClassVar[dict[str, str]] = {
+    says: ClassVar[dict[str, str]] = NO_RULES | {
         "Train.use_split_coco": "", "Train.filter_novel": "", "Train.draw": "", "Train.augment": "", "Train.antialias": "",
         "Train.crop": "scaled, flipped, cropped at random", "Train.resized_val": "none: the system scales a tested image itself",
         "Train.selection": "best mIoU in the validation images, whose masks it needs",

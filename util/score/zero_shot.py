@@ -12,7 +12,7 @@ from util.data.episodes import Transform
 from util.data.folds import ClassNames, Fold
 from util.data.transforms import IGNORE, KeepTransform
 from util.errors import UserError
-from util.score.semantic import BaseTask
+from util.score.semantic import NO_RULES, BaseTask
 from util.score.task import Test
 
 
@@ -23,7 +23,7 @@ class ZeroShotTask(BaseTask):
     """
 
     leaks = False  # what a setting leaks, it leaks in training
-    says: ClassVar[dict[str, str]] = {
+    says: ClassVar[dict[str, str]] = NO_RULES | {
         "Train.filter_novel": "all; unseen objects stay in the images",
         "Train.crop": "random crop",
         "Train.resized_val": "short side to a fixed length, windows",

@@ -18,10 +18,11 @@ from pathlib import Path
 import torch
 
 from util import cli
-from util.config import CONFIGS, load_config
+from util.config import load_config
 from util.data.folds import NUM_CLASSES, read_folds
 from util.data.index import MIN_PIXELS
 from util.errors import UserError
+from util.layers import CONFIGS
 from util.prepare.custom import check, sources, write
 
 RESERVED = {*NUM_CLASSES, "protocol", "system", "template", "episodes", "sweep"}  # folders of config/ and exp/

@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from util.config import CONFIGS
 from util.data.folds import NUM_FOLDS, ClassNames
 from util.data.index import MIN_PIXELS, read_list
 from util.errors import UserError
 from util.files import atomic
+from util.layers import CONFIGS
 from util.prepare.custom.check import PARTS, Seen
 from util.prepare.custom.sources import Found
 
