@@ -1,7 +1,7 @@
 """Presence: does a picture show what the supports show at all? A score 0..1 from the encoder alone; nothing is trained for it.
 
 The mean feature of the supports' objects is compared with every cell of the query, by cosine; the mean of the best twentieth of
-these is the score. The feature of a cell is stages 3 and 4 of the frozen encoder, each of unit length (as in the contrast map).
+these is the score. The feature of a cell is that of the contrast map, `ImageEncoder.cells`: stages 3 and 4, or a patch token.
 `python -m bench.presence` compares it with the probabilities of the network, which say little: a network that is trained on
 queries with the object finds something in every picture.
 """
@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.few_shot.contrast import stage_features
 from model.few_shot.system import FewShot
 from util.data.episodes import Episode
 from util.errors import UserError
@@ -35,8 +34,7 @@ def presence(system: FewShot, episode: Episode, precision: str) -> float:
 def cells(system: FewShot, image: Tensor, key: str) -> Tensor:
     """Features C h w float32 of an image 1 3 S S, kept by its key as all that depends on one image alone."""
     def compute(_: object) -> dict[str, Tensor]:
-        stages = system.encoder(image, None, last=4)
-        return {"cells": stage_features(stages[3].float(), stages[4].float())}
+        return {"cells": system.encoder.cells(image).float()}
 
     return system.memo.rows("presence", [key], image.device, compute)["cells"][0]
 
