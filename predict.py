@@ -7,6 +7,9 @@
     --weights imr_hsnet.safetensors --text dog --support a.jpg     examples without masks, where the system needs none (IMR-HSNet)
     --clip --text cat                       no training at all: rough masks from OpenAI's CLIP, which is downloaded, and words
     --clip demo/clip --text star            the same with the demo's CLIP, for the drawn world
+    --tile 500                              large pictures through overlapping windows of 500 pixels, for small things in them
+    --class cat --support a.jpg --mask a.png --class dog --support b.jpg --box 10,20,200,300       several things at once
+    --absent-below auto                     an empty mask where the thing does not seem to be there
     --query FOLDER 'more/*.png' clip.mp4    files, folders, patterns, videos (--every N: every N-th frame)
 
     python predict.py --weights weclip.safetensors --query photos/                                 all classes of the model
@@ -28,14 +31,20 @@ if __name__ == "__main__":
 import argparse
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from model.predict.classes import ClassPredictor
 from model.predict.dense_predictor import DensePredictor, Labelling, load_predictor, read_classes
-from model.predict.predictor import Predictor, annotated, find_weights, unmarked
+from model.predict.opening import find_weights
+from model.predict.predictor import Predictor
+from model.predict.presence import threshold
 from model.predict.text_predictor import Segmentation, TextPredictor
 from util.errors import UserError
-from util.photos.reading import Photo, find, frames, others, read_photo
+from util.photos.reading import Photo, annotated, find, frames, others, read_photo, unmarked
 from util.photos.results import Results
 
 POOR = 0.3  # IoU of an example in its own photo; a lower one is reported:
@@ -60,13 +69,19 @@ def main() -> None:
     if isinstance(predictor, DensePredictor):
         names, ious = [name for number, name in predictor.classes.items() if number], []
         asked = {"classes": predictor.classes}
+    elif given.named:
+        predictor = several(predictor, given, photos, masks, boxes)
+        names, ious = given.named, predictor.check()
+        asked = {"classes": predictor.classes, "supports": given.support, "found_in_supports": [round(iou, 4) for iou in ious]}
     else:
         predictor.set_support(photos, masks, given.text, boxes)
         names, ious = [given.text or "object"], predictor.check()
         asked = {"text": given.text, "supports": given.support, "found_in_supports": [round(iou, 4) for iou in ious]}
+    absent_below = limit(predictor, given.absent_below)
     notes, left_out = [*predictor.notes, *([WEAK] if min(ious, default=1) < POOR else [])], [str(p) for p in others(given.query)]
     record = {"weights": weights and str(weights), "clip": given.clip, **asked, "device": str(predictor.device),
-              "precision": predictor.precision, "notes": notes, "left_out": left_out}  # fmt: skip
+              "precision": predictor.precision, "notes": notes, "left_out": left_out,
+              "tile": given.tile, "absent_below": absent_below}  # fmt: skip
     results = Results(given.out, given.polygons, names, record)
     for i, (photo, mask) in enumerate(examples, start=1):
         results.support(i, photo, mask)
@@ -82,12 +97,12 @@ def main() -> None:
     # 3. one image (on a GPU: eight) after the other
     try:
         for some in chunks(readable(paths, given.every, results), 8 if predictor.device.type == "cuda" else 1):
-            for stem, photo, found in predictions(predictor, some, results):
+            for stem, photo, found, presence in predictions(predictor, some, results, absent_below):
                 if isinstance(found, Labelling):
-                    row = results.add_labels(stem, photo, found.label, found.score, predictor.classes, found.seconds)
+                    row = results.add_labels(stem, photo, found.label, found.score, predictor.classes, found.seconds, presence)
                 else:
-                    row = results.add(stem, photo, found.mask, found.score, found.seconds)
-                print(f"{photo.name}: {shares(row)}  ({found.seconds:.2f} s)")
+                    row = results.add(stem, photo, found.mask, found.score, found.seconds, presence)
+                print(f"{photo.name}: {shares(row, absent_below)}  ({found.seconds:.2f} s)")
     except BaseException:
         results.finish()
         print(f"stopped; the results so far are in {results.out}, those of an earlier run are as they were", file=sys.stderr)
@@ -115,6 +130,7 @@ def open_predictor(given: argparse.Namespace, weights: Path | None) -> tuple[Pre
             if given.classes is not None:
                 raise UserError(f"--classes: {weights} finds one thing, what --support shows or --text names; classes are for "
                                 "systems that label every pixel (--weights of a zero-shot system)")
+            predictor.set_tiles(given.tile)
             return predictor, f"{weights}, {predictor.system.shot}-shot"
         if given.support or given.text:
             option = "--support" if given.support else "--text"
@@ -140,12 +156,50 @@ def readable(paths: Sequence[Path], every: int, results: Results) -> Iterator[tu
             results.unread(str(path), str(error))
 
 
-def predictions(predictor: Predictor | DensePredictor | TextPredictor, some: Sequence[tuple[str, Photo]], results: Results
-                ) -> Iterator[tuple[str, Photo, Segmentation | Labelling]]:  # fmt: skip
-    """Yield stem, photo and result of each; a photo that a dense system cannot label is reported as one that cannot be read."""
+def several(predictor: Predictor | DensePredictor | TextPredictor, given: argparse.Namespace, photos: Sequence[Photo],
+            masks: Sequence[str | None], boxes: Sequence[list]) -> ClassPredictor:  # fmt: skip
+    """Look for the classes of --class, each with its supports."""
+    found = ClassPredictor(predictor)
+    for name in given.named:
+        rows = [i for i, support in enumerate(given.support) if support["class"] == name]
+        try:
+            found.add(name, *([values[i] for i in rows] for values in (photos, masks, boxes)))
+        except UserError as error:
+            raise UserError(f"--class {name}: {error}") from error
+    return found
+
+
+def limit(predictor: Predictor | ClassPredictor | DensePredictor | TextPredictor, given: float | str | None) -> float | None:
+    """Return the presence below which a thing is not there; None: it is always searched.
+
+    Raises:
+        UserError: this predictor knows no presence, or no threshold was measured for its network.
+    """
+    if given is None:
+        return None
+    one = predictor.predictor if isinstance(predictor, ClassPredictor) else predictor
+    if not isinstance(one, Predictor) or not one.knows_presence:
+        raise UserError(f"--absent-below {given}: presence is known where supports with masks or boxes show the thing")
+    return threshold(one.system) if given == "auto" else given
+
+
+def predictions(predictor: Predictor | ClassPredictor | DensePredictor | TextPredictor, some: Sequence[tuple[str, Photo]],
+                results: Results, absent_below: float | None
+                ) -> Iterator[tuple[str, Photo, Segmentation | Labelling, float | dict[str, float] | None]]:  # fmt: skip
+    """Yield stem, photo, result and presence of each; what is not there has no pixel. A photo that a dense system cannot label is
+    reported as one that cannot be read."""
+    if isinstance(predictor, ClassPredictor):
+        for stem, photo in some:
+            presence = predictor.presence(photo)
+            absent = [name for name, value in (presence or {}).items() if absent_below is not None and value < absent_below]
+            yield stem, photo, predictor.predict(photo, absent), presence
+        return
     if not isinstance(predictor, DensePredictor):
         for (stem, photo), found in zip(some, predictor.predict_batch([photo for _, photo in some]), strict=True):
-            yield stem, photo, found
+            presence = predictor.presence(photo) if isinstance(predictor, Predictor) else None
+            if absent_below is not None and presence < absent_below:
+                found = replace(found, mask=np.zeros_like(found.mask))
+            yield stem, photo, found, presence
         return
     for stem, photo in some:
         try:
@@ -154,13 +208,18 @@ def predictions(predictor: Predictor | DensePredictor | TextPredictor, some: Seq
             print(f"skipped: {error}")
             results.unread(photo.name, str(error))
         else:
-            yield stem, photo, found
+            yield stem, photo, found, None
 
 
-def shares(row: Mapping[str, Any]) -> str:
-    """Say what an entry of scores.json found, and how much of the image it is."""
+def shares(row: Mapping[str, Any], absent_below: float | None = None) -> str:
+    """Say what an entry of scores.json found, and how much of the image it is; and what is not there."""
+    presence = row.get("presence")
     if "classes" in row:
-        return ", ".join(f"{found['class']} {100 * found['fraction']:.1f} %" for found in row["classes"])
+        found = ", ".join(f"{found['class']} {100 * found['fraction']:.1f} %" for found in row["classes"])
+        gone = [name for name, value in (presence or {}).items() if absent_below is not None and value < absent_below]
+        return found + f"; not here: {', '.join(f'{name} (presence {presence[name]:.2f})' for name in gone)}" * bool(gone)
+    if absent_below is not None and presence < absent_below:
+        return f"not here (presence {presence:.2f})"
     return f"{100 * row['fraction']:.1f} % of the image" if row["score"] is not None else "nothing found"
 
 

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 from model import build_system, configure
-from model.predict.predictor import NO_NAMES, Predictor
+from model.predict.opening import NO_NAMES
+from model.predict.predictor import Predictor
 from util.data.folds import fold_of
 
 

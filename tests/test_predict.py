@@ -296,7 +296,7 @@ def test_a_base_class_is_known_by_its_name(piclip: Path, scenes: Path) -> None:
     query = read_photo(images[1])
     for text, rank in (("star", -1), ("Crown", predictor.fold.base_rank(predictor.names.names.index("crown") + 1))):
         predictor.set_support(images[0], masks[0], text)
-        assert predictor.episode(query, predictor._groups[0]).base_rank.tolist() == [rank]
+        assert predictor.episode(query, predictor._target.groups[0]).base_rank.tolist() == [rank]
     assert rank >= 0 and "base learner knows" in " ".join(predictor.notes)
 
 
@@ -306,7 +306,7 @@ def test_large_small_and_thin(piclip: Path) -> None:
     rng = np.random.default_rng(3)
     large = upright(rng, (1500, 2000))
     predictor.set_support(large, boxes=[300, 300, 900, 900], text="star")
-    episode = predictor.episode(read_photo(large), predictor._groups[0])
+    episode = predictor.episode(read_photo(large), predictor._target.groups[0])
     assert episode.annotation_hw.tolist() == [[240, 320]]
     assert predictor.predict(large).mask.shape == (1500, 2000)
     for hw in ((1, 1), (3, 200), (2000, 2)):

@@ -16,7 +16,8 @@ from PIL import Image
 
 import predict
 from model.predict import arguments
-from model.predict.predictor import NAMED, Predictor
+from model.predict.opening import NAMED
+from model.predict.predictor import Predictor
 from tests.make import ROOT, star
 from tests.make.runs import run_program
 from util.errors import UserError
@@ -121,6 +122,8 @@ def test_wrong_command_lines(piclip: Path, scenes: Path, tmp_path: Path, program
         ({"--weights": base}, "is a base learner"), ({"--out": tmp_path / "file/out"}, "cannot be written"),
         ({"--out": tmp_path / "file"}, "cannot be written"), ({"--every": "0"}, "at least 1"), ({"--device": "tpu9"}, "device"),
         ({"--box": "1,2,3", "--mask": None}, "four numbers with commas"), ({"--box": "a,b", "--mask": None}, "four numbers"),
+        ({"--tile": "0"}, "must be positive"), ({"--tile": "7"}, "smaller than a patch"),
+        ({"--tile": "64", "--support": None, "--mask": None}, "windows are for what --support shows"),
     ]  # fmt: skip
     for change, message in wrong:
         arguments = [str(part) for option, value in (good | change).items() if value is not None for part in (option, value)]

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from model.predict.predictor import NAMED, Predictor
+from model.predict.opening import NAMED
+from model.predict.predictor import Predictor
+from model.predict.presence import threshold
 from tests.make import ROOT, palette_mask
 from util.data.index import read_list
 from util.data.transforms import read_label
@@ -30,6 +32,8 @@ def test_it_works_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 400, 3), np.uint8))
     predictor.set_support(photo, boxes=[50, 40, 200, 250])
     found = predictor.predict(photo)
+    page = (FILE.parent / "README.md").read_text()
+    assert 0 < predictor.presence(photo) < 1 and f"threshold {threshold(predictor.system)}" in page
     assert found.mask.shape == (300, 400) and np.isfinite(found.score).all() and found.score.std() > 0
 
 

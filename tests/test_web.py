@@ -21,7 +21,8 @@ from demo import world
 from demo.web import session as do
 from demo.web import show
 from demo.web.session import Model, Session, Support, demo_examples
-from model.predict.predictor import NAMED, Predictor
+from model.predict.opening import NAMED
+from model.predict.predictor import Predictor
 from model.predict.text_predictor import TextPredictor
 from tests.make import make
 from tests.make.web import at_root, example, model, query, save

@@ -23,7 +23,8 @@ from demo.web.session import Model, demo_examples
 from demo.world import NOVEL
 from model import SYSTEMS
 from model.predict.arguments import asked_config, check_model, model_options, use_threads
-from model.predict.predictor import NAMED, Predictor, find_weights
+from model.predict.opening import NAMED, find_weights
+from model.predict.predictor import Predictor
 from model.predict.text_predictor import TextPredictor
 from util import ROOT, cli
 from util.cache import TensorCache

@@ -75,6 +75,10 @@ def parse(description: str) -> argparse.Namespace:
     parser.add_argument("--support", action=AddSupport, default=[], metavar="IMAGE", help="example; its --mask or --box follows")
     parser.add_argument("--mask", action=AddSupport, metavar="PNG", help="where the object is: 0 background, the rest object")
     parser.add_argument("--box", action=AddSupport, metavar="X0,Y0,X1,Y1", help="or a box around it")
+    parser.add_argument("--class", action=AddSupport, dest="named", default=[], metavar="NAME", help="several things at once: "
+                        "the supports after it show NAME, those after the next --class another")
+    parser.add_argument("--absent-below", metavar="T", help="write an empty mask where presence (scores.json) is below T, "
+                        "0 to 1; auto: the threshold that was measured for the network")
     parser.add_argument("--text", help="what it is, in any words; systems with CLIP's text prior need it")
     parser.add_argument("--classes", metavar="NAMES", help="of a zero-shot system: other classes than those of its training, as "
                         "names separated by commas, or as a file with a name a line (NAME | text for CLIP)")
@@ -82,17 +86,55 @@ def parse(description: str) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("found"), help="folder for the results (default found)")
     parser.add_argument("--polygons", choices=KINDS, help="also write the masks for another tool")
     parser.add_argument("--every", type=int, default=1, metavar="N", help="of a video, every N-th frame")
+    parser.add_argument("--tile", type=int, metavar="N", help="see pictures larger than N pixels through overlapping windows of "
+                        "that side, for things that are small in them; default: every picture as a whole")
     parser.add_argument("--precision", choices=("fp32", "bf16"), help="default: bf16 on a GPU that has it")
     model_options(parser)
     given = parser.parse_intermixed_args(joined(sys.argv[1:]))
     if given.every < 1:
         raise UserError(f"--every {given.every}: must be at least 1")
+    if given.tile is not None:
+        if given.tile < 1:
+            raise UserError(f"--tile {given.tile}: the side of a window in pixels must be positive")
+        if given.clip is not None or not given.support:
+            raise UserError(f"--tile {given.tile}: windows are for what --support shows")
+    check_classes(given)
+    given.absent_below = read_threshold(given.absent_below)
     check_model(given)
     if given.classes is not None and not given.weights:
         raise UserError("--classes: name the weights of a system that labels every pixel, too (--weights FILE)")
     if given.clip is not None and (given.support or not given.text):  # checked before a CLIP is downloaded
         raise UserError("--clip finds what --text names: give a text, and no --support; examples need a trained system")
     return given
+
+
+def check_classes(given: argparse.Namespace) -> None:
+    """Raise UserError where the groups of --class are not names with supports."""
+    if not given.named:
+        return
+    supported = [support["class"] for support in given.support]
+    folded = [name.strip().casefold() for name in given.named]
+    if twice := [name for i, name in enumerate(given.named) if folded[i] in folded[:i]]:
+        raise UserError(f"--class {twice[0]}: named twice; give all its supports after one --class")
+    if empty := [name for name in given.named if name not in supported]:
+        raise UserError(f"--class {empty[0]}: no --support follows it; each class needs at least one")
+    if None in supported:
+        raise UserError("--support before the first --class: it belongs to no class; put a --class NAME before it")
+    if given.text or given.classes:
+        raise UserError("--class NAME is also the text; leave --text and --classes out")
+
+
+def read_threshold(given: str | None) -> float | str | None:
+    """Read --absent-below: a number in 0..1, "auto" or None. Raises UserError for others."""
+    if given in (None, "auto"):
+        return given
+    try:
+        value = float(given)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise UserError(f"--absent-below {given}: give a number between 0 and 1, or auto")
+    return value
 
 
 def joined(words: Sequence[str]) -> list[str]:
@@ -107,12 +149,15 @@ def joined(words: Sequence[str]) -> list[str]:
 
 
 class AddSupport(argparse.Action):
-    """--support begins a support; --mask and --box belong to the one before them."""
+    """--class begins a group of supports, --support a support; --mask and --box belong to the support before them."""
 
     def __call__(self, parser, namespace, value, option=None) -> None:  # noqa: ANN001
-        if option == "--support":
-            namespace.support = [*namespace.support, {"image": value, "mask": None, "boxes": []}]
-        elif not namespace.support:
+        group = namespace.named[-1] if namespace.named else None
+        if option == "--class":
+            namespace.named = [*namespace.named, value]
+        elif option == "--support":
+            namespace.support = [*namespace.support, {"image": value, "mask": None, "boxes": [], "class": group}]
+        elif not namespace.support or namespace.support[-1]["class"] != group:
             parser.error(f"{option} {value}: give its --support first")
         elif option == "--mask":
             if namespace.support[-1]["mask"] is not None:

@@ -20,7 +20,8 @@ import torch
 
 from model.build import build_system, load_weights, system_class
 from model.few_shot.system import FewShot
-from model.predict.predictor import Predictor, checkpoint, trained_on
+from model.predict.opening import checkpoint, trained_on
+from model.predict.predictor import Predictor
 from model.predict.text_predictor import choose_device, choose_precision, longest_side
 from model.system import System
 from util.config import Config

@@ -9,39 +9,54 @@ filled up from the first supports; the result is the mean of the groups' scores.
 """
 
 import time
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import cv2
 import numpy as np
 import torch
 from torch import Tensor
 
-from model.backbone.pspnet import PSPNet
-from model.build import build_system, load_weights, priors_of, recorded, system_class, text_bank
+from model.build import build_system, load_weights, priors_of, system_class, text_bank
 from model.few_shot.cam_prior import TEMPLATE, CamPrior
 from model.few_shot.hsnet import HSNet
 from model.few_shot.map_prior import TextMapPrior, parts_of
 from model.few_shot.prior import TextPrior
 from model.few_shot.system import FewShot
+from model.predict.opening import NO_NAMES, checkpoint, trained_on
+from model.predict.presence import presence
 from model.predict.text_predictor import Segmentation, TextPredictor, as_list, choose_device, choose_precision, longest_side
-from util import ROOT
+from model.predict.tiles import check_tile, through_windows, windows
+from model.system import Prediction
 from util.cache import TensorCache
 from util.config import Config
 from util.data.episodes import Episode, EpisodeMaker, Shot, collate
-from util.data.folds import ClassNames, Fold, read_class_names
+from util.data.folds import ClassNames, Fold
 from util.data.transforms import IGNORE, ValTransform
 from util.errors import UserError
-from util.photos.reading import Box, Photo, Source, box_mask, doubt, read_mask, read_photo, shrink
-from util.run.checkpoint import EXPORT, read_meta
+from util.photos.reading import Box, Photo, Source, annotated, box_around, box_lists, doubt, read_photo, shrink, unmarked
 from util.run.distributed import Context
 from util.run.place import Experiment
 
-NAMED = {"photos": "demo/photos/hdmnet_lite0.safetensors", "demo": "exp/demo/PI_CLIP/split0/resnet50/snapshot/best.safetensors"}
 CACHE = 2**30  # bytes for cached results of the supports and the latest queries
-NO_NAMES = ClassNames((), ())
+TEXT_UNREAD = "this system has no text prior: the text changes nothing"
+PATCH = 16  # pixels: of systems without CLIP, whose grid has a cell for 8
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is looked for, as `Predictor.set_support` understood it."""
+
+    text: str
+    groups: list[list[Shot]]  # of K shots; text alone: none
+    shot: int  # K
+    examples: list[tuple[Photo, np.ndarray, bool]]  # with its mask; whether the mask comes from boxes
+    cls: int  # 1, or the row of its text in the bank of the CAM
+    base_rank: int  # of the base class that the text names, or -1
+    bank: Tensor | None = None  # of the texts, where a prior reads them
+    names: tuple[str, ...] = ()  # of the bank, of a CAM
+    notes: tuple[str, ...] = ()
 
 
 class Predictor:
@@ -74,10 +89,9 @@ class Predictor:
         self.takes_text = reads or not self.needs_masks
         self.notes: tuple[str, ...] = ()
         self._text_alone = TextPredictor(system.clip, device, precision) if reads else None
-        self._cls = 1  # of the object: 1, or the row of its text in the bank of the CAM
-        self._groups: list[list[Shot]] | None = None  # of K shots; text alone: none
-        self._examples: list[tuple[Photo, np.ndarray, bool]] = []  # with its mask; whether the mask comes from boxes
-        self._base_rank = -1
+        self._patch = system.clip_patch or PATCH
+        self._tile: int | None = None  # side of the windows of large pictures
+        self._target: Target | None = None
 
     @classmethod
     def from_checkpoint(cls, path: str | Path = "photos", device: str | None = None, precision: str | None = None,
@@ -122,33 +136,58 @@ class Predictor:
             UserError: not one mask or box for each image, an image or mask that cannot be used, no text where the priors read
                 one, a text that this CLIP does not know.
         """
-        text = (text or "").strip()
+        self.use(self.target(images, masks, (text or "").strip(), boxes))
+
+    def set_tiles(self, tile: int | None) -> None:
+        """Let pictures larger than `tile` pixels be seen through overlapping windows of that side, each as a picture of its own;
+        scores are blended without seams, and there are no `maps`. None (at first): every picture as a whole.
+
+        Raises:
+            UserError: a side that is not positive, or smaller than a patch of the network.
+        """
+        if tile is not None:
+            check_tile(tile, self._patch)
+        self._tile = tile
+
+    def target(self, images: Source | Sequence[Source] | None, masks: Source | Sequence[Source | None] | None, text: str,
+                    boxes: Box | Sequence | None) -> Target:  # fmt: skip
+        """Understand what is to be found, without looking for it yet. Arguments and errors as `set_support`."""
         photos = [read_photo(source, f"support {i}") for i, source in enumerate(as_list(images), start=1)]
         box, given = box_lists(boxes), as_list(masks)
         unread = not self.needs_masks and (any(mask is not None for mask in given) or any(map(len, box)))
         pairs = annotated(photos, given, box) if self.needs_masks else [(photo, unmarked(photo)) for photo in photos]
         shots = [self._shot(*pair) for pair in pairs]
         self._check(shots, text)
+        cls, bank, names, count = 1, None, (), len(shots)
         if not shots:
             self._text_alone.set_support(text=text)
         elif self.cam_prior:
-            self._cls = self._use_names(text)
+            cls, names = self._competing(text)
+            bank = self.system.clip.module.text.bank(names, [TEMPLATE])
         elif self.text_prior:
-            self.text_prior.use(text_bank(self.system.clip, [text]))
-        for prior in self.text_maps if shots else ():
-            known = self.names.texts
-            base = [known[c - 1] for c in self.fold.base if c <= len(known) and known[c - 1] != text]
-            prior.use([text, *base], range(2, 2 + len(base)))
-        if isinstance(self.system, HSNet):
-            self.system.shot = max(1, len(shots))  # as many as there are: they vote
-        shot, count = self.system.shot, len(shots)
+            bank = text_bank(self.system.clip, [text])
+        shot = max(1, count) if isinstance(self.system, HSNet) else self.system.shot  # HSNet's vote, as many as there are
         turns = [shots[i % count] for i in range(-(-count // shot) * shot)]
-        self._groups = [turns[i : i + shot] for i in range(0, len(turns), shot)]
-        self._examples = [(*pair, bool(box) and len(box[i]) > 0) for i, pair in enumerate(pairs)] if self.needs_masks else []
-        self._base_rank = self._rank(text)
-        self.notes = tuple(self._notes(count, text)) if count else self._text_alone.notes
+        groups = [turns[i : i + shot] for i in range(0, len(turns), shot)]
+        examples = [(*pair, bool(box) and len(box[i]) > 0) for i, pair in enumerate(pairs)] if self.needs_masks else []
+        target = Target(text, groups, shot, examples, cls, self._rank(text), bank, names)
+        notes = self._notes(target, count) if count else self._text_alone.notes
         if unread:
-            self.notes = (*self.notes, "this system reads the name in place of masks: the masks and boxes change nothing")
+            notes = [*notes, "this system reads the name in place of masks: the masks and boxes change nothing"]
+        return replace(target, notes=tuple(notes))
+
+    def use(self, target: Target) -> None:
+        """Look for a target until the next call."""
+        self._target, self.notes = target, target.notes
+        if target.bank is not None and self.cam_prior:
+            self.cam_prior.use(target.bank, target.names)
+        elif target.bank is not None:
+            self.text_prior.use(target.bank)
+        for prior in self.text_maps if target.groups else ():
+            known = self.names.texts
+            base = [known[c - 1] for c in self.fold.base if c <= len(known) and known[c - 1] != target.text]
+            prior.use([target.text, *base], range(2, 2 + len(base)))
+        self.system.shot = target.shot
 
     def predict(self, image: Source) -> Segmentation:
         """Find the object in an image: a path, Pillow image, uint8 array H W 3 or uint8 tensor 3 H W.
@@ -161,33 +200,93 @@ class Predictor:
     @torch.no_grad()
     def predict_batch(self, images: Sequence[Source]) -> list[Segmentation]:
         """`predict` for several images at once, of any sizes; faster on a GPU."""
-        if self._groups is None:
+        if self._target is None:
             raise UserError("nothing to look for yet: call set_support(images, masks, text) first")
-        if not self._groups:
+        if not self._target.groups:
+            if self._tile:
+                raise UserError("windows need supports: a text alone is found by what stands out most in the whole picture")
             return self._text_alone.predict_batch(images)
-        started = time.perf_counter()
         photos = [read_photo(source, f"query {i}") for i, source in enumerate(images, start=1)]
+        whole = iter(self._whole([photo for photo in photos if not self._is_large(photo)]))
+        return [self._tiled(photo) if self._is_large(photo) else next(whole) for photo in photos]
+
+    @torch.no_grad()
+    def strips(self, photo: Photo, targets: Sequence[Target]) -> Iterator[tuple[slice, list[tuple[np.ndarray, np.ndarray]]]]:
+        """Yield the results of a photo for several targets, as rows and for each target their mask, bool, and score, float32.
+
+        A large photo comes in rows of windows (`set_tiles`); each window is seen for all targets in turn, so that its own
+        features are computed once. Another photo comes whole.
+        """
+        if not self._is_large(photo):
+            results = [self._whole([photo], target)[0] for target in targets]
+            yield slice(0, photo.hw[0]), [(found.mask, found.score) for found in results]
+            return
+
+        def restored(window: Photo) -> list[tuple[Tensor, Tensor | None]]:
+            placed, found = self.maker.transform.placed(window.hw), []
+            for target in targets:
+                mean = self._scores([window], target)
+                found.append((placed.restore(mean.final[0]), None if mean.votes is None else placed.restore(mean.votes[0])))
+            return found
+
+        yield from through_windows(photo, self._tile, restored)
+
+    def presence(self, image: Source) -> float | None:
+        """Say how sure it is that an image shows what the supports show, 0..1 (`model.predict.presence`); None for a text alone
+        and for supports without masks. Through windows, that of the best one."""
+        if not self.knows_presence:
+            return None
+        photo = read_photo(image, "query")
+        tiles = windows(photo, self._tile) if self._is_large(photo) else [photo]
+        shots = sum(self._target.groups, [])
+        return max(presence(self.system, self.episode(tile, shots).to(self.device), self.precision) for tile in tiles)
+
+    @property
+    def knows_presence(self) -> bool:
+        """Whether the present supports are such that `presence` is a number."""
+        return self.needs_masks and self._target is not None and bool(self._target.groups)
+
+    def _is_large(self, photo: Photo) -> bool:
+        return self._tile is not None and max(photo.hw) > self._tile
+
+    def _whole(self, photos: Sequence[Photo], target: Target | None = None) -> list[Segmentation]:
+        """Results of photos that the network sees as a whole, all at once."""
         if not photos:
             return []
-        batch = collate([self.episode(photo, shots) for photo in photos for shots in self._groups]).to(self.device)
-        with Context(self.device, precision=self.precision).autocast():
-            prediction = self.system.predict(batch)
-        maps = {name: self._mean(prior) for name, prior in prediction.maps.items()}
-        mean = replace(prediction, final=self._mean(prediction.final))  # where shots vote there is one group
-        found = []
+        started = time.perf_counter()
+        mean, found = self._scores(photos, target), []
         for i, photo in enumerate(photos):
             placed = self.maker.transform.placed(photo.hw)
             whole, mask = placed.restore(mean.final[i]), mean.decide(i, placed) == 1
-            shown = {name: prior[i].float().cpu().numpy() for name, prior in maps.items()}
+            shown = {name: prior[i].float().cpu().numpy() for name, prior in mean.maps.items()}
             found.append((mask.cpu().numpy(), whole.softmax(0)[1].cpu().numpy(), shown))
         seconds = (time.perf_counter() - started) / len(photos)
         return [Segmentation(*parts, seconds) for parts in found]
+
+    def _tiled(self, photo: Photo) -> Segmentation:
+        """Result of a photo through windows; beside mask and score only those of one row of windows are in memory."""
+        started = time.perf_counter()
+        mask, score = np.empty(photo.hw, bool), np.empty(photo.hw, np.float32)
+        for rows, found in self.strips(photo, [self._target]):
+            (mask[rows], score[rows]), = found
+        return Segmentation(mask, score, {}, time.perf_counter() - started)
+
+    def _scores(self, photos: Sequence[Photo], target: Target | None = None) -> Prediction:
+        """Scores of photos for a target, by default the present one: the mean over its groups of supports."""
+        if target is not None:
+            self.use(target)
+        groups = self._target.groups
+        batch = collate([self.episode(photo, shots) for photo in photos for shots in groups]).to(self.device)
+        with Context(self.device, precision=self.precision).autocast():
+            prediction = self.system.predict(batch)
+        maps = {name: self._mean(prior) for name, prior in prediction.maps.items()}
+        return replace(prediction, final=self._mean(prediction.final), maps=maps)  # where shots vote there is one group
 
     def check(self) -> list[float]:
         """Return the IoU 0..1 of each support's object with the result for the support's own photo; for boxes, of the boxes
         around both. Text alone: []. Each costs a query. Where it is low, expect little on other photos."""
         scores = []
-        for photo, mask, boxed in self._examples:
+        for photo, mask, boxed in self._target.examples if self._target else ():
             given, seen, counts = mask == 1, self.predict(photo).mask, mask != IGNORE
             if boxed:
                 given, seen = box_around(given), box_around(seen)
@@ -198,13 +297,13 @@ class Predictor:
         """Build the batch of one that evaluation builds from a query and its supports; there is no annotation."""
         image = shrink(photo.image, self._side)
         blank = np.zeros(image.shape[:2], np.uint8)
-        return self.maker.episode(image.astype(np.float32), blank, shots, cls=self._cls, base_rank=self._base_rank,
+        return self.maker.episode(image.astype(np.float32), blank, shots, cls=self._target.cls, base_rank=self._target.base_rank,
                                   present=torch.zeros(1, dtype=torch.bool), name=photo.name)  # fmt: skip
 
     @property
     def _side(self) -> int:
         """Pixels to which the longer side of a larger photo is reduced."""
-        return max(self.config.Train.val_size, longest_side(self.system.clip_patch or 16))
+        return max(self.config.Train.val_size, longest_side(self._patch))
 
     def _shot(self, photo: Photo, mask: np.ndarray) -> Shot:
         image = shrink(photo.image, self._side)
@@ -226,13 +325,11 @@ class Predictor:
             raise UserError("this checkpoint has no text prior (CLIP): it needs an example with a mask or a box. For a name "
                             "alone take a CLIP: python predict.py --clip --text NAME --query PHOTOS")
 
-    def _use_names(self, text: str) -> int:
-        """Let a text compete with the classes of the training; returns its number among them."""
+    def _competing(self, text: str) -> tuple[int, tuple[str, ...]]:
+        """Return the number of a text among the classes of the training, and all names that compete."""
         known = [name.casefold() for name in self.names.names]
         new = [] if text.casefold() in known else [text]
-        names = (*self.names.names, *new)
-        self.cam_prior.use(self.system.clip.module.text.bank(names, [TEMPLATE]), names)
-        return len(known) + 1 if new else known.index(text.casefold()) + 1
+        return len(known) + 1 if new else known.index(text.casefold()) + 1, (*self.names.names, *new)
 
     def _rank(self, text: str) -> int:
         """Rank of the base class that the text names, or -1."""
@@ -240,113 +337,26 @@ class Predictor:
                  for name in (self.names.names[c - 1], self.names.texts[c - 1])}  # fmt: skip
         return ranks.get(text.casefold(), -1)
 
-    def _notes(self, count: int, text: str) -> list[str]:
-        found, shot = [*self.system.warnings, *([self._note] if self._note else [])], self.system.shot
+    @property
+    def general_notes(self) -> list[str]:
+        """Remarks that hold for any supports."""
+        return [*self.system.warnings, *([self._note] if self._note else [])]
+
+    def _notes(self, target: Target, count: int) -> list[str]:
+        found, shot, text = self.general_notes, target.shot, target.text
         if count > shot:
-            found.append(f"{count} supports for a {shot}-shot checkpoint: the mean of {len(self._groups)} predictions")
+            found.append(f"{count} supports for a {shot}-shot checkpoint: the mean of {len(target.groups)} predictions")
         elif count < shot:
             found.append(f"{count} of {shot} supports: they are repeated in turn")
-        if self._base_rank >= 0 and self.system.uses_base_learner:
+        if target.base_rank >= 0 and self.system.uses_base_learner:
             found.append(f"{text!r} is one of the classes that the base learner knows, and is not held for background")
         elif text and not self.takes_text:
-            found.append("this system has no text prior: the text changes nothing")
-        found += [f"{photo.name}: {why}" for photo, mask, _ in self._examples if (why := doubt(mask))]
+            found.append(TEXT_UNREAD)
+        found += [f"{photo.name}: {why}" for photo, mask, _ in target.examples if (why := doubt(mask))]
         if self.config.Data.images == "drawings":
             found.append("trained on the drawn demo world: on photographs its masks mean nothing")
         return found
 
     def _mean(self, x: Tensor) -> Tensor:
         """Average over the groups of supports: B*G ... -> B ..."""
-        return x.unflatten(0, (-1, len(self._groups))).mean(1)
-
-
-def find_weights(given: str | Path) -> Path:
-    """Find a checkpoint by its path, here or below the repository, or by its name.
-
-    Raises:
-        UserError: there is none.
-    """
-    name = NAMED.get(str(given), given)
-    found = next((path for path in (Path(name), ROOT / name) if path.is_file()), None)
-    if found is None and given == "demo":
-        raise UserError("the demo's model is not trained yet: `sh train.sh split0 demo 0` (minutes on a CPU)")
-    if found is None:
-        raise UserError(f"no such checkpoint: {given}. Give {' or '.join(NAMED)}, what `sh train.sh` has trained, an exported "
-                        "file, or a published .pth (docs/predict.md)")
-    return found
-
-
-class Checkpoint(NamedTuple):
-    """A file of weights, and what it is."""
-
-    path: Path
-    meta: dict
-    arch: str
-    config: Config
-
-
-def checkpoint(path: str | Path, config: Config | None = None, arch: str | None = None) -> Checkpoint:
-    """Find a checkpoint and what it is. Arguments and errors as `Predictor.from_checkpoint`; a base learner is an error, too."""
-    path = find_weights(path)
-    meta = read_meta(path) if path.suffix == ".safetensors" else {}
-    arch = arch or meta.get("system")
-    if arch is None or (not meta and config is None):
-        raise UserError(f"{path} does not say what it is: a published checkpoint needs the config and the system that it is "
-                        "of (--config config/pascal/pascal_split0_resnet50.yaml --arch PI_CLIP)")
-    if issubclass(system_class(arch), PSPNet):
-        raise UserError(f"{path} is a base learner (ARCH={arch}); give the checkpoint of a system")
-    return Checkpoint(path, meta, arch, config or recorded(path))
-
-
-def trained_on(found: Checkpoint) -> tuple[Fold, ClassNames]:
-    """Return fold and class names of the training, from an exported file or from the config's files (names may be missing)."""
-    config, meta = found.config, found.meta
-    if EXPORT in meta:
-        names, texts, novel, base = map(tuple, meta["classes"])
-        return Fold(config.Train.data_set, config.Train.split, novel, base), ClassNames(names, texts)
-    file = Path(config.Data.class_names)
-    return system_class(found.arch).task.folds(config), read_class_names(file) if file.is_file() else NO_NAMES
-
-
-def unmarked(photo: Photo) -> np.ndarray:
-    """Return the mask of a photo that has none: H W uint8, 0 everywhere."""
-    return np.zeros(photo.hw, np.uint8)
-
-
-def box_around(mask: np.ndarray) -> np.ndarray:
-    """Fill the smallest box around a mask, H W bool."""
-    filled, (y, x) = np.zeros_like(mask), np.nonzero(mask)
-    if len(y):
-        filled[y.min() : y.max() + 1, x.min() : x.max() + 1] = True
-    return filled
-
-
-def box_lists(boxes: Box | Sequence | None) -> list[list[Box]]:
-    """Return the boxes of each image, from any of the accepted forms."""
-    def is_box(value: Sequence) -> bool:
-        return len(value) > 0 and not any(isinstance(x, (list, tuple, np.ndarray, type(None))) for x in value)
-
-    boxes = [] if boxes is None else list(boxes)
-    if is_box(boxes):
-        boxes = [boxes]
-    return [[] if entry is None else [entry] if is_box(entry) else list(entry) for entry in boxes]
-
-
-def annotated(photos: Sequence[Photo], masks: Sequence[Source | None], boxes: Sequence[Sequence[Box]]
-              ) -> list[tuple[Photo, np.ndarray]]:  # fmt: skip
-    """Return each photo with its mask, H W uint8 {0, 1, 255}.
-
-    Raises:
-        UserError: not one mask, or one entry of boxes, for each.
-    """
-    for what, given in (("masks", masks), ("entries of boxes", boxes)):
-        if given and len(given) != len(photos):
-            raise UserError(f"{len(photos)} supports and {len(given)} {what}: each support needs a mask or a box of its own")
-    pairs = []
-    for i, photo in enumerate(photos):
-        mask, box = masks[i] if masks else None, boxes[i] if boxes else []
-        if (mask is None) == (not len(box)):
-            raise UserError(f"support {photo.name}: give a mask or boxes (--mask PNG, --box x0,y0,x1,y1)"
-                            + ("" if mask is None else ", not both"))
-        pairs.append((photo, box_mask(box, photo) if mask is None else read_mask(mask, photo)))
-    return pairs
+        return x.unflatten(0, (-1, len(self._target.groups))).mean(1)

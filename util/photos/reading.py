@@ -192,6 +192,50 @@ def box_mask(boxes: Sequence[Box], photo: Photo) -> np.ndarray:
     return mask
 
 
+def unmarked(photo: Photo) -> np.ndarray:
+    """Return the mask of a photo that has none: H W uint8, 0 everywhere."""
+    return np.zeros(photo.hw, np.uint8)
+
+
+def box_around(mask: np.ndarray) -> np.ndarray:
+    """Fill the smallest box around a mask, H W bool."""
+    filled, (y, x) = np.zeros_like(mask), np.nonzero(mask)
+    if len(y):
+        filled[y.min() : y.max() + 1, x.min() : x.max() + 1] = True
+    return filled
+
+
+def box_lists(boxes: Box | Sequence | None) -> list[list[Box]]:
+    """Return the boxes of each image, from any of the accepted forms."""
+    def is_box(value: Sequence) -> bool:
+        return len(value) > 0 and not any(isinstance(x, (list, tuple, np.ndarray, type(None))) for x in value)
+
+    boxes = [] if boxes is None else list(boxes)
+    if is_box(boxes):
+        boxes = [boxes]
+    return [[] if entry is None else [entry] if is_box(entry) else list(entry) for entry in boxes]
+
+
+def annotated(photos: Sequence[Photo], masks: Sequence[Source | None], boxes: Sequence[Sequence[Box]]
+              ) -> list[tuple[Photo, np.ndarray]]:  # fmt: skip
+    """Return each photo with its mask, H W uint8 {0, 1, 255}.
+
+    Raises:
+        UserError: not one mask, or one entry of boxes, for each.
+    """
+    for what, given in (("masks", masks), ("entries of boxes", boxes)):
+        if given and len(given) != len(photos):
+            raise UserError(f"{len(photos)} supports and {len(given)} {what}: each support needs a mask or a box of its own")
+    pairs = []
+    for i, photo in enumerate(photos):
+        mask, box = masks[i] if masks else None, boxes[i] if boxes else []
+        if (mask is None) == (not len(box)):
+            raise UserError(f"support {photo.name}: give a mask or boxes (--mask PNG, --box x0,y0,x1,y1)"
+                            + ("" if mask is None else ", not both"))
+        pairs.append((photo, box_mask(box, photo) if mask is None else read_mask(mask, photo)))
+    return pairs
+
+
 def shrink(image: np.ndarray, side: int, interpolation: int = cv2.INTER_AREA) -> np.ndarray:
     """Reduce H W [3] to a longer side of at most `side`. (The network's own resize would skip most pixels of a large photo.)"""
     height, width = image.shape[:2]

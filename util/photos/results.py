@@ -50,12 +50,14 @@ class Results:
         """Write a support with its mask, H W {0, 1, 255}."""
         self._save_overlay(f"supports/{number}.jpg", f"example {number}", photo.image, mask, "support mask")
 
-    def add(self, stem: str, photo: Photo, mask: np.ndarray, score: np.ndarray, seconds: float) -> dict[str, Any]:
+    def add(self, stem: str, photo: Photo, mask: np.ndarray, score: np.ndarray, seconds: float,
+            presence: float | None = None) -> dict[str, Any]:  # fmt: skip
         """Write the files of one image and return its entry of scores.json.
 
         Args:
             stem: stem of its files' names; a number is added where it is taken.
             mask: H W bool; score: H W in 0..1.
+            presence: how sure it is that the object is there, 0..1, where that is known.
         """
         name = self._free(stem)
         mean = round(float(score[mask].mean()), 4) if mask.any() else None
@@ -64,14 +66,16 @@ class Results:
         self._save_polygons(name, photo, [(self.names[0], mask, mean)])
         return self._add(name, photo, seconds, {
             "fraction": round(float(mask.mean()), 4), "score": mean, "highest": round(float(score.max()), 4),
+            **({} if presence is None else {"presence": round(presence, 4)}),
         })  # fmt: skip
 
     def add_labels(self, stem: str, photo: Photo, label: np.ndarray, score: np.ndarray, classes: Mapping[int, str],
-                   seconds: float) -> dict[str, Any]:  # fmt: skip
+                   seconds: float, presence: Mapping[str, float] | None = None) -> dict[str, Any]:  # fmt: skip
         """Write the files of one labelled image and return its entry of scores.json, its classes by size.
 
         Args:
             stem: as `add`; label: H W uint8, class numbers; score: H W in 0..1; classes: number -> name, 0 the background.
+            presence: as `add`, of each name.
         """
         name, masks = self._free(stem), {number: label == number for number in np.unique(label).tolist()}
         rows = [{"class": classes[number], "value": number, "fraction": round(float(mask.mean()), 4),
@@ -87,7 +91,8 @@ class Results:
         self._show(name, viz.with_legend(viz.fit(shown, TILE), legend))
         objects = [(row["class"], masks[row["value"]], row["score"]) for row in rows if row["value"]]
         self._save_polygons(name, photo, objects)
-        return self._add(name, photo, seconds, {"classes": rows})
+        known = {} if presence is None else {"presence": {name: round(value, 4) for name, value in presence.items()}}
+        return self._add(name, photo, seconds, {"classes": rows, **known})
 
     def _add(self, name: str, photo: Photo, seconds: float, found: dict[str, Any]) -> dict[str, Any]:
         entry = {"image": photo.name, "mask": f"masks/{name}.png", "overlay": f"overlays/{name}.jpg", "height": photo.hw[0],
