@@ -265,7 +265,7 @@ def main(arguments: list[str]) -> int:
         # (in a training that a test starts) sleep instead of spinning: on shared cores that is 20 times faster.
         environment = {"OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": "1"} | os.environ
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        processes = ["-n", str(min(8, cores)), "--dist", "loadfile"]
+        processes = ["-n", str(min(8, cores)), "--dist", "loadfile", "--no-loadscope-reorder"]
         return subprocess.run([interpreter("test"), "-m", "pytest", "-q", *processes, *rest], env=environment).returncode
     if command in ("prepare", "python") and not rest:
         if command == "prepare":

@@ -17,6 +17,14 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 PALETTE = [(37 * i + 11 * channel + 90) % 256 for i in range(256) for channel in range(3)]
 
 
+# Files of tests that train, which take minutes: they begin, so that no process ends long after the others (env.py test).
+LONGEST = ("test_train.py", "test_weak_run.py", "test_zero_shot_run.py", "test_distributed.py", "test_launch.py", "test_demo.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
+
 @pytest.fixture(scope="session")
 def voc_mini() -> Path:
     """The small cut of VOC 2012: $VOC_MINI, or ../shared/data/voc2012_mini beside the repository."""

@@ -17,9 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
-from util.data.transforms import IGNORE, check_sizes, image_hw, read_label
+from util.data.transforms import IGNORE, check_sizes, image_hw, open_image, read_label
 from util.errors import UserError
 from util.prepare.common import each, is_done, link, settle, write_label, write_list
 from util.prepare.layouts import Found, Pair, deepglobe, fss, isaid, isic, lung, suim
@@ -169,7 +168,7 @@ def write_pair(job: tuple[Pair, Path, Path]) -> bool:
     x0, y0, x1, y1 = box
     if pair.box:
         crop.parent.mkdir(parents=True, exist_ok=True)
-        Image.open(pair.image).convert("RGB").crop(box).save(crop)
+        open_image(pair.image).convert("RGB").crop(box).save(crop)
     write_label(target, label[y0:y1, x0:x1])
     return True
 
@@ -180,7 +179,7 @@ def read_mask(pair: Pair) -> np.ndarray:
         values = read_label(pair.mask)
         return np.where(values == pair.value, pair.cls, np.where(values == IGNORE, IGNORE, 0)).astype(np.uint8)
     try:
-        grey = np.asarray(Image.open(pair.mask).convert("L"))
+        grey = np.asarray(open_image(pair.mask).convert("L"))
     except (OSError, ValueError) as error:
         raise UserError(f"{pair.mask}: not a readable mask ({error}); fetch it again") from error
     return np.where(grey >= (128 if grey.max() > 1 else 1), pair.cls, 0).astype(np.uint8)
