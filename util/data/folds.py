@@ -49,6 +49,13 @@ def shown(classes: Iterable[int], names: Sequence[str] = ()) -> str:
     return ", ".join(f"{c} ({names[c - 1]})" if c <= len(names) else str(c) for c in classes)
 
 
+def has_folds(config: Config) -> bool:
+    """Return whether the classes of a config are divided into folds. Weakly supervised and open-vocabulary systems need none."""
+    data = config.Data
+    return config.Train.data_set in NUM_CLASSES or bool(
+        data.folds or (data.class_names and Path(data.class_names).with_name("folds.yaml").is_file()))
+
+
 def fold_of(config: Config) -> Fold:
     """Return the fold of a config: by the rule of its data set, or from Data.folds, else from folds.yaml beside the class names.
 
