@@ -65,7 +65,8 @@ def without_torch(program: str, words: list[str]) -> subprocess.CompletedProcess
     return subprocess.run([sys.executable, "-c", code], text=True, capture_output=True, timeout=60)
 
 
-@pytest.mark.parametrize(("config", "arch"), [("voc/voc_weak", "WeCLIP"), ("coco/coco_weak", "CLIP_ES"), ("voc/voc_voc21", "NACLIP")])
+@pytest.mark.parametrize(("config", "arch"), [("voc/voc_weak", "WeCLIP"), ("coco/coco_weak", "CLIP_ES"),
+                                             ("voc/voc_voc21", "NACLIP")])  # fmt: skip
 def test_early_asks_no_folds_of_systems_without(config: str, arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["train.py", "--config", f"config/{config}_vitb16.yaml", "--arch", arch])
     early.check("", episodes=False, plan=False)
